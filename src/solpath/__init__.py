@@ -1,0 +1,72 @@
+"""Prune a pretrained transformer once, hand it out at any size."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from solpath.errors import SolpathError
+
+if TYPE_CHECKING:
+    from solpath import baselines
+    from solpath.config import InclusionConfig, SearchConfig
+    from solpath.discover import find_pairs
+    from solpath.evaluate import evaluate
+    from solpath.extract import extract
+    from solpath.masks import masked
+    from solpath.measure import measure
+    from solpath.path import SolutionPath
+    from solpath.plan import Plan
+    from solpath.search import search
+    from solpath.store import load, push_to_hub, save
+
+__version__ = "0.1.0"
+
+# Where each name lives. Modules are imported on first use, so that `import solpath` stays fast.
+_HOME = {
+    "InclusionConfig": "config",
+    "Plan": "plan",
+    "SearchConfig": "config",
+    "SolutionPath": "path",
+    "baselines": "",
+    "evaluate": "evaluate",
+    "extract": "extract",
+    "find_pairs": "discover",
+    "load": "store",
+    "masked": "masks",
+    "measure": "measure",
+    "push_to_hub": "store",
+    "save": "store",
+    "search": "search",
+}
+
+__all__ = [
+    "InclusionConfig",
+    "Plan",
+    "SearchConfig",
+    "SolpathError",
+    "SolutionPath",
+    "baselines",
+    "evaluate",
+    "extract",
+    "find_pairs",
+    "load",
+    "masked",
+    "measure",
+    "push_to_hub",
+    "save",
+    "search",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'solpath' has no attribute {name!r}")
+    home = _HOME[name]
+    if not home:
+        return import_module(f"solpath.{name}")
+    value = getattr(import_module(f"solpath.{home}"), name)
+    globals()[name] = value  # also over the submodule of the same name
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

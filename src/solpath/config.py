@@ -1,0 +1,105 @@
+"""Settings of a search: frozen, plain values, checked where they are built."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from solpath.errors import ConfigError
+
+
+def _check(field: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{field} must be between {low:g} and {high:g}, got {value!r}.")
+
+
+def _check_count(field: str, value: int, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigError(f"{field} must be an integer of at least {low}, got {value!r}.")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """The default search: binary masks, growing pull, masks at their equilibrium (docs/method.md).
+
+    One setting serves every model measured in docs/benchmarks.md; nothing has to be tuned.
+
+    Attributes:
+        steps: forward-backward passes after the scale has been measured.
+        seed: of the mask draws and of a shuffling `DataLoader`. Same seed, same path.
+        momentum: of the running mean of the marginals, in [0, 1).
+        relaxation: share of the way to its equilibrium that the mask moves in a step, in (0, 1].
+        sharpness: exponent of the marginals in the mask; 1 is the plain equilibrium.
+        shrinkage: pull of noisy marginals towards the one-shot scale; 0 switches it off.
+        final_size: expected share of the cost kept at the last step, in (0, 1).
+        memory: steps, as a share of `steps`, that a mask is remembered for when the order is read.
+        scale_batches: batches the one-shot scale is measured on.
+        binary: draw masks from {0, 1}; False uses the continuous mask itself (ablation).
+        growing_pull: let the pull grow with the steps; False holds it constant (ablation).
+    """
+
+    steps: int = 200
+    seed: int = 0
+    momentum: float = 0.9
+    relaxation: float = 0.5
+    sharpness: float = 1.5
+    shrinkage: float = 3.0
+    final_size: float = 0.05
+    memory: float = 0.1
+    scale_batches: int = 16
+    binary: bool = True
+    growing_pull: bool = True
+
+    def __post_init__(self) -> None:
+        _check_count("steps", self.steps, 2)
+        _check_count("seed", self.seed, 0)
+        _check_count("scale_batches", self.scale_batches, 1)
+        _check("momentum", self.momentum, 0, 0.999)
+        _check("relaxation", self.relaxation, 1e-3, 1)
+        _check("sharpness", self.sharpness, 0.1, 10)
+        _check("shrinkage", self.shrinkage, 0, 1e6)
+        _check("final_size", self.final_size, 1e-3, 0.9)
+        _check("memory", self.memory, 0, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class InclusionConfig:
+    """The paper's differential inclusion: constant pull, continuous masks, entry times.
+
+    Split linearised Bregman iteration with a diagonal preconditioner (docs/method.md).
+
+    Attributes:
+        steps: iterations.
+        seed: of a shuffling `DataLoader`; the iteration itself draws nothing.
+        nu: strength of the coupling is 1/nu; None takes 0.2 / median of the one-shot scale.
+        kappa: inverse of the ridge on the sparse copy, at least 0.
+        lam: threshold that V crosses when a unit enters; None takes ``step_size * steps / 4``, which
+            a unit whose mask stays 1 crosses after a quarter of the steps.
+        step_size: of the mask, as a share of the way to its stationary point, in (0, 1].
+        scale_batches: batches the one-shot scale is measured on.
+    """
+
+    steps: int = 200
+    seed: int = 0
+    nu: float | None = None
+    kappa: float = 1.0
+    lam: float | None = None
+    step_size: float = 0.1
+    scale_batches: int = 16
+
+    def __post_init__(self) -> None:
+        _check_count("steps", self.steps, 2)
+        _check_count("seed", self.seed, 0)
+        _check_count("scale_batches", self.scale_batches, 1)
+        _check("kappa", self.kappa, 0, 1e6)
+        _check("step_size", self.step_size, 1e-4, 1)
+        if self.nu is not None:
+            _check("nu", self.nu, 1e-12, 1e12)
+        if self.lam is not None:
+            _check("lam", self.lam, 1e-6, 1e12)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)

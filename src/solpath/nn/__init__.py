@@ -1,0 +1,1 @@
+"""Modules of extracted models: attention whose query-key and value-output widths differ."""

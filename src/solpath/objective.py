@@ -1,0 +1,126 @@
+"""What a search minimises: the distance of a model's output to the dense model's own output."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from solpath.errors import BatchError
+
+Batch = Any
+"""A mapping of keyword arguments for the model, or its first argument as a tensor."""
+
+Loss = Callable[[Any, Batch], Tensor]
+"""``loss(outputs, batch) -> scalar``: a mean over the samples of the batch."""
+
+
+def run(model: nn.Module, batch: Batch, *, labels: bool) -> Any:
+    """Call `model` on `batch`; without `labels`, a ``labels`` entry is left out."""
+    if not isinstance(batch, Mapping):
+        return model(batch)
+    inputs = {name: value for name, value in batch.items() if labels or name != "labels"}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs.setdefault("use_cache", False)
+    return model(**inputs)
+
+
+def forward(model: nn.Module, batch: Batch) -> Tensor:
+    """The output that is compared: logits if the model has them, else the last hidden state.
+
+    Returns:
+        ``[batch, classes]``, ``[batch, tokens, classes]`` or ``[batch, tokens, features]``.
+    """
+    return output_tensor(run(model, batch, labels=False))
+
+
+def output_tensor(outputs: Any) -> Tensor:
+    """Logits or last hidden state of a transformers output; a bare tensor is itself."""
+    for name in ("logits", "last_hidden_state"):
+        value = getattr(outputs, name, None)
+        if isinstance(value, Tensor):
+            return value
+    if isinstance(outputs, Tensor):
+        return outputs
+    raise BatchError(
+        f"{type(outputs).__name__} has neither logits nor last_hidden_state; pass your own loss."
+    )
+
+
+def has_logits(outputs: Any) -> bool:
+    """Whether `output_tensor` gives logits."""
+    return isinstance(getattr(outputs, "logits", None), Tensor)
+
+
+def token_mask(batch: Batch, output: Tensor) -> Tensor | None:
+    """Which tokens count. bool ``[batch, tokens]`` from ``attention_mask``, or None for all."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is None or output.dim() != 3 or mask.shape != output.shape[:2]:
+        return None
+    return mask.bool()
+
+
+def divergence(output: Tensor, target: Tensor, mask: Tensor | None, *, logits: bool) -> Tensor:
+    """Distance of every sample to its target; exactly 0, with gradient 0, where they are equal.
+
+    Logits: KL(target || output) in nats, averaged over tokens. Hidden states: squared error over
+    tokens and features, relative to the squared norm of the target.
+
+    Args:
+        output: ``[batch, ..., features]``.
+        target: same shape, the dense model's output.
+        mask: bool ``[batch, tokens]`` or None.
+
+    Returns:
+        ``[batch]``.
+    """
+    output, target = output.float(), target.float()
+    if logits:
+        goal = target.log_softmax(-1)
+        return _token_mean((goal.exp() * (goal - output.log_softmax(-1))).sum(-1), mask)
+    error, norm = (output - target).square().sum(-1), target.square().sum(-1)
+    if mask is not None:
+        error, norm = error * mask, norm * mask
+    return _total(error) / _total(norm)
+
+
+def curvature_sketch(
+    target: Tensor, mask: Tensor | None, noise: Tensor, *, logits: bool
+) -> Tensor:
+    """Turn white noise into a draw whose covariance is the curvature of `divergence` at its zero.
+
+    Squared error: ``2 I / norm``. KL: ``(diag(p) - p pᵀ) / tokens``.
+
+    Args:
+        target: ``[batch, ..., features]``, dense output.
+        mask: bool ``[batch, tokens]`` or None.
+        noise: same shape as `target`, standard normal.
+    """
+    target = target.float()
+    if logits:
+        probability = target.softmax(-1)
+        root = noise * probability.sqrt()
+        draw = root - probability * root.sum(-1, keepdim=True)
+        tokens = math.prod(target.shape[1:-1])
+        counted = torch.full((len(target),), tokens) if mask is None else mask.sum(1)
+        scale = counted.to(draw).rsqrt()
+    else:
+        draw = noise
+        norm = target.square().sum(-1)
+        scale = (2 / _total(norm if mask is None else norm * mask)).sqrt()
+    draw = draw * scale.view(-1, *[1] * (draw.dim() - 1))
+    return draw if mask is None else draw * mask.unsqueeze(-1)
+
+
+def _total(values: Tensor) -> Tensor:
+    return values.flatten(1).sum(1) if values.dim() > 1 else values
+
+
+def _token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    if values.dim() == 1:
+        return values
+    if mask is None:
+        return values.flatten(1).mean(1)
+    return (values * mask).sum(1) / mask.sum(1)

@@ -1,0 +1,210 @@
+"""Plans: which units every pair keeps at one size, and how a path is cut to a budget."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solpath.cost import Achieved, CostTable
+from solpath.errors import BudgetError, ConfigError
+from solpath.pair import Fingerprint, Pair
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The units one family member keeps.
+
+    Attributes:
+        pairs: every pair of the dense model.
+        kept: pair name to int64 ``[heads, r]``, ascending; r may be 0.
+        asked: the budget and its options.
+        achieved: size under every measure.
+        fingerprint: the model the plan is for.
+    """
+
+    pairs: tuple[Pair, ...]
+    kept: Mapping[str, Tensor]
+    asked: Mapping[str, Any]
+    achieved: Achieved
+    fingerprint: Fingerprint
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Units each head keeps, by pair name."""
+        return {name: index.shape[1] for name, index in self.kept.items()}
+
+    def masks(self) -> dict[str, Tensor]:
+        """The same choice as 0/1 masks: pair name to float32 ``[heads * width]``."""
+        masks = {}
+        for pair in self.pairs:
+            mask = torch.zeros(pair.heads, pair.width)
+            masks[pair.name] = mask.scatter_(1, self.kept[pair.name], 1.0).flatten()
+        return masks
+
+    def __repr__(self) -> str:
+        size = self.achieved
+        return (
+            f"Plan(sparsity={size.sparsity:.4f}, params={size.params:,} ({size.params_share:.1%}), "
+            f"macs={size.macs:,} ({size.macs_share:.1%}), asked={dict(self.asked)})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "pairs": [pair.to_dict() for pair in self.pairs],
+            "kept": {name: index.tolist() for name, index in self.kept.items()},
+            "asked": dict(self.asked),
+            "achieved": asdict(self.achieved),
+            "fingerprint": asdict(self.fingerprint),
+        }
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> "Plan":
+        """Inverse of `to_dict`. Every index is checked; raises `ValueError` naming the field."""
+        try:
+            pairs = tuple(Pair.from_dict(pair) for pair in value["pairs"])
+            kept = {pair.name: _index(pair, value["kept"][pair.name]) for pair in pairs}
+            if set(value["kept"]) != set(kept):
+                raise ValueError("kept: names a pair that is not in pairs")
+            return cls(
+                pairs=pairs,
+                kept=kept,
+                asked=dict(value["asked"]),
+                achieved=Achieved(**value["achieved"]),
+                fingerprint=Fingerprint(**value["fingerprint"]),
+            )
+        except KeyError as error:
+            raise ValueError(f"{error.args[0]}: is missing") from error
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"plan has a value of the wrong type ({error})") from error
+
+
+def _index(pair: Pair, rows: Any) -> Tensor:
+    """Check nested lists of kept units against `pair`; int64 ``[heads, r]``."""
+    where = f"kept[{pair.name!r}]"
+    if not isinstance(rows, list) or len(rows) != pair.heads:
+        raise ValueError(f"{where}: expected {pair.heads} lists, one per head")
+    for row in rows:
+        if not isinstance(row, list) or len(row) != len(rows[0]):
+            raise ValueError(f"{where}: heads must keep the same number of units")
+        if any(type(unit) is not int or not 0 <= unit < pair.width for unit in row):
+            raise ValueError(f"{where}: units must be integers in 0..{pair.width - 1}")
+        if any(a >= b for a, b in zip(row, row[1:], strict=False)):
+            raise ValueError(f"{where}: units must be ascending and distinct")
+    return torch.tensor(rows, dtype=torch.int64).view(pair.heads, -1)
+
+
+def make_plan(
+    pairs: Sequence[Pair],
+    score: Mapping[str, Tensor],
+    costs: CostTable,
+    fingerprint: Fingerprint,
+    *,
+    sparsity: float | None = None,
+    params: float | None = None,
+    macs: float | None = None,
+    multiple_of: int = 1,
+    min_width: int = 0,
+    protect: Sequence[str] = (),
+) -> Plan:
+    """Cut a score to a budget. See `SolutionPath.plan` for the arguments.
+
+    Every layer loses its units one rank at a time: the k-th best unit of all its heads together,
+    in blocks of `multiple_of` ranks. Blocks leave in the order of their mean score, and the
+    budget only decides how many leave, so plans with the same options are nested.
+
+    Args:
+        score: pair name to ``[heads, width]``; higher stays longer.
+    """
+    asked, target, unit = _target(pairs, costs, sparsity=sparsity, params=params, macs=macs)
+    if multiple_of < 1 or min_width < 0:
+        raise ConfigError(
+            f"multiple_of must be at least 1 and min_width at least 0, "
+            f"got {multiple_of} and {min_width}."
+        )
+    unmatched = [p for p in protect if not any(fnmatchcase(pair.name, p) for pair in pairs)]
+    if unmatched:
+        raise ConfigError(f"protect pattern {unmatched[0]!r} matches no pair.")
+
+    blocks: list[tuple[float, int, int, int]] = []  # mean score, -start, pair, start
+    for i, pair in enumerate(pairs):
+        if any(fnmatchcase(pair.name, pattern) for pattern in protect):
+            continue
+        ranks = score[pair.name].double().sort(dim=1, descending=True).values.mean(dim=0)
+        for start in range(0, pair.width, multiple_of):
+            if start >= min_width:
+                blocks.append((ranks[start : start + multiple_of].mean().item(), -start, i, start))
+    blocks.sort(key=lambda block: block[:3])
+
+    widths = {pair.name: pair.width for pair in pairs}
+    steps = []
+    for _, _, i, start in blocks:
+        pair = pairs[i]
+        steps.append(pair.heads * (widths[pair.name] - start) * unit[pair.name])
+        widths[pair.name] = start
+    removed = [0, *accumulate(steps)]
+    count = min(range(len(removed)), key=lambda n: abs(removed[n] - target))
+    if removed[-1] < target and target - removed[-1] > 0.5 * max(steps, default=0):
+        raise BudgetError(_unreachable(asked, pairs, costs, widths))
+
+    widths = {pair.name: pair.width for pair in pairs}
+    for _, _, i, start in blocks[:count]:
+        widths[pairs[i].name] = start
+    kept = {p.name: best_units(score[p.name], widths[p.name]) for p in pairs}
+    asked |= {"multiple_of": multiple_of, "min_width": min_width, "protect": list(protect)}
+    return Plan(tuple(pairs), kept, asked, costs.achieved(pairs, widths), fingerprint)
+
+
+def best_units(score: Tensor, width: int) -> Tensor:
+    """The `width` best units of each head, ascending. ``[heads, n] -> int64 [heads, width]``."""
+    order = score.argsort(dim=1, descending=True, stable=True)
+    return order[:, :width].sort(dim=1).values
+
+
+def _target(
+    pairs: Sequence[Pair], costs: CostTable, **budgets: float | None
+) -> tuple[dict[str, Any], float, Mapping[str, int]]:
+    """Turn the one budget given into what must be removed, and the unit cost it is counted in."""
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        names = ", ".join(given) or "none"
+        raise BudgetError(f"give exactly one of sparsity, params, macs; got {names}.")
+    [(name, value)] = given.items()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BudgetError(f"{name} must be a finite number, got {value!r}.")
+    if name == "sparsity":
+        if not 0 <= value < 1:
+            raise BudgetError(f"sparsity must be in [0, 1), got {value!r}: 0.4 removes 40 %.")
+        return {name: value}, value * costs.prunable(pairs), costs.unit_params
+    dense = costs.params if name == "params" else costs.macs
+    if not 0 < value <= dense:
+        raise BudgetError(
+            f"{name} must be a share in (0, 1] or a count up to {dense:,}, got {value!r}."
+        )
+    kept = value * dense if value <= 1 else value
+    unit = costs.unit_params if name == "params" else costs.unit_macs
+    return {name: value}, dense - kept, unit
+
+
+def _unreachable(
+    asked: Mapping[str, Any], pairs: Sequence[Pair], costs: CostTable, widths: Mapping[str, int]
+) -> str:
+    [(name, value)] = asked.items()
+    smallest = costs.achieved(pairs, widths)
+    if name == "sparsity":
+        return f"sparsity {value} is not reachable: 0 to {smallest.sparsity:.4f} are."
+    low, share = (
+        (smallest.params, smallest.params_share)
+        if name == "params"
+        else (smallest.macs, smallest.macs_share)
+    )
+    dense = costs.params if name == "params" else costs.macs
+    return (
+        f"{name} {value} is not reachable: {low:,} to {dense:,} are "
+        f"({share:.4f} to 1 as a share of the dense model)."
+    )

@@ -1,0 +1,295 @@
+"""One search over a model; its result is an order that gives every size."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from solpath.config import InclusionConfig, SearchConfig
+from solpath.cost import CostTable
+from solpath.counting import count_costs
+from solpath.discover import find_pairs, fingerprint
+from solpath.dynamics import (
+    Equilibrium,
+    Inclusion,
+    equilibrium_step,
+    extrapolated_entry,
+    inclusion_step,
+    read_order,
+)
+from solpath.errors import FileError, FingerprintError, NonFiniteLossError
+from solpath.files import read_safetensors, write_file
+from solpath.objective import Loss
+from solpath.pair import Fingerprint, Pair
+from solpath.path import SolutionPath, unflatten
+from solpath.probe import Probe, probing, process
+
+State = dict[str, Tensor]
+Report = Callable[[float, float], None]
+
+
+def search(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: SearchConfig | InclusionConfig | None = None,
+    *,
+    loss: Loss | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 25,
+    progress: bool = True,
+) -> SolutionPath:
+    """Order every removable unit of `model` by one search (paper, section 3; docs/method.md).
+
+    The model is left as it was found, bit for bit. The result depends on the model, the batches,
+    `config` and `loss` alone: not on `checkpoint_every`, on `progress`, or on being interrupted
+    and resumed. On one machine with one number of threads it is bit-identical from run to run;
+    other numbers of threads or processes change sums of floats in their last bits.
+
+    Args:
+        model: a transformers model; see `find_pairs`. The search runs where the model is.
+        batches: iterable of what the model takes (dicts or tensors on the model's device),
+            repeated when shorter than the search; 8 to 64 samples each.
+        config: `SearchConfig` (default) or `InclusionConfig`.
+        loss: ``loss(outputs, batch) -> scalar``, a mean over the samples of the batch. Default:
+            distance to the dense model's own output, without labels.
+        checkpoint: folder for the state of the search. If it holds the state of the same search,
+            that search goes on from there.
+        checkpoint_every: steps between checkpoints.
+        progress: show a progress bar with loss, expected size and time left.
+
+    Returns:
+        The path; `SolutionPath.plan` cuts it to any size.
+
+    Raises:
+        UnsupportedModelError: see `find_pairs`; or half precision on a CPU.
+        BatchError: empty batches, or on another device.
+        NonFiniteLossError: the loss became NaN or infinite; the last checkpoint is kept.
+        FingerprintError: the checkpoint belongs to another model or other settings.
+
+    Example:
+        >>> path = solpath.search(model, batches)  # doctest: +SKIP
+        >>> small = solpath.extract(model, path.plan(sparsity=0.5))  # doctest: +SKIP
+    """
+    config = config or SearchConfig()
+    pairs = find_pairs(model)
+    identity = fingerprint(model, pairs)
+    file = None if checkpoint is None else Path(checkpoint) / "search.safetensors"
+    header = {
+        "version": 1,
+        "kind": type(config).__name__,
+        "config": config.to_dict(),
+        "loss": "divergence" if loss is None else "user",
+        "fingerprint": asdict(identity),
+    }
+    state = None if file is None else _read_checkpoint(file, header)
+
+    with probing(model, pairs, batches, loss=loss, seed=config.seed) as probe:
+        costs = count_costs(model, pairs, probe.first_sample())
+        with _progress(config.steps, progress and process()[0] == 0) as report:
+            state = state or _start(probe, config)
+            state = _run(probe, config, state, file, header, checkpoint_every, report)
+    return _path(pairs, config, state, costs, identity)
+
+
+def _start(probe: Probe, config: SearchConfig | InclusionConfig) -> State:
+    scale, slope = probe.curvature(config.scale_batches)
+    zeros = torch.zeros_like(scale)
+    state = {"scale": scale, "mask": torch.ones_like(scale), "history": torch.zeros(2, 0)}
+    state["history"] = state["history"].double()
+    if isinstance(config, SearchConfig):
+        state |= {"marginal": scale / 2 - slope, "noise": zeros}
+        state["masks"] = torch.zeros(0, probe.units, dtype=torch.float16)
+    else:
+        state |= {"dual": zeros, "entry": torch.full_like(zeros, torch.inf)}
+    return state
+
+
+def _run(
+    probe: Probe,
+    config: SearchConfig | InclusionConfig,
+    state: State,
+    file: Path | None,
+    header: Mapping[str, Any],
+    every: int,
+    report: Report,
+) -> State:
+    step = _equilibrium if isinstance(config, SearchConfig) else _inclusion
+    done = saved = state["history"].shape[1]
+    try:
+        for k in range(done, config.steps):
+            state = step(probe, config, state, k)  # type: ignore[operator]
+            report(*state["history"][:, -1].tolist())
+            if (k + 1) % every == 0 or k + 1 == config.steps:
+                saved = _write_checkpoint(file, header, state)
+    except NonFiniteLossError as error:
+        where = f"; the checkpoint of step {saved} is kept in {file.parent}" if file else ""
+        raise NonFiniteLossError(f"{str(error).rstrip('.')} of {config.steps}{where}.") from error
+    except KeyboardInterrupt:
+        _write_checkpoint(file, header, state)
+        raise
+    return state
+
+
+def _equilibrium(probe: Probe, config: SearchConfig, state: State, k: int) -> State:
+    """One step of the default search; returns a new state."""
+    loss, rows, gradient = probe.gradients(k, state["mask"], binary=config.binary)
+    marginals = state["scale"] * (rows - 0.5) - gradient
+    mean, variance = probe.mean(marginals, probe.batch_size(k))
+    keep = _share(config, k)
+    after = equilibrium_step(
+        Equilibrium(state["marginal"], state["noise"] if k else variance, state["mask"]),
+        mean,
+        variance,
+        scale=state["scale"],
+        cost=probe.cost,
+        pair=probe.pair,
+        share=keep,
+        momentum=config.momentum,
+        relaxation=config.relaxation,
+        sharpness=config.sharpness,
+        shrinkage=config.shrinkage,
+    )
+    masks = torch.cat([state["masks"], after.mask.half().unsqueeze(0)])
+    return state | after._asdict() | {"masks": masks, "history": _record(state, loss, keep)}
+
+
+def _share(config: SearchConfig, k: int) -> float:
+    if not config.growing_pull:
+        return 0.5
+    return 1 - (1 - config.final_size) * (k + 1) / config.steps
+
+
+def _inclusion(probe: Probe, config: InclusionConfig, state: State, k: int) -> State:
+    """One step of the paper's inclusion; returns a new state."""
+    loss, _, gradient = probe.gradients(k, state["mask"], binary=False)
+    nu, lam = inclusion_constants(config, state["scale"])
+    after = inclusion_step(
+        Inclusion(state["mask"], state["dual"], state["entry"]),
+        probe.mean(gradient, probe.batch_size(k))[0],
+        scale=state["scale"],
+        nu=nu,
+        kappa=config.kappa,
+        lam=lam,
+        step_size=config.step_size,
+        time=k,
+    )
+    keep = float((after.mask * probe.cost).sum() / probe.cost.sum())
+    return state | after._asdict() | {"history": _record(state, loss, keep)}
+
+
+def inclusion_constants(config: InclusionConfig, scale: Tensor) -> tuple[float, float]:
+    """ν and λ of the inclusion, with the defaults that follow from the scale and the steps."""
+    positive = scale[scale > 0]
+    median = float(positive.median()) if len(positive) else 1.0
+    nu = 0.2 / median if config.nu is None else config.nu
+    lam = config.step_size * config.steps / 4 if config.lam is None else config.lam
+    return nu, lam
+
+
+def _record(state: State, loss: float, keep: float) -> Tensor:
+    return torch.cat([state["history"], torch.tensor([[loss], [keep]], dtype=torch.float64)], 1)
+
+
+def _path(
+    pairs: Sequence[Pair],
+    config: SearchConfig | InclusionConfig,
+    state: State,
+    costs: CostTable,
+    identity: Fingerprint,
+) -> SolutionPath:
+    if isinstance(config, SearchConfig):
+        sizes = torch.tensor([pair.units for pair in pairs])
+        cost = torch.tensor([float(p.cost) for p in pairs]).repeat_interleave(sizes).double()
+        entry = read_order(
+            state["masks"].float(),
+            state["history"][1].tolist(),
+            cost,
+            [(pair.heads, pair.width) for pair in pairs],
+            round(config.memory * config.steps),
+        )
+        method = "spp"
+    else:
+        lam = inclusion_constants(config, state["scale"])[1]
+        final = Inclusion(state["mask"], state["dual"], state["entry"])
+        entry = extrapolated_entry(final, lam, config.steps)
+        method = "inclusion"
+    return SolutionPath(
+        pairs=tuple(pairs),
+        score=unflatten(pairs, -entry),
+        entry_time=unflatten(pairs, entry),
+        costs=costs,
+        method=method,
+        config=config.to_dict(),
+        fingerprint=identity,
+        history=state["history"],
+    )
+
+
+def _write_checkpoint(file: Path | None, header: Mapping[str, Any], state: State) -> int:
+    """Replace the checkpoint atomically; returns the number of steps it holds."""
+    if file is not None and process()[0] == 0:
+        metadata = {"solpath.search": json.dumps(header)}
+        write_file(file, save({name: t.contiguous() for name, t in state.items()}, metadata))
+    return state["history"].shape[1]
+
+
+def _read_checkpoint(file: Path, header: Mapping[str, Any]) -> State | None:
+    """The state in `file`, or None if there is no file.
+
+    Raises:
+        FingerprintError: it belongs to another model or other settings.
+    """
+    if not file.exists():
+        return None
+    tensors, metadata = read_safetensors(file)
+    try:
+        found = _fields(json.loads(metadata["solpath.search"]))
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise FileError(f"{file} is not a checkpoint of a search: {error}.") from error
+    for name, ours in _fields(header).items():
+        if found.get(name) != ours:
+            detail = "" if name == "digests" else f": {found.get(name)!r}, not {ours!r}"
+            raise FingerprintError(
+                f"{file} holds another search; it differs in {name}{detail}. "
+                "Use another folder, or remove that file to start again."
+            )
+    return tensors
+
+
+def _fields(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The header without its nesting."""
+    rest = {name: header[name] for name in ("version", "kind", "loss")}
+    return {**rest, **header["config"], **header["fingerprint"]}
+
+
+@contextmanager
+def _progress(steps: int, show: bool) -> Iterator[Report]:
+    """A bar with loss, expected size and time left; yields ``report(loss, share)``."""
+    if not show:
+        yield lambda loss, keep: None
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("search"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}  size {task.fields[size]:.0%}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as bar:
+        task = bar.add_task("search", total=steps, loss=0.0, size=1.0)
+        yield lambda loss, keep: bar.update(task, advance=1, loss=loss, size=keep)
