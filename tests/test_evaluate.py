@@ -133,7 +133,7 @@ def test_cached_reference_gives_the_same_numbers(kind, request):
 
 def test_inside_masked_it_agrees_with_the_extracted_model(bert):
     batches = text()
-    path = solpath.baselines.METHODS["random"](bert, batches, progress=False)
+    path = solpath.baselines.METHODS["random"](bert, batches)
     plan = path.plan(sparsity=0.5)
     cached = reference_outputs(bert, batches)
     with solpath.masked(bert, plan):
@@ -141,7 +141,7 @@ def test_inside_masked_it_agrees_with_the_extracted_model(bert):
     small = solpath.extract(bert, plan)
     outside = evaluate(small, bert, batches)
     assert inside.metrics == pytest.approx(outside.metrics, rel=1e-4)
-    assert inside.metrics["cosine"] < 0.9999
+    assert inside.metrics["relative_error"] > 1e-6
     assert inside.cost is None
     assert outside.cost == plan.achieved
 

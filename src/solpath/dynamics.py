@@ -216,7 +216,7 @@ def inclusion_step(
     kappa: float,
     lam: float,
     step_size: float,
-    time: float,
+    time: int,
 ) -> Inclusion:
     """One step of split linearised Bregman iteration with a diagonal preconditioner.
 

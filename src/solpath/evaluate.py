@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from solpath.cost import Achieved
+from solpath.discover import EXTRACTED
 from solpath.errors import BatchError
 from solpath.measure import evaluating, provenance
-from solpath.objective import forward, token_mask
+from solpath.objective import forward, has_logits, output_tensor, run, token_mask
 from solpath.plan import Plan
 
 
@@ -90,7 +91,7 @@ def evaluate(
         metrics = {name: total / count for name, total in totals.items()}
         if task is not None:
             metrics["task"] = float(task(model))
-    plan = getattr(model, "solpath_plan", None)
+    plan = getattr(model, EXTRACTED, None)
     return Result(
         metrics=metrics,
         samples=samples,
@@ -144,17 +145,8 @@ def _with_targets(
 
 def _run(model: nn.Module, batch: Any) -> tuple[Tensor, bool]:
     """The output of `model`, and whether it is logits."""
-    found: list[bool] = []
-
-    def look(module: nn.Module, args: Any, output: Any) -> None:
-        found.append(getattr(output, "logits", None) is not None)
-
-    handle = model.register_forward_hook(look)
-    try:
-        output = forward(model, batch)
-    finally:
-        handle.remove()
-    return output, bool(found and found[-1])
+    outputs = run(model, batch, labels=False)
+    return output_tensor(outputs), has_logits(outputs)
 
 
 def _check(index: int, output: Tensor, target: Tensor) -> None:
@@ -172,7 +164,7 @@ def _compare_logits(output: Tensor, target: Tensor, mask: Tensor | None) -> dict
     """Sums over positions. ``[B, ..., C]`` twice, mask ``[B, T]`` or None."""
     classes = output.shape[-1]
     y, t = (_at_least_float(value).reshape(-1, classes) for value in (output, target))
-    if mask is not None and mask.shape == output.shape[:-1]:
+    if mask is not None:
         y, t = y[mask.flatten()], t[mask.flatten()]
     log_y, log_t = y.log_softmax(-1), t.log_softmax(-1)
     error = (y - t).square().sum(-1) / t.square().sum(-1).clamp(min=_tiny(t))
@@ -189,15 +181,15 @@ def _compare_hidden(output: Tensor, target: Tensor, mask: Tensor | None) -> dict
     """Sums over samples. ``[B, ..., D]`` twice, mask ``[B, T]`` or None."""
     batch, width = output.shape[0], output.shape[-1]
     y, t = (_at_least_float(value).reshape(batch, -1, width) for value in (output, target))
-    if mask is None or mask.shape != y.shape[:2]:
+    if mask is None:
         mask = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device)
     weight = mask.unsqueeze(-1).to(y.dtype)
     tokens = weight.sum(dim=1).clamp(min=1)
     error = ((y - t).square() * weight).sum(dim=(1, 2))
     size = (t.square() * weight).sum(dim=(1, 2)).clamp(min=_tiny(t))
-    pooled = ((value * weight).sum(dim=1) / tokens for value in (y, t))
+    pooled_y, pooled_t = (y * weight).sum(dim=1) / tokens, (t * weight).sum(dim=1) / tokens
     return {
-        "cosine": functional.cosine_similarity(*pooled).sum().item(),
+        "cosine": functional.cosine_similarity(pooled_y, pooled_t).sum().item(),
         "relative_error": (error / size).sum().item(),
         "count": batch,
     }

@@ -1,20 +1,29 @@
 """Files on disk: atomic writes, and reads that check before they allocate."""
 
 import contextlib
+import hashlib
 import json
+import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from solpath.errors import FileError
 
 MAX_JSON_BYTES = 64 * 2**20
+MAX_HEADER_BYTES = 16 * 2**20
+
+Header = Mapping[str, tuple[str, tuple[int, ...]]]
+Expected = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 _DTYPES = {
     torch.float64: "F64",
@@ -120,13 +129,21 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of at most 64 MiB; anything else raises `FileError` naming the file."""
+def read_json(path: Path, *, sha256: str | None = None) -> dict[str, Any]:
+    """Read a JSON object of at most 64 MiB, all of its numbers finite.
+
+    Args:
+        path: a regular file.
+        sha256: hex digest the bytes must have.
+
+    Raises:
+        FileError: naming the file and what is wrong with it.
+    """
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise FileError(f"{path} has {size} bytes; at most {MAX_JSON_BYTES} are read.")
-        value = json.loads(path.read_bytes(), parse_constant=_refuse)
+        data = _read_small(path, MAX_JSON_BYTES)
+        if sha256 is not None:
+            check_digest(path, hashlib.sha256(data).hexdigest(), sha256)
+        value = json.loads(data, parse_constant=_refuse, parse_float=_finite)
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:
@@ -136,49 +153,187 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _read_small(path: Path, limit: int) -> bytes:
+    """Read a regular file; one of more than `limit` bytes is refused before it is read."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise FileError(f"{path} is not a regular file.")
+    if status.st_size > limit:
+        raise FileError(f"{path} has {status.st_size} bytes; at most {limit} are read.")
+    with path.open("rb") as stream:
+        return stream.read(limit)
+
+
 def _refuse(name: str) -> None:
     raise ValueError(f"{name} is not allowed")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not finite")
+    return value
+
+
+def check_digest(path: Path, found: str, expected: str) -> None:
+    """Raise `FileError` unless the two hex digests are equal."""
+    if found != expected:
+        raise FileError(
+            f"{path} is damaged or was changed: its SHA-256 is {found}, expected {expected}."
+        )
+
+
+def read_header(path: Path) -> Header:
+    """Names, dtypes and shapes in a safetensors file. No tensor data is read.
+
+    Returns:
+        Name to (safetensors dtype, shape), in the order of the data.
+
+    Raises:
+        FileError: not a regular file, truncated, damaged, or a header above 16 MiB.
+    """
+    try:
+        with path.open("rb") as stream:
+            status = os.fstat(stream.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise FileError(f"{path} is not a regular file.")
+            length = int.from_bytes(stream.read(8), "little")
+        if length > min(MAX_HEADER_BYTES, status.st_size - 8):
+            raise FileError(
+                f"{path}: header length is {length} bytes in a file of {status.st_size}; "
+                f"at most {MAX_HEADER_BYTES} are read."
+            )
+        with safe_open(path, framework="pt") as stream:
+            slices = {name: stream.get_slice(name) for name in stream.offset_keys()}
+            return {n: (part.get_dtype(), tuple(part.get_shape())) for n, part in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FileError(f"cannot read {path}: {error}.") from error
+
+
+def check_header(path: Path, header: Header, expected: Expected, *, exact: bool = True) -> None:
+    """Compare a header with what must be there.
+
+    Args:
+        path: the file, for the message.
+        header: from `read_header`.
+        expected: name to (dtype, shape).
+        exact: whether every expected tensor must be there; names not expected are always refused.
+
+    Raises:
+        FileError: wrong name, dtype or shape.
+    """
+    wrong = sorted(set(header) - set(expected)) or sorted(
+        set(expected) - set(header) if exact else ()
+    )
+    if wrong:
+        state = "is not expected" if wrong[0] in header else "is missing"
+        raise FileError(f"{path}: tensor {wrong[0]!r} {state}.")
+    for name, (found, shape) in header.items():
+        dtype, size = expected[name]
+        if (found, shape) != (dtype_name(dtype), tuple(size)):
+            raise FileError(
+                f"{path}: tensor {name!r} is {found} {list(shape)}, "
+                f"expected {dtype_name(dtype)} {list(size)}."
+            )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name safetensors has for `dtype`. Raises `FileError` for one solpath does not write."""
+    if dtype not in _DTYPES:
+        raise FileError(f"tensors of {dtype} cannot be stored; cast them to a float dtype first.")
+    return _DTYPES[dtype]
+
+
 def read_tensors(
-    path: Path, expected: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], *, exact: bool = True
-) -> dict[str, torch.Tensor]:
+    path: Path, expected: Expected, *, exact: bool = True, sha256: str | None = None
+) -> dict[str, Tensor]:
     """Read a safetensors file whose header must match `expected` before any data is read.
+
+    The tensors own their memory: the file may be changed or removed afterwards.
 
     Args:
         path: the file.
         expected: name to (dtype, shape).
         exact: whether every expected tensor must be there; names not expected are always refused.
+        sha256: hex digest of the whole file. It is computed beside the reading, on a second core.
 
     Raises:
-        FileError: truncated or damaged file, wrong name, dtype or shape.
+        FileError: truncated or damaged file, wrong name, dtype, shape or digest.
     """
+    header = read_header(path)
+    check_header(path, header, expected, exact=exact)
+    tensors = {}
     try:
-        with safe_open(path, framework="pt") as stream:
-            names = set(stream.keys())
-            wrong = sorted(names - set(expected)) or sorted((set(expected) - names) if exact else ())
-            if wrong:
-                state = "is not expected" if wrong[0] in names else "is missing"
-                raise FileError(f"{path}: tensor {wrong[0]!r} {state}.")
-            for name in sorted(names):
-                dtype, shape = expected[name]
-                part = stream.get_slice(name)
-                found = (part.get_dtype(), tuple(part.get_shape()))
-                if found != (_DTYPES[dtype], shape):
-                    raise FileError(
-                        f"{path}: tensor {name!r} is {found[0]} {list(found[1])}, "
-                        f"expected {_DTYPES[dtype]} {list(shape)}."
-                    )
-            return {name: stream.get_tensor(name) for name in sorted(names)}
+        with safe_open(path, framework="pt", backend="pread") as stream:
+            with _Digest(path) if sha256 is not None else contextlib.nullcontext() as digest:
+                for name in header:
+                    tensors[name] = stream.get_tensor(name)
+                    if digest is not None:
+                        digest.update(tensors[name])
+            if digest is not None and sha256 is not None:
+                check_digest(path, digest.hexdigest(), sha256)
+            return tensors
     except (SafetensorError, OSError, ValueError) as error:
         raise FileError(f"cannot read {path}: {error}.") from error
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read all tensors of a file and its metadata; `FileError` if it is damaged."""
+def digest_of(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 that a safetensors file just written must have.
+
+    The data is taken from memory, so that a fault on the way to the disk shows when it is read.
+    """
+    with _Digest(path) as digest:
+        for name in read_header(path):
+            digest.update(tensors[name])
+    return digest.hexdigest()
+
+
+class _Digest:
+    """SHA-256 of a safetensors file from its header and its tensors, in a thread of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self._hash = hashlib.sha256()
+        with path.open("rb") as stream:
+            start = stream.read(8)
+            self._hash.update(start + stream.read(int.from_bytes(start, "little")))
+
+    def __enter__(self) -> "_Digest":
+        self._pool = ThreadPoolExecutor(1)
+        self._jobs: list[Future[None]] = []
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def update(self, tensor: Tensor) -> None:
+        """Add the data of the next tensor."""
+        data: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        self._jobs.append(self._pool.submit(self._hash.update, data))
+
+    def hexdigest(self) -> str:
+        """The digest of everything added. Raises what went wrong in the thread."""
+        for job in self._jobs:
+            job.result()
+        return self._hash.hexdigest()
+
+
+def member(folder: Path, name: str) -> Path:
+    """A file of `folder` that really lies there.
+
+    A link may only lead to another file of the folder, or, in a snapshot of the Hugging Face
+    cache (``<repo>/snapshots/<revision>``), into ``<repo>/blobs``.
+
+    Raises:
+        FileError: the file is missing or lies elsewhere.
+    """
+    path = folder / name
     try:
-        with safe_open(path, framework="pt") as stream:
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-            return tensors, dict(stream.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as error:
+        root, real = folder.resolve(strict=True), path.resolve(strict=True)
+    except (OSError, ValueError, RuntimeError) as error:
         raise FileError(f"cannot read {path}: {error}.") from error
+    homes = [root]
+    if root.parent.name == "snapshots":
+        homes.append(root.parent.parent / "blobs")
+    if not any(real.is_relative_to(home) for home in homes):
+        raise FileError(f"{path} leads out of the folder, to {real}.")
+    return path

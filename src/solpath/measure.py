@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from solpath.errors import BatchError, ConfigError
+from solpath.data import batch_size, check_device
+from solpath.errors import ConfigError
 from solpath.objective import forward
 
 WARM_UP = 3
@@ -75,13 +76,15 @@ def measure(
 
     Raises:
         ConfigError: no model, or `repeats` below 1.
-        BatchError: the batch holds no tensor, or lies on another device than a model.
+        BatchError: the batch has no samples, or lies on another device than a model.
     """
     if not models:
         raise ConfigError("models is empty; give at least one, for example {'dense': model}.")
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ConfigError(f"repeats must be an integer of at least 1, got {repeats!r}.")
-    samples = _check_batch(models, batch)
+    samples = batch_size(batch)
+    for model in models.values():
+        check_device(batch, _device(model))
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for model in models.values():
@@ -167,14 +170,13 @@ def bytes_on_disk(model: nn.Module) -> int:
 
     Names that share one tensor are counted once.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    seen = set()
-    end = 0
+    distinct: dict[object, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict().items():
-        key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
-        if tensor.numel() and key in seen:
-            continue
-        seen.add(key)
+        where = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape)
+        distinct.setdefault(where if tensor.numel() else name, (name, tensor))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in sorted(distinct.values(), key=lambda item: item[0]):
         start, end = end, end + tensor.numel() * tensor.element_size()
         dtype = str(tensor.dtype).removeprefix("torch.")
         header[name] = {
@@ -215,23 +217,29 @@ def peak_memory(
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before, "torch.cuda.max_memory_allocated"
-    with _LiveStorages() as live:
+    with LiveStorages() as live:
         function()
     return live.peak, "live tensor storages (TorchDispatchMode)"
 
 
-class _LiveStorages(TorchDispatchMode):
-    """Follow every storage first seen as an operator's output; `peak` is the most bytes alive."""
+class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follow every storage first seen as an operator's output, until it is freed.
+
+    Attributes:
+        alive: bytes alive now.
+        peak: most bytes alive at once since the start, or since `peak` was last set.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.alive = 0
         self.peak = 0
-        self._alive = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        """Run one operator and note the storages it makes."""
         kwargs = kwargs or {}
         for tensor in _tensors((args, kwargs)):
             self._follow(tensor, 0)
@@ -248,11 +256,11 @@ class _LiveStorages(TorchDispatchMode):
 
         def freed(_: Any) -> None:
             del self._known[key]
-            self._alive -= size
+            self.alive -= size
 
         self._known[key] = weakref.ref(storage, freed)
-        self._alive += size
-        self.peak = max(self.peak, self._alive)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -322,22 +330,6 @@ def _device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def _check_batch(models: Mapping[str, nn.Module], batch: Any) -> int:
-    """Samples in `batch`; raises `BatchError` when a model cannot take it where it lies."""
-    values = [batch] if isinstance(batch, Tensor) else list(dict(batch).values())
-    tensors = [value for value in values if isinstance(value, Tensor) and value.dim() > 0]
-    if not tensors or not tensors[0].shape[0]:
-        raise BatchError("the batch is empty; give one with at least one sample.")
-    for name, model in models.items():
-        for tensor in tensors:
-            if tensor.device != _device(model):
-                raise BatchError(
-                    f"the batch is on {tensor.device} but {name!r} is on {_device(model)}; "
-                    f"move one of them."
-                )
-    return tensors[0].shape[0]
-
-
 def _resident_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, each storage once."""
     tensors = (*model.parameters(), *model.buffers())
@@ -354,5 +346,5 @@ def _pass(model: nn.Module, batch: Any) -> Callable[[], Tensor]:
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()

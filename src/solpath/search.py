@@ -1,6 +1,5 @@
 """One search over a model; its result is an order that gives every size."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
+from solpath.checkpoint import State, read_checkpoint, write_checkpoint
 from solpath.config import InclusionConfig, SearchConfig
 from solpath.cost import CostTable
 from solpath.counting import count_costs
@@ -24,14 +23,12 @@ from solpath.dynamics import (
     inclusion_step,
     read_order,
 )
-from solpath.errors import FileError, FingerprintError, NonFiniteLossError
-from solpath.files import read_safetensors, write_file
+from solpath.errors import NonFiniteLossError
 from solpath.objective import Loss
 from solpath.pair import Fingerprint, Pair
 from solpath.path import SolutionPath, unflatten
 from solpath.probe import Probe, probing, process
 
-State = dict[str, Tensor]
 Report = Callable[[float, float], None]
 
 
@@ -88,7 +85,7 @@ def search(
         "loss": "divergence" if loss is None else "user",
         "fingerprint": asdict(identity),
     }
-    state = None if file is None else _read_checkpoint(file, header)
+    state = None if file is None else read_checkpoint(file, header)
 
     with probing(model, pairs, batches, loss=loss, seed=config.seed) as probe:
         costs = count_costs(model, pairs, probe.first_sample())
@@ -127,14 +124,21 @@ def _run(
             state = step(probe, config, state, k)  # type: ignore[operator]
             report(*state["history"][:, -1].tolist())
             if (k + 1) % every == 0 or k + 1 == config.steps:
-                saved = _write_checkpoint(file, header, state)
+                saved = _save(file, header, state)
     except NonFiniteLossError as error:
         where = f"; the checkpoint of step {saved} is kept in {file.parent}" if file else ""
         raise NonFiniteLossError(f"{str(error).rstrip('.')} of {config.steps}{where}.") from error
     except KeyboardInterrupt:
-        _write_checkpoint(file, header, state)
+        _save(file, header, state)
         raise
     return state
+
+
+def _save(file: Path | None, header: Mapping[str, Any], state: State) -> int:
+    """Write the checkpoint, if one is kept, on the first process; returns the steps it holds."""
+    if file is not None and process()[0] == 0:
+        write_checkpoint(file, header, state)
+    return state["history"].shape[1]
 
 
 def _equilibrium(probe: Probe, config: SearchConfig, state: State, k: int) -> State:
@@ -230,43 +234,6 @@ def _path(
         fingerprint=identity,
         history=state["history"],
     )
-
-
-def _write_checkpoint(file: Path | None, header: Mapping[str, Any], state: State) -> int:
-    """Replace the checkpoint atomically; returns the number of steps it holds."""
-    if file is not None and process()[0] == 0:
-        metadata = {"solpath.search": json.dumps(header)}
-        write_file(file, save({name: t.contiguous() for name, t in state.items()}, metadata))
-    return state["history"].shape[1]
-
-
-def _read_checkpoint(file: Path, header: Mapping[str, Any]) -> State | None:
-    """The state in `file`, or None if there is no file.
-
-    Raises:
-        FingerprintError: it belongs to another model or other settings.
-    """
-    if not file.exists():
-        return None
-    tensors, metadata = read_safetensors(file)
-    try:
-        found = _fields(json.loads(metadata["solpath.search"]))
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise FileError(f"{file} is not a checkpoint of a search: {error}.") from error
-    for name, ours in _fields(header).items():
-        if found.get(name) != ours:
-            detail = "" if name == "digests" else f": {found.get(name)!r}, not {ours!r}"
-            raise FingerprintError(
-                f"{file} holds another search; it differs in {name}{detail}. "
-                "Use another folder, or remove that file to start again."
-            )
-    return tensors
-
-
-def _fields(header: Mapping[str, Any]) -> dict[str, Any]:
-    """The header without its nesting."""
-    rest = {name: header[name] for name in ("version", "kind", "loss")}
-    return {**rest, **header["config"], **header["fingerprint"]}
 
 
 @contextmanager

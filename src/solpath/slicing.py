@@ -16,11 +16,9 @@ def slice_linear(linear: nn.Linear, index: Tensor, axis: int) -> nn.Linear:
         Layer with weight ``[r, in]`` or ``[out, r]``, same dtype, device, mode, requires_grad.
     """
     index = index.to(linear.weight.device)
-    size = [linear.in_features, linear.out_features]
-    size[1 - axis] = len(index)
-    with torch.device("meta"):
-        small = nn.Linear(*size, bias=linear.bias is not None)
+    small = nn.Linear(1, 1, bias=linear.bias is not None, device="meta")
     small.weight = _parameter(linear.weight, linear.weight.detach().index_select(axis, index))
+    small.out_features, small.in_features = small.weight.shape
     if linear.bias is not None:
         bias = linear.bias.detach()
         bias = bias.index_select(0, index) if axis == 0 else bias.clone()

@@ -1,0 +1,182 @@
+"""Quality against size: SPP and every baseline, on the same batches, without tuning weights.
+
+    python benchmarks/quality.py --model minilm --seeds 0,1,2
+
+Every run of one method with one seed is added to the JSON as soon as it ends; runs that are there
+already are not repeated, so the command can be interrupted and started again.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+import solpath
+from record import RESULTS, show
+from solpath.baselines import METHODS
+from solpath.config import InclusionConfig, SearchConfig
+from solpath.evaluate import evaluate, reference_outputs
+from solpath.files import write_file
+from solpath.measure import provenance
+from solpath.path import SolutionPath
+from workloads import Workload, workload
+
+SEARCHES: dict[str, tuple[type, dict[str, Any]]] = {
+    "spp": (SearchConfig, {}),
+    "spp_continuous": (SearchConfig, {"binary": False}),
+    "spp_constant_pull": (SearchConfig, {"growing_pull": False}),
+    "inclusion": (InclusionConfig, {}),
+}
+DEFAULT = ",".join(["spp", *METHODS])
+SMOKE = {
+    "iterative": {"stages": 2, "scale_batches": 1},
+    "iterative_curvature": {"stages": 2, "scale_batches": 1},
+    "released": {"steps": 2},
+    "taylor": {"scale_batches": 1},
+    "gauss_newton": {"scale_batches": 1},
+}
+
+
+def main(
+    model: Annotated[str, typer.Option(help="minilm, digits or llama.")],
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    methods: Annotated[str, typer.Option(help="Comma-separated; also the ablations.")] = DEFAULT,
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder of the dense model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON to add to.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Search steps; default of the library.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples per batch.")] = None,
+    batch_count: Annotated[int, typer.Option(help="Different batches; then they repeat.")] = 256,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    force: Annotated[bool, typer.Option(help="Repeat runs that are in the JSON.")] = False,
+    smoke: Annotated[bool, typer.Option(help="Tiny settings: does it run?")] = False,
+) -> None:
+    """Run what is missing and print the table of one model."""
+    torch.set_num_threads(threads)
+    out = out or RESULTS / f"quality_{model}.json"
+    names = [name.strip() for name in methods.split(",")]
+    unknown = [name for name in names if name not in SEARCHES and name not in METHODS]
+    if unknown:
+        known = ", ".join([*SEARCHES, *METHODS])
+        raise SystemExit(f"unknown method {unknown[0]!r}; choose from {known}.")
+    work = workload(model, checkpoint, heldout=32 if smoke else None)
+    settings = {
+        "model": model,
+        "batch_size": batch_size or work.batch_size,
+        "batch_count": 4 if smoke else batch_count,
+        "steps": 4 if smoke else steps,
+        "smoke": smoke,
+        "data": work.data,
+    }
+    cached = reference_outputs(work.model, work.heldout)
+    dense = evaluate(work.model, cached, work.heldout, task=work.task).metrics
+    for seed in (int(seed) for seed in seeds.split(",")):
+        batches = work.batches(seed, settings["batch_count"], settings["batch_size"])
+        for name in names:
+            if not force and any(_same(run, name, seed, settings) for run in _read(out)):
+                continue
+            run = _run(work, name, seed, batches, cached, settings)
+            _add(out, {**run, "dense": dict(dense), "settings": settings})
+            row = "  ".join(f"{size['metrics'][work.headline]:.4f}" for size in run["sizes"])
+            line = f"{model} {name} seed {seed}: {row}  ({run['seconds']:.1f} s)"
+            Console().print(line, soft_wrap=True)
+    _table(work, settings, dense, _read(out))
+
+
+def _run(
+    work: Workload,
+    name: str,
+    seed: int,
+    batches: list[Any],
+    cached: list[torch.Tensor],
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """One search and its scores at every size, inside `masked` (equal to the extracted model)."""
+    start = time.perf_counter()
+    path = _search(work, name, seed, batches, settings)
+    seconds = time.perf_counter() - start
+    sizes = []
+    for keep in work.keeps:
+        plan = path.plan(sparsity=1 - keep)
+        with solpath.masked(work.model, plan):
+            metrics = evaluate(work.model, cached, work.heldout, task=work.task).metrics
+        sizes.append({"keep": keep, "sparsity": plan.achieved.sparsity, "metrics": dict(metrics)})
+    return {
+        "model": work.name,
+        "method": name,
+        "seed": seed,
+        "seconds": seconds,
+        "config": dict(path.config),
+        "sizes": sizes,
+        "provenance": provenance(),
+    }
+
+
+def _search(
+    work: Workload, name: str, seed: int, batches: list[Any], settings: dict[str, Any]
+) -> SolutionPath:
+    if name in METHODS:
+        options = SMOKE.get(name, {}) if settings["smoke"] else {}
+        return METHODS[name](work.model, batches, seed=seed, **options)
+    kind, options = SEARCHES[name]
+    if settings["steps"] is not None:
+        options = options | {"steps": settings["steps"]}
+    if settings["smoke"]:
+        options = options | {"scale_batches": 1}
+    return solpath.search(work.model, batches, kind(seed=seed, **options), progress=False)
+
+
+def _same(run: dict[str, Any], name: str, seed: int, settings: dict[str, Any]) -> bool:
+    return (run["method"], run["seed"], run["settings"]) == (name, seed, settings)
+
+
+def _read(out: Path) -> list[dict[str, Any]]:
+    return json.loads(out.read_text())["runs"] if out.exists() else []
+
+
+def _add(out: Path, run: dict[str, Any]) -> None:
+    """Add a run; one with the same method, seed and settings is replaced."""
+    runs = [r for r in _read(out) if not _same(r, run["method"], run["seed"], run["settings"])]
+    runs.append(run)
+    write_file(out, (json.dumps({"runs": runs}, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _table(
+    work: Workload, settings: dict[str, Any], dense: Any, runs: list[dict[str, Any]]
+) -> None:
+    """Mean over seeds (and half the range) per method and size; SPP against the best rival."""
+    runs = [run for run in runs if run["settings"] == settings]
+    metrics = [work.headline] + (["kl"] if work.headline == "task" else [])
+    for metric in metrics:
+        higher = work.higher_is_better and metric != "kl"
+        means: dict[str, list[float]] = {}
+        rows = []
+        for name in dict.fromkeys(run["method"] for run in runs):
+            chosen = [run for run in runs if run["method"] == name]
+            values = [
+                [run["sizes"][i]["metrics"][metric] for run in chosen]
+                for i in range(len(work.keeps))
+            ]
+            means[name] = [statistics.fmean(value) for value in values]
+            cells = [f"{statistics.fmean(v):.4f} ±{(max(v) - min(v)) / 2:.4f}" for v in values]
+            seconds = statistics.median(run["seconds"] for run in chosen)
+            rows.append([name, len(chosen), *cells, f"{seconds:.1f}"])
+        rivals = [mean for name, mean in means.items() if name in METHODS]
+        if "spp" in means and rivals:
+            best = [(max if higher else min)(column) for column in zip(*rivals, strict=True)]
+            pairs = list(zip(means["spp"], best, strict=True))
+            rows.append(["spp - best rival", "", *(f"{a - b:+.4f}" for a, b in pairs), ""])
+            ratios = [f"{a / b:.3f}" if b else "-" for a, b in pairs]
+            rows.append(["spp / best rival", "", *ratios, ""])
+        title = f"{work.name}: {work.data.get('task', metric) if metric == 'task' else metric}"
+        title += f" (dense {dense[metric]:.4f}; {'higher' if higher else 'lower'} is better)"
+        keeps = [f"keep {keep:.2f}" for keep in work.keeps]
+        show(title, ["method", "seeds", *keeps, "search s"], rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,226 @@
+"""Cost of one search step against its floor: forward, and backward to the activations.
+
+    python benchmarks/search_step.py
+
+The floor is a plain forward pass of the frozen model and a backward pass to the output of the
+embeddings, with the same objective and a target that is known. Every step of the search is timed
+from outside, by the moments at which it asks for its batch, and a floor pass on the same batch is
+run between two steps, so both see the same machine. "cached" repeats a few batches, whose dense
+outputs the search remembers; "fresh" brings a new batch every step, so each step also runs the
+dense model once.
+
+Memory is measured twice: the most bytes of live tensors, and the peak resident size of a process
+that does nothing else.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+import solpath
+from record import RESULTS, save, show
+from solpath.measure import LiveStorages, interquartile_range
+from solpath.objective import divergence, forward, token_mask
+from workloads import Batch, installed_minilm, random_tokens
+
+WARM_UP = 3
+CACHED = 4
+
+
+class Watched(Sequence[Batch]):
+    """Batches that call `watch` whenever the search moves on to another one."""
+
+    def __init__(self, batches: list[Batch], watch: Callable[[int], None]) -> None:
+        self.batches, self.watch = batches, watch
+        self.last = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        if index != self.last:
+            self.last = index
+            self.watch(index)
+        return self.batches[index]
+
+
+def load() -> nn.Module:
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(installed_minilm(), add_pooling_layer=False).eval()
+
+
+class Floor:
+    """Forward and backward to the embeddings' output, weights frozen."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.requires_grad_(False)
+        self.inner: list[torch.Tensor] = []
+        self.targets: dict[int, torch.Tensor] = {}
+        self.tracking = False
+        model.get_input_embeddings()
+        model.embeddings.register_forward_hook(self._start)
+
+    def _start(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        if not self.tracking:
+            return None
+        output = output.detach().requires_grad_()
+        self.inner = [output]
+        return output
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        with torch.no_grad():
+            for batch in batches:
+                self.targets[id(batch)] = forward(self.model, batch)
+
+    def __call__(self, batch: Batch) -> None:
+        self.tracking = True
+        with torch.enable_grad():
+            output = forward(self.model, batch)
+            target, mask = self.targets[id(batch)], token_mask(batch, output)
+            loss = divergence(output, target, mask, logits=False).mean()
+            torch.autograd.grad(loss, self.inner)
+        self.inner = []
+        self.tracking = False
+
+
+def settings(steps: int) -> solpath.SearchConfig:
+    return solpath.SearchConfig(steps=steps, scale_batches=1)
+
+
+def time_steps(model: nn.Module, batches: list[Batch], steps: int) -> dict[str, list[float]]:
+    """Seconds of every step of one search, and of the floor between them."""
+    floor = Floor(deepcopy(model))
+    floor.prepare(batches)
+    times: dict[str, list[float]] = {"step": [], "floor": []}
+    start = None
+
+    def watch(index: int) -> None:
+        nonlocal start
+        if start is not None:
+            times["step"].append(time.perf_counter() - start)
+        before = time.perf_counter()
+        floor(batches[index])
+        times["floor"].append(time.perf_counter() - before)
+        start = time.perf_counter()
+
+    solpath.search(model, Watched(batches, watch), settings(steps), progress=False)
+    first = CACHED + WARM_UP if len(batches) == CACHED else WARM_UP
+    return {name: values[first:] for name, values in times.items()}
+
+
+def live_bytes(model: nn.Module, batches: list[Batch]) -> dict[str, int]:
+    """Most bytes of live tensors on top of the weights: in the floor, a step, the whole search."""
+    floor = Floor(deepcopy(model))
+    floor.prepare(batches)
+    with LiveStorages() as live:
+        floor(batches[0])
+    result = {"floor": live.peak}
+    peaks: list[int] = []
+    with LiveStorages() as live:
+
+        def watch(index: int) -> None:
+            peaks.append(live.peak)
+            live.peak = live.alive
+
+        solpath.search(model, Watched(batches, watch), settings(2 * CACHED), progress=False)
+    return result | {"scale": peaks[0], "step": max(peaks[CACHED + 1 :]), "search": max(peaks)}
+
+
+def resident(mode: str, size: int, length: int, steps: int, threads: int) -> int:
+    """Peak resident bytes of a fresh process that runs `steps` passes of one mode."""
+    arguments = [f"--size={size}", f"--length={length}", f"--steps={steps}"]
+    arguments += [f"--threads={threads}", f"--worker={mode}"]
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments], check=True, capture_output=True, text=True
+    )
+    return int(json.loads(done.stdout.splitlines()[-1])["resident"])
+
+
+def work(mode: str, size: int, length: int, steps: int) -> None:
+    """What a fresh process does for `resident`."""
+    model = load()
+    batches = random_tokens(model, size, length, CACHED if mode != "fresh" else steps + 1)
+    if mode == "floor":
+        floor = Floor(model)
+        floor.prepare(batches)
+        for step in range(steps):
+            floor(batches[step % CACHED])
+    elif mode != "load":
+        solpath.search(model, batches, settings(steps), progress=False)
+    print(json.dumps({"resident": peak_resident()}))
+
+
+def peak_resident() -> int:
+    """Peak resident bytes of this process since it started its program."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("no VmHWM in /proc/self/status; resident memory needs Linux.")
+
+
+def main(
+    size: Annotated[int, typer.Option(help="Samples per batch.")] = 16,
+    length: Annotated[str, typer.Option(help="Tokens per sample, comma-separated.")] = "32,128",
+    steps: Annotated[int, typer.Option(help="Search steps that are timed.")] = 40,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    out: Annotated[Path, typer.Option(help="JSON to write.")] = RESULTS / "search_step.json",
+    worker: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Time and memory of a search step over the floor, on all-MiniLM-L6-v2."""
+    torch.set_num_threads(threads)
+    if worker:
+        work(worker, size, int(length), steps)
+        return
+    results, rows = [], []
+    for tokens in (int(part) for part in length.split(",")):
+        model = load()
+        entry: dict[str, Any] = {"size": size, "length": tokens, "time": {}, "memory": {}}
+        for mode in ("cached", "fresh"):
+            total = steps + WARM_UP + 1 + (CACHED if mode == "cached" else 0)
+            batches = random_tokens(model, size, tokens, CACHED if mode == "cached" else total + 1)
+            times = time_steps(model, batches, total)
+            step, floor = (statistics.median(times[name]) for name in ("step", "floor"))
+            entry["time"][mode] = {
+                "step_ms": 1e3 * step,
+                "floor_ms": 1e3 * floor,
+                "step_iqr_ms": 1e3 * interquartile_range(times["step"]),
+                "floor_iqr_ms": 1e3 * interquartile_range(times["floor"]),
+                "ratio": step / floor,
+                "timed": len(times["step"]),
+            }
+            label = f"{size} x {tokens}, time ({mode} targets)"
+            rows.append([label, f"{1e3 * step:.1f} ms", f"{1e3 * floor:.1f} ms", step / floor])
+        weights = sum(p.nbytes for p in model.parameters())
+        live = live_bytes(model, random_tokens(model, size, tokens, CACHED))
+        ratios = {k: (weights + live[k]) / (weights + live["floor"]) for k in ("step", "search")}
+        entry["memory"]["tensors"] = {"weights": weights, **live, "ratios_with_weights": ratios}
+        for name in ("step", "search"):
+            cells = [f"{(weights + live[part]) / 2**20:.1f} MiB" for part in (name, "floor")]
+            rows.append([f"{size} x {tokens}, live tensors ({name})", *cells, ratios[name]])
+        peak = {
+            mode: resident(mode, size, tokens, min(steps, 12), threads)
+            for mode in ("load", "floor", "cached", "fresh")
+        }
+        entry["memory"]["resident"] = peak
+        for mode in ("cached", "fresh"):
+            cells = [f"{peak[part] / 2**20:.1f} MiB" for part in (mode, "floor")]
+            ratio = peak[mode] / peak["floor"]
+            rows.append([f"{size} x {tokens}, process ({mode} targets)", *cells, ratio])
+        results.append(entry)
+    show("One search step over its floor", ["", "search", "floor", "ratio"], rows)
+    save(out, {"model": "minilm", "steps": steps, "threads": threads}, results)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,399 @@
+"""Save extracted models to a folder, load them back bit for bit, share them on the Hub.
+
+What lies in the folder is described in docs/formats.md. Loading never unpickles, never runs code
+from the folder, and compares every size with the headers of the weight files before it allocates.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import fields
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from solpath.cost import Achieved
+from solpath.discover import EXTRACTED
+from solpath.errors import ConfigError, FileError, SolpathError
+from solpath.files import (
+    Header,
+    check_header,
+    check_output,
+    digest_of,
+    dtype_name,
+    member,
+    new_folder,
+    read_header,
+    read_json,
+    read_tensors,
+    write_json,
+)
+from solpath.plan import Plan
+from solpath.skeleton import (
+    OPTIONS,
+    assign_,
+    build_skeleton,
+    check_same,
+    check_sizes,
+    constructor_options,
+    expect_buffers,
+    resolve,
+    separate,
+    state_of,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMAT, FORMAT_VERSION = "solpath.model", 1
+HEADER, CONFIG, GENERATION = "solpath.json", "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+HUB_FILES = ["*.json", "model*.safetensors", "vocab.txt", "merges.txt"]
+
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DTYPES = {"float64", "float32", "float16", "bfloat16"}
+_ATTENTION = ("sdpa", "eager")
+
+
+class Tokenizer(Protocol):
+    """A tokenizer, image processor or anything else that writes its files into a folder."""
+
+    def save_pretrained(self, save_directory: str) -> Any:
+        """Write the files."""
+
+
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: Tokenizer | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write an extracted model as safetensors and JSON. The folder appears whole or not at all.
+
+    Args:
+        model: from `extract`; its weights may have been trained since.
+        folder: where to; new or empty, unless `overwrite`, which replaces all that is in it.
+        tokenizer: its files are added.
+        overwrite: replace the folder. A save that fails leaves it as it was.
+        max_shard_size: weights above this are split into several files.
+
+    Raises:
+        SolpathError: the model was not extracted, or `load` could not rebuild it.
+        ConfigError: a bad `max_shard_size` or `tokenizer`.
+        FileError: the folder is not empty, or cannot be written.
+    """
+    check_output(folder, overwrite=overwrite)
+    contents = _contents(model)
+    with new_folder(folder, overwrite=overwrite) as temporary:
+        _write(contents, temporary, tokenizer, max_shard_size)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    verify: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> "PreTrainedModel":
+    """Read a model written by `save`, bitwise equal, in eval mode, with its `solpath_plan`.
+
+    Args:
+        path: a folder, or the id of a Hub repository (``"name/repo"``) if there is no such folder.
+        device: where the model goes.
+        verify: compare every file read with the SHA-256 noted when it was saved. False reads a
+            folder whose files were changed on purpose; all other checks stay.
+        revision: branch, tag or commit of a Hub repository.
+        token: for a private Hub repository.
+
+    Raises:
+        FileError: a missing, damaged or forged file; the message names the file and the field.
+
+    Example:
+        >>> small = solpath.load("family/s50")  # doctest: +SKIP
+    """
+    folder = _locate(path, revision, token)
+    file = member(folder, HEADER)
+    head = read_json(file)
+    plan = _check_head(file, head, verify=verify)
+    digests = {n: d if verify else None for n, d in head["digests"].items()}
+    config = read_json(member(folder, CONFIG), sha256=digests[CONFIG])
+    headers = _read_headers(folder, digests)
+    try:
+        model_class = resolve(head["class"], head["model_type"])
+        check_sizes(config, headers.values(), model_class)
+        model, expected = build_skeleton(model_class, config, head, plan)
+    except FileError:
+        raise
+    except Exception as error:  # forged settings can make a constructor raise anything
+        reason = str(error) or type(error).__name__
+        raise FileError(
+            f"{folder / CONFIG} and {file} do not describe a {head['class']} that can be built: "
+            f"{reason}"
+        ) from error
+    tensors: dict[str, Tensor] = {}
+    wanted = expect_buffers(expected, headers, getattr(torch, head["dtype"]))
+    for shard, header in headers.items():  # every header, before any data
+        check_header(folder / shard, header, wanted, exact=len(headers) == 1)
+    if missing := sorted(set(wanted) - {name for header in headers.values() for name in header}):
+        raise FileError(f"{folder / INDEX}: tensor {missing[0]!r} is in none of the files.")
+    for shard, header in headers.items():
+        part = {name: wanted[name] for name in header}
+        tensors |= read_tensors(folder / shard, part, sha256=digests[shard])
+    assign_(model, tensors)
+    if GENERATION in digests:
+        _set_generation_(model, folder, digests[GENERATION])
+    return cast("PreTrainedModel", model.eval().to(device))
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    tokenizer: Tokenizer | None = None,
+    private: bool | None = None,
+    commit_message: str = "Add a model extracted by solpath",
+    token: str | bool | None = None,
+) -> str:
+    """Upload an extracted model to the Hugging Face Hub; ``load(repo_id)`` reads it.
+
+    Args:
+        model: from `extract`.
+        repo_id: ``"name/repo"``; created when there is none.
+        tokenizer: its files are added.
+        private: visibility of a new repository.
+        commit_message: of the upload.
+        token: see `huggingface_hub.login`.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        SolpathError: as `save`, and whatever the Hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    contents = _contents(model)
+    if os.path.isabs(str(contents.config.get("_name_or_path", ""))):
+        contents.config["_name_or_path"] = ""
+    with tempfile.TemporaryDirectory() as parent:
+        with new_folder(Path(parent) / "model") as folder:
+            _write(contents, folder, tokenizer, "5GB")
+        try:
+            api = HfApi(token=token)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id, folder_path=Path(parent) / "model", commit_message=commit_message
+            )
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise SolpathError(f"could not upload to {repo_id}: {error}") from error
+    return str(commit)
+
+
+class _Contents:
+    """What goes into a folder: checked that `load` rebuilds exactly this."""
+
+    def __init__(self, model: Any, plan: Plan) -> None:
+        name, config = type(model).__name__, model.config
+        dtypes = {parameter.dtype for parameter in model.parameters()}
+        if len(dtypes) != 1:
+            found = ", ".join(sorted(map(str, dtypes)))
+            raise SolpathError(f"parameters have dtypes {found}; cast with model.to(dtype) first.")
+        dtype = dtypes.pop()
+        dtype_name(dtype)
+        self.config: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+        self.config["transformers_version"] = config.transformers_version
+        self.config["_name_or_path"] = config.name_or_path
+        self.generation: dict[str, Any] | None = None
+        if model.can_generate() and model.generation_config is not None:
+            self.generation = json.loads(model.generation_config.to_json_string(use_diff=False))
+        attention = config._attn_implementation
+        self.head: dict[str, Any] = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "class": name,
+            "model_type": config.model_type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "options": constructor_options(model),
+            "attention": attention if attention in _ATTENTION else _ATTENTION[0],
+            "provenance": {
+                "solpath": _version("solpath"),
+                "torch": torch.__version__,
+                "transformers": _version("transformers"),
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            },
+            "plan": plan.to_dict(),
+        }
+        model_class = resolve(name, config.model_type)
+        if type(model) is not model_class:
+            raise SolpathError(
+                f"{type(model).__module__}.{name} is not the class of that name in transformers; "
+                "load could not rebuild it."
+            )
+        skeleton, expected = build_skeleton(model_class, self.config, self.head, plan)
+        state = state_of(model)
+        check_same(name, state, state_of(skeleton), dtype)
+        self.tensors = separate({key: state[key] for key in expected})
+        header = {key: (dtype_name(t.dtype), tuple(t.shape)) for key, t in self.tensors.items()}
+        check_sizes(self.config, [header], model_class)
+
+
+def _contents(model: nn.Module) -> _Contents:
+    plan = getattr(model, EXTRACTED, None)
+    if not isinstance(plan, Plan):
+        raise SolpathError(
+            f"this {type(model).__name__} was not extracted; use model.save_pretrained(folder) for "
+            "a dense model, or solpath.extract(model, plan) first."
+        )
+    return _Contents(model, plan)
+
+
+def _write(
+    contents: _Contents, folder: Path, tokenizer: Tokenizer | None, max_shard_size: int | str
+) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    if tokenizer is not None:
+        if not callable(getattr(tokenizer, "save_pretrained", None)):
+            raise ConfigError(f"tokenizer has no save_pretrained: {tokenizer!r}.")
+        tokenizer.save_pretrained(str(folder))
+    try:
+        shards = split_torch_state_dict_into_shards(contents.tensors, max_shard_size=max_shard_size)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"max_shard_size {max_shard_size!r}: {error}") from error
+    digests = {}
+    for name, keys in shards.filename_to_tensors.items():
+        part = {key: contents.tensors[key] for key in keys}
+        try:
+            save_file(part, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise FileError(f"could not write {name}: {error}") from error
+        digests[name] = digest_of(folder / name, part)
+    texts: dict[str, Mapping[str, Any] | None] = {CONFIG: contents.config}
+    texts[GENERATION] = contents.generation
+    if shards.is_sharded:
+        texts[INDEX] = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+    for name, value in texts.items():
+        if value is not None:
+            write_json(folder / name, value)
+            digests[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    head = {**contents.head, "digests": digests}
+    write_json(folder / HEADER, {**head, "checksum": _checksum(head)})
+
+
+def _checksum(head: Mapping[str, Any]) -> str:
+    """SHA-256 of every other field of `solpath.json`, in a canonical form."""
+    rest = {name: value for name, value in head.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _locate(path: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
+    """The folder `path`, or a snapshot of the Hub repository `path`."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    name = os.fspath(path)
+    if folder.exists() or not _HUB_ID.fullmatch(name):
+        raise FileError(f"{path} is not a folder, nor the id of a Hub repository (name/repo).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        found = snapshot_download(name, revision=revision, token=token, allow_patterns=HUB_FILES)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise FileError(f"there is no folder {name}, and not from the Hub: {error}") from error
+    return Path(found)
+
+
+def _check_head(file: Path, head: Mapping[str, Any], *, verify: bool) -> Plan:
+    """Check every field of `solpath.json`; returns the plan."""
+    if head.get("format") != FORMAT or head.get("version") != FORMAT_VERSION:
+        raise FileError(
+            f"{file}: format and version are {head.get('format')!r} and {head.get('version')!r}; "
+            f"this solpath reads {FORMAT!r} and {FORMAT_VERSION}."
+        )
+    texts, maps = ("class", "model_type", "dtype", "attention"), ("options", "digests", "plan")
+    for names, kind in ((texts, str), (maps, dict)):
+        for name in names:
+            if not isinstance(head.get(name), kind):
+                raise FileError(f"{file}: {name} is missing or not a {kind.__name__}.")
+    if verify and head.get("checksum") != _checksum(head):
+        raise FileError(f"{file}: checksum does not fit the other fields; the file was changed.")
+    for name, allowed in (("dtype", _DTYPES), ("attention", _ATTENTION)):
+        if head[name] not in allowed:
+            raise FileError(f"{file}: {name} is {head[name]!r}, not one of {sorted(allowed)}.")
+    for name, value in head["options"].items():
+        if name not in OPTIONS or not isinstance(value, bool):
+            raise FileError(f"{file}: options has {name!r}: {value!r}.")
+    for name, digest in head["digests"].items():
+        if name not in (CONFIG, GENERATION, INDEX) and not _SHARD.fullmatch(name):
+            raise FileError(f"{file}: digests names {name!r}, which is no file of this format.")
+        if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise FileError(f"{file}: digests[{name!r}] is not a SHA-256.")
+    if CONFIG not in head["digests"]:
+        raise FileError(f"{file}: digests does not name {CONFIG}.")
+    try:
+        plan = Plan.from_dict(head["plan"])
+        for field in fields(Achieved):
+            if type(getattr(plan.achieved, field.name)) not in (int, float):
+                raise ValueError(f"achieved.{field.name} is not a number")
+        if plan.fingerprint.architecture != head["class"]:
+            raise ValueError(f"fingerprint.architecture is not {head['class']}")
+        dict(plan.fingerprint.digests)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise FileError(f"{file}: plan: {error}") from error
+    return plan
+
+
+def _read_headers(folder: Path, digests: Mapping[str, str | None]) -> dict[str, Header]:
+    """Headers of the weight files, by file name."""
+    shards = sorted(name for name in digests if _SHARD.fullmatch(name))
+    if INDEX not in digests:
+        if shards != [WEIGHTS]:
+            raise FileError(f"{folder / HEADER}: digests names neither {WEIGHTS} nor {INDEX}.")
+        return {WEIGHTS: read_header(member(folder, WEIGHTS))}
+    index = member(folder, INDEX)
+    places = read_json(index, sha256=digests[INDEX]).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+        raise FileError(f"{index}: weight_map is missing or does not map names to files.")
+    if wrong := sorted(set(places.values()) ^ set(shards)):
+        raise FileError(
+            f"{index}: weight_map and the digests in {HEADER} differ in the file {wrong[0]!r}."
+        )
+    headers = {shard: read_header(member(folder, shard)) for shard in shards}
+    for shard, header in headers.items():
+        if wrong := sorted(set(header) ^ {key for key, place in places.items() if place == shard}):
+            raise FileError(f"{folder / shard}: tensor {wrong[0]!r} is not where weight_map says.")
+    return headers
+
+
+def _set_generation_(model: Any, folder: Path, sha256: str | None) -> None:
+    from transformers import GenerationConfig
+
+    file = member(folder, GENERATION)
+    values = read_json(file, sha256=sha256)
+    try:
+        model.generation_config = GenerationConfig.from_dict(values)
+    except Exception as error:  # forged settings can make the constructor raise anything
+        raise FileError(f"{file}: {error}") from error
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "unknown"

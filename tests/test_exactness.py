@@ -1,0 +1,187 @@
+"""A masked model and its extracted model are the same function, for every architecture."""
+
+import copy
+
+import pytest
+import torch
+from conftest import batches, build, inputs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import solpath
+from solpath.arch import known_model_types
+from solpath.counting import count_costs
+from solpath.discover import find_pairs, fingerprint
+from solpath.objective import forward
+from solpath.plan import Plan, best_units
+
+
+def random_plan(model, fractions, seed=0) -> Plan:
+    """A plan with the given share of each pair's width, its own random units in every head."""
+    pairs = find_pairs(model)
+    costs = count_costs(model, pairs, inputs(model, samples=1))
+    generator = torch.Generator().manual_seed(seed)
+    kept = {
+        p.name: best_units(
+            torch.rand(p.heads, p.width, generator=generator),
+            round(p.width * fractions[i % len(fractions)]),
+        )
+        for i, p in enumerate(pairs)
+    }
+    widths = {name: index.shape[1] for name, index in kept.items()}
+    return Plan(pairs, kept, {}, costs.achieved(pairs, widths), fingerprint(model, pairs))
+
+
+def both(model, plan, batch):
+    """Outputs of the masked and of the extracted model."""
+    small = solpath.extract(model, plan)
+    with torch.no_grad():
+        with solpath.masked(model, plan):
+            masked = forward(model, batch)
+        return masked, forward(small, batch)
+
+
+FRACTIONS = [(0.5,), (0.25, 0.75), (0.0, 0.5, 1.0), (1.0, 0.0, 0.4), (0.6, 1.0, 0.0), (0.0,), (0.1,)]
+
+
+@pytest.mark.parametrize("fractions", FRACTIONS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_masked_equals_extracted(model, fractions, attention):
+    model.set_attn_implementation(attention)
+    plan = random_plan(model, fractions)
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
+        # LLaMA and BERT upcast some sums to float32 themselves, in both models alike.
+        masked, small = both(model.to(dtype), with_fingerprint(plan, model), inputs(model))
+        assert (masked - small).abs().max() <= bound * masked.abs().max()
+
+
+def with_fingerprint(plan: Plan, model) -> Plan:
+    """The plan for the same model in another precision."""
+    return Plan(plan.pairs, plan.kept, {}, plan.achieved, fingerprint(model, plan.pairs))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    model_type=st.sampled_from(known_model_types()),
+    fractions=st.lists(st.floats(0, 1), min_size=1, max_size=6),
+    seed=st.integers(0, 1000),
+)
+def test_masked_equals_extracted_for_any_widths(model_type, fractions, seed):
+    model = build(model_type, seed=seed % 7).double()
+    masked, small = both(model, random_plan(model, fractions, seed), inputs(model, seed=seed))
+    assert (masked - small).abs().max() <= 1e-12 * masked.abs().max()
+
+
+def test_removing_units_changes_the_output(model):
+    """The comparison above could not fail if masks did nothing."""
+    masked, _ = both(model, random_plan(model, (0.5,)), inputs(model))
+    with torch.no_grad():
+        dense = forward(model, inputs(model))
+    assert (masked - dense).abs().max() > 1e-2 * dense.abs().max()
+
+
+def test_nothing_removed_is_bit_identical(model):
+    before = copy.deepcopy(model.state_dict())
+    small = solpath.extract(model, random_plan(model, (1.0,)))
+    for name, value in small.state_dict().items():
+        assert torch.equal(value, before[name])
+    with torch.no_grad():
+        assert torch.equal(forward(small, inputs(model)), forward(model, inputs(model)))
+
+
+def test_the_model_shares_nothing_with_its_extract(model):
+    small = solpath.extract(model, random_plan(model, (0.5,)))
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.zero_()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_cost_of_a_plan_is_what_extraction_counts(model):
+    for fractions in FRACTIONS:
+        plan = random_plan(model, fractions)
+        small = solpath.extract(model, plan)
+        assert sum(p.numel() for p in small.parameters()) == plan.achieved.params
+    # Widths of 0 are padded to 1 column, and unequal widths to equal ones, so compare equal ones.
+    model.set_attn_implementation("eager")
+    plan = random_plan(model, (0.5,))
+    small = solpath.extract(model, plan)
+    counted = count_costs(small, (), inputs(model, samples=1)).macs
+    assert counted == plan.achieved.macs
+
+
+def test_gradients_flow_as_in_the_masked_model(model):
+    model = model.double()
+    plan = random_plan(model, (0.4, 0.7))
+    small = solpath.extract(model, plan)
+    forward(small, inputs(model)).square().sum().backward()
+    with solpath.masked(model, plan):
+        forward(model, inputs(model)).square().sum().backward()
+    dense = dict(model.named_parameters())
+    for pair in plan.pairs:
+        for side in pair.sides:
+            index = pair.channel_index(side, plan.kept[pair.name])
+            expected = dense[f"{side.module}.weight"].grad.index_select(side.axis, index)
+            actual = small.get_submodule(side.module).weight.grad
+            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_output_attentions_and_hidden_states(model):
+    model.set_attn_implementation("eager")
+    plan = random_plan(model, (0.5, 0.25))
+    small = solpath.extract(model, plan)
+    with torch.no_grad():
+        dense = model(**inputs(model), output_attentions=True, output_hidden_states=True)
+        cut = small(**inputs(model), output_attentions=True, output_hidden_states=True)
+    assert [a.shape for a in cut.attentions] == [a.shape for a in dense.attentions]
+    assert [h.shape for h in cut.hidden_states] == [h.shape for h in dense.hidden_states]
+
+
+def test_autocast_state_dict_and_copies(model):
+    small = solpath.extract(model, random_plan(model, (0.5, 0.25)))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        low = forward(small, inputs(model))
+    with torch.no_grad():
+        full = forward(small, inputs(model))
+        other = copy.deepcopy(small)
+        other.load_state_dict(small.state_dict())
+        assert torch.equal(forward(other, inputs(model)), full)
+    assert (low.float() - full).abs().max() <= 0.2 * full.abs().max()
+    assert type(small).__name__ == type(model).__name__
+    assert small.config.to_dict() == model.config.to_dict()
+
+
+@pytest.mark.parametrize("fractions", [(0.5, 0.25), (0.0, 0.5)])
+def test_llama_generates_with_its_cache(fractions):
+    model = build("llama")
+    small = solpath.extract(model, random_plan(model, fractions))
+    tokens = inputs(model, samples=2)["input_ids"].clamp(min=1)
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    fast = small.generate(tokens, use_cache=True, **options)
+    assert torch.equal(fast, small.generate(tokens, use_cache=False, **options))
+
+
+def test_compile():
+    model = build("bert")
+    small = solpath.extract(model, random_plan(model, (0.5, 0.25)))
+    compiled = torch.compile(small, backend="aot_eager", fullgraph=False)
+    with torch.no_grad():
+        expected = small(**inputs(model)).last_hidden_state
+        actual = compiled(**inputs(model)).last_hidden_state
+    torch.testing.assert_close(actual, expected)
+
+
+def test_family_from_a_real_search_is_nested_and_exact(model):
+    path = solpath.search(model, batches(model), solpath.SearchConfig(steps=6), progress=False)
+    larger = None
+    for sparsity in (0.0, 0.2, 0.5, 0.8, 0.95):
+        plan = path.plan(sparsity=sparsity)
+        masked, small = both(model, plan, inputs(model))
+        assert (masked - small).abs().max() <= 1e-5 * masked.abs().max()
+        if larger is not None:
+            for name, kept in plan.kept.items():
+                for row, wide in zip(kept.tolist(), larger.kept[name].tolist(), strict=True):
+                    assert set(row) <= set(wide)
+        larger = plan

@@ -1,0 +1,359 @@
+"""The search: what it promises about its input, its result, interruptions and bad data."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import batches, build, inputs
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import solpath
+from solpath import InclusionConfig, SearchConfig, baselines
+from solpath.data import BatchSource
+from solpath.discover import find_pairs
+from solpath.errors import (
+    BatchError,
+    ConfigError,
+    FileError,
+    FingerprintError,
+    NonFiniteLossError,
+    UnsupportedModelError,
+)
+from solpath.path import flatten
+
+QUICK = SearchConfig(steps=8, scale_batches=2)
+
+
+def run(model, data=None, config=QUICK, **options):
+    return solpath.search(model, data or batches(model), config, progress=False, **options)
+
+
+def same(a, b) -> bool:
+    return torch.equal(flatten(a.pairs, a.score), flatten(b.pairs, b.score)) and torch.equal(
+        a.history, b.history
+    )
+
+
+def everything(model: nn.Module):
+    return {
+        "state": copy.deepcopy(model.state_dict()),
+        "buffers": {n: b.clone() for n, b in model.named_buffers()},
+        "training": [m.training for m in model.modules()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "grads": [p.grad for p in model.parameters()],
+        "hooks": [
+            len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+            for m in model.modules()
+        ],
+        "rng": torch.get_rng_state(),
+    }
+
+
+def assert_equal(a, b):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("method", ["spp", "inclusion", *baselines.METHODS])
+def test_the_model_is_left_as_it_was(model, method):
+    model.train()
+    list(model.parameters())[3].requires_grad_(False)
+    before = everything(model)
+    if method == "spp":
+        run(model)
+    elif method == "inclusion":
+        run(model, config=InclusionConfig(steps=4))
+    else:
+        baselines.METHODS[method](model, batches(model))
+    assert_equal(everything(model), before)
+
+
+def test_the_model_is_left_as_it_was_after_an_error(bert):
+    before = everything(bert)
+    with pytest.raises(RuntimeError, match="mine"):
+        run(bert, loss=lambda outputs, batch: (_ for _ in ()).throw(RuntimeError("mine")))
+    assert_equal(everything(bert), before)
+
+
+def test_same_seed_same_path_and_other_seed_another(bert):
+    assert same(run(bert), run(bert))
+    assert not same(run(bert), run(bert, config=SearchConfig(steps=8, scale_batches=2, seed=1)))
+
+
+def test_global_random_state_has_no_influence(bert):
+    first = run(bert)
+    torch.manual_seed(99)
+    assert same(first, run(bert))
+
+
+def test_checkpoints_and_progress_have_no_influence(bert, tmp_path):
+    plain = run(bert)
+    for every in (1, 3, 100):
+        assert same(plain, run(bert, checkpoint=tmp_path / str(every), checkpoint_every=every))
+    assert same(plain, solpath.search(bert, batches(bert), QUICK, progress=True))
+
+
+@pytest.mark.parametrize("config", [QUICK, InclusionConfig(steps=8, scale_batches=2)])
+@pytest.mark.parametrize("stop", [1, 5])
+def test_interrupt_and_resume(bert, tmp_path, config, stop):
+    calls = 0
+
+    def loss(outputs, batch):
+        nonlocal calls
+        calls += 1
+        if calls == config.scale_batches + stop + 1:
+            raise KeyboardInterrupt
+        return outputs.last_hidden_state.square().mean((1, 2)).mean()
+
+    with pytest.raises(KeyboardInterrupt):
+        run(bert, config=config, loss=loss, checkpoint=tmp_path, checkpoint_every=100)
+    assert (tmp_path / "search.safetensors").exists()
+    resumed = run(bert, config=config, loss=loss, checkpoint=tmp_path)
+    assert calls == config.scale_batches + config.steps + 1  # no step was done twice
+    assert same(resumed, run(bert, config=config, loss=loss))
+
+
+def test_kill_at_any_moment_and_resume(tmp_path):
+    """A search killed with SIGKILL again and again ends in the bit-identical path."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from conftest import batches, build
+        import solpath
+        model = build("bert")
+        def loss(outputs, batch):
+            time.sleep(0.02)
+            return outputs.last_hidden_state.square().mean((1, 2)).mean()
+        path = solpath.search(model, batches(model), solpath.SearchConfig(steps=40), loss=loss,
+                              checkpoint=sys.argv[1], checkpoint_every=3, progress=False)
+        path.save(sys.argv[2])
+        """)
+    )
+    checkpoint = tmp_path / "checkpoint"
+    file = checkpoint / "search.safetensors"
+    kills = 0
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, script, checkpoint, tmp_path / "killed"])
+        stamp = file.stat().st_mtime_ns if file.exists() else 0
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if file.exists() and file.stat().st_mtime_ns != stamp:
+                process.send_signal(signal.SIGKILL)
+                kills += process.wait() == -signal.SIGKILL
+                break
+            time.sleep(0.005)
+    assert kills >= 2
+    subprocess.run([sys.executable, script, checkpoint, tmp_path / "killed"], check=True)
+    subprocess.run([sys.executable, script, tmp_path / "fresh", tmp_path / "whole"], check=True)
+    killed, whole = (solpath.SolutionPath.load(tmp_path / name) for name in ("killed", "whole"))
+    assert same(killed, whole)
+    assert not list(checkpoint.glob(".*"))
+
+
+def test_two_processes_give_the_same_path(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from conftest import batches, build
+        import solpath
+        model = build("bert").double()
+        path = solpath.search(model, batches(model, samples=5),
+                              solpath.SearchConfig(steps=10, scale_batches=2), progress=False)
+        from solpath.probe import process
+        print("process", *process())
+        if process()[0] == 0:
+            path.save(sys.argv[1])
+        """)
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launch, script, tmp_path / "two"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "process 1 2" in done.stdout
+    subprocess.run([sys.executable, script, tmp_path / "one"], check=True, env=environment)
+    two, one = (solpath.SolutionPath.load(tmp_path / name) for name in ("two", "one"))
+    assert torch.equal(two.order(), one.order())
+    torch.testing.assert_close(two.history, one.history, rtol=1e-9, atol=1e-12)
+
+
+def test_a_checkpoint_of_another_search_is_refused(bert, tmp_path):
+    run(bert, checkpoint=tmp_path)
+    with pytest.raises(FingerprintError, match="differs in steps: 8, not 9"):
+        run(bert, config=SearchConfig(steps=9, scale_batches=2), checkpoint=tmp_path)
+    with pytest.raises(FingerprintError, match="digests"):
+        run(build("bert", seed=1), checkpoint=tmp_path)
+    with pytest.raises(FingerprintError, match="kind"):
+        run(bert, config=InclusionConfig(steps=8, scale_batches=2), checkpoint=tmp_path)
+    file = tmp_path / "search.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(FileError, match=r"search\.safetensors"):
+        run(bert, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_search(bert, tmp_path, value):
+    calls = 0
+
+    def loss(outputs, batch):
+        nonlocal calls
+        calls += 1
+        return outputs.last_hidden_state.square().mean() * (value if calls > 7 else 1.0)
+
+    with pytest.raises(NonFiniteLossError, match=r"at step 5 of 8; the checkpoint of step 4"):
+        run(bert, loss=loss, checkpoint=tmp_path, checkpoint_every=2)
+    assert (tmp_path / "search.safetensors").exists()
+
+
+def test_the_loss_of_the_user_is_what_is_minimised():
+    """Only units that reach the class token matter to a loss on the class token."""
+    model = build("camembert").double()
+    labels = torch.tensor([0, 1, 0, 1])
+    data = [inputs(model, seed=i) | {"labels": labels} for i in range(3)]
+    path = run(model, data, loss=lambda outputs, batch: outputs.loss)
+    assert not same(path, run(model, data))
+
+
+def test_batches_of_every_kind_give_the_same_path(bert):
+    tokens = [batch["input_ids"] for batch in batches(bert)]
+    expected = run(bert, tokens)
+    loader = DataLoader(TensorDataset(torch.cat(tokens)), batch_size=4, collate_fn=_stack)
+    assert same(expected, run(bert, loader))
+    assert same(expected, run(bert, iter(tokens)))
+    assert same(expected, run(bert, tuple(tokens)))
+    assert same(expected, run(bert, [{"input_ids": t} for t in tokens]))
+
+
+def _stack(rows):
+    return torch.stack([row[0] for row in rows])
+
+
+def test_a_shuffling_loader_is_reproducible_and_cycled(bert):
+    tokens = torch.cat([batch["input_ids"] for batch in batches(bert)])
+    loader = DataLoader(TensorDataset(tokens), batch_size=4, collate_fn=_stack, shuffle=True)
+    torch.manual_seed(5)
+    first = run(bert, loader)
+    torch.manual_seed(6)
+    assert same(first, run(bert, loader))
+    with torch.random.fork_rng():
+        source = BatchSource(loader, seed=0)
+        forward = [source[k] for k in range(7)]
+        assert torch.equal(source[4], forward[4])
+        assert not torch.equal(torch.cat(forward[:3]), torch.cat(forward[3:6]))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ([], "empty"),
+        (iter(()), "empty"),
+        (DataLoader([]), "empty"),
+        ({"input_ids": torch.ones(1, 3)}, "wrap it in a list"),
+        ([{"input_ids": torch.ones(0, 3, dtype=torch.long)}], "no samples"),
+        (["text"], "dict of tensors"),
+        ([{"input_ids": torch.ones(2, 3, dtype=torch.long, device="meta")}], "input_ids is on meta"),
+    ],
+)
+def test_bad_batches(bert, data, words):
+    with pytest.raises(BatchError, match=words):
+        solpath.search(bert, data, QUICK, progress=False)
+
+
+def test_models_that_cannot_be_pruned(bert):
+    with pytest.raises(UnsupportedModelError, match=r"torch\.bfloat16 on the CPU"):
+        run(build("bert").bfloat16())
+    with pytest.raises(UnsupportedModelError, match="already extracted"):
+        run(solpath.extract(bert, run(bert).plan(sparsity=0.5)))
+    other = build("bert")
+    other.config.model_type = "martian"
+    with pytest.raises(UnsupportedModelError, match="known: bert, camembert"):
+        find_pairs(other)
+    with pytest.raises(UnsupportedModelError, match="model_type None"):
+        find_pairs(nn.Linear(2, 2))
+    tied = build("bert")
+    tied.encoder.layer[1].output.dense.weight = tied.encoder.layer[0].output.dense.weight
+    with pytest.raises(UnsupportedModelError, match="shared with another module"):
+        find_pairs(tied)
+    same_layer = build("bert")
+    same_layer.encoder.layer[1] = same_layer.encoder.layer[0]
+    with pytest.raises(UnsupportedModelError, match="shared with another module"):
+        find_pairs(same_layer)
+
+    class Quantised(nn.Linear):
+        pass
+
+    quantised = build("bert")
+    quantised.encoder.layer[0].intermediate.dense = Quantised(32, 48)
+    with pytest.raises(UnsupportedModelError, match="not a plain"):
+        find_pairs(quantised)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("steps", 1), ("steps", 2.5), ("seed", -1), ("momentum", 1.0), ("relaxation", 0.0),
+     ("final_size", 0.0), ("sharpness", 0.0), ("shrinkage", -1.0), ("memory", 1.1)],
+)  # fmt: skip
+def test_bad_settings(field, value):
+    with pytest.raises(ConfigError, match=field):
+        SearchConfig(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["nu", "lam", "kappa", "step_size"])
+def test_bad_inclusion_settings(field):
+    with pytest.raises(ConfigError, match=field):
+        InclusionConfig(**{field: -1.0})
+
+
+def test_units_that_do_nothing_leave_first():
+    """Zero the weights after half of every inner dimension: that half is what is cut first."""
+    model = build("bert").double()
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter *= 0.3 if parameter.dim() > 1 else 1
+        for layer in model.encoder.layer:
+            layer.output.dense.weight[:, ::2] = 0
+            layer.attention.output.dense.weight[:, ::2] = 0
+            layer.attention.self.key.weight[::2] = 0
+            layer.attention.self.key.bias[::2] = 0
+    for make in (
+        lambda: run(model, config=SearchConfig(steps=30, scale_batches=4)),
+        lambda: baselines.gauss_newton(model, batches(model)),
+        lambda: baselines.taylor(model, batches(model)),
+        lambda: baselines.iterative_curvature(model, batches(model), stages=4),
+    ):
+        path = make()
+        removed = [
+            unit
+            for name, kept in path.plan(sparsity=0.4).kept.items()
+            for pair in path.pairs
+            if pair.name == name
+            for row in kept.tolist()
+            for unit in set(range(pair.width)) - set(row)
+        ]
+        dead = sum(unit % 2 == 0 for unit in removed)
+        assert dead >= 0.95 * len(removed), path.method
+
+
+@pytest.mark.parametrize("options", [{"binary": False}, {"growing_pull": False}, {"shrinkage": 0.0}])
+def test_ablations_change_the_path(bert, options):
+    changed = run(bert, config=SearchConfig(steps=8, scale_batches=2, **options))
+    assert not same(changed, run(bert))
