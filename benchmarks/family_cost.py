@@ -13,9 +13,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
-import solpath
 from record import RESULTS, save, show
 from solpath.baselines import METHODS
+from solpath.config import SearchConfig
+from solpath.extraction import extract
+from solpath.searching import search
 from workloads import workload
 
 
@@ -34,7 +36,7 @@ def main(
     work = workload(model, checkpoint, heldout=1)
     sizes = [float(keep) for keep in keeps.split(",")]
     batches = work.batches(seed, 4 if smoke else batch_count, work.batch_size)
-    config = solpath.SearchConfig(seed=seed, **({"steps": 4, "scale_batches": 1} if smoke else {}))
+    config = SearchConfig(seed=seed, **({"steps": 4, "scale_batches": 1} if smoke else {}))
     options: dict[str, Any] = {"stages": 2, "scale_batches": 1} if smoke else {}
 
     runs: list[dict[str, Any]] = []
@@ -43,11 +45,11 @@ def main(
     for keep in sizes[:half]:
         runs.append(_iterative(work.model, batches, keep, seed, options))
     start = time.perf_counter()
-    path = solpath.search(work.model, batches, config, progress=False)
+    path = search(work.model, batches, config, progress=False)
     searched = time.perf_counter() - start
     start = time.perf_counter()
     for keep in sizes:
-        solpath.extract(work.model, path.plan(sparsity=1 - keep))
+        extract(work.model, path.plan(sparsity=1 - keep))
     extracted = time.perf_counter() - start
     for keep in sizes[half:]:
         runs.append(_iterative(work.model, batches, keep, seed, options))
@@ -92,7 +94,7 @@ def _iterative(
     """One size by the rival: search, plan, extraction."""
     start = time.perf_counter()
     path = METHODS["iterative"](model, batches, seed=seed, keep=keep, **options)
-    solpath.extract(model, path.plan(sparsity=1 - keep))
+    extract(model, path.plan(sparsity=1 - keep))
     return {"keep": keep, "seconds": time.perf_counter() - start, "config": dict(path.config)}
 
 

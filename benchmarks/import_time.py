@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from record import RESULTS, save, show
-from solpath.measure import interquartile_range
+from solpath.measurement import interquartile_range
 
 HELP = "import sys; sys.argv = ['solpath', '--help']; from solpath.cli import run; run()"
 COMMANDS = {

@@ -12,8 +12,12 @@ from typing import Annotated
 import torch
 import typer
 
-import solpath
 from record import RESULTS, save, show
+from solpath.config import SearchConfig
+from solpath.extraction import extract
+from solpath.measurement import measure
+from solpath.path import SolutionPath
+from solpath.searching import search
 from workloads import random_tokens, workload
 
 
@@ -32,19 +36,19 @@ def main(
     torch.set_num_threads(threads)
     work = workload("minilm", heldout=1)
     if path is None:
-        config = solpath.SearchConfig(steps=steps)
-        found = solpath.search(work.model, work.batches(0, 64, 16), config, progress=False)
+        config = SearchConfig(steps=steps)
+        found = search(work.model, work.batches(0, 64, 16), config, progress=False)
     else:
-        found = solpath.SolutionPath.load(path)
+        found = SolutionPath.load(path)
     models = {"dense": work.model}
     sparsity = {"dense": 0.0}
     for step in (int(part) for part in multiples.split(",")):
         plan = found.plan(sparsity=1 - keep, multiple_of=step)
         name = f"keep {keep:g}, multiples of {step}"
-        models[name] = solpath.extract(work.model, plan)
+        models[name] = extract(work.model, plan)
         sparsity[name] = plan.achieved.sparsity
     [batch] = random_tokens(work.model, size, length)
-    measured = solpath.measure(models, batch, repeats=repeats)
+    measured = measure(models, batch, repeats=repeats)
     dense = measured["dense"]
     results, rows = {}, []
     for name, found_cost in measured.items():

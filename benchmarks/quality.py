@@ -16,14 +16,15 @@ import torch
 import typer
 from rich.console import Console
 
-import solpath
 from record import RESULTS, show
 from solpath.baselines import METHODS
 from solpath.config import InclusionConfig, SearchConfig
-from solpath.evaluate import evaluate, reference_outputs
+from solpath.evaluation import evaluate, reference_outputs
 from solpath.files import write_file
-from solpath.measure import provenance
+from solpath.masks import masked
+from solpath.measurement import provenance
 from solpath.path import SolutionPath
+from solpath.searching import search
 from workloads import Workload, workload
 
 SEARCHES: dict[str, tuple[type, dict[str, Any]]] = {
@@ -102,7 +103,7 @@ def _run(
     sizes = []
     for keep in work.keeps:
         plan = path.plan(sparsity=1 - keep)
-        with solpath.masked(work.model, plan):
+        with masked(work.model, plan):
             metrics = evaluate(work.model, cached, work.heldout, task=work.task).metrics
         sizes.append({"keep": keep, "sparsity": plan.achieved.sparsity, "metrics": dict(metrics)})
     return {
@@ -127,7 +128,7 @@ def _search(
         options = options | {"steps": settings["steps"]}
     if settings["smoke"]:
         options = options | {"scale_batches": 1}
-    return solpath.search(work.model, batches, kind(seed=seed, **options), progress=False)
+    return search(work.model, batches, kind(seed=seed, **options), progress=False)
 
 
 def _same(run: dict[str, Any], name: str, seed: int, settings: dict[str, Any]) -> bool:

@@ -4,10 +4,10 @@
 
 The floor is a plain forward pass of the frozen model and a backward pass to the output of the
 embeddings, with the same objective and a target that is known. Every step of the search is timed
-from outside, by the moments at which it asks for its batch, and a floor pass on the same batch is
-run between two steps, so both see the same machine. "cached" repeats a few batches, whose dense
-outputs the search remembers; "fresh" brings a new batch every step, so each step also runs the
-dense model once.
+from outside, by the moments at which it asks for its batch, and a floor pass is run just before
+it, so both see the same machine; the ratio is the median over those couples. "cached" repeats a
+few batches, whose dense outputs the search remembers; "fresh" brings a new batch every step, so
+each step also runs the dense model once.
 
 Memory is measured twice: the most bytes of live tensors, and the peak resident size of a process
 that does nothing else.
@@ -27,11 +27,12 @@ import torch
 import typer
 from torch import nn
 
-import solpath
 from record import RESULTS, save, show
-from solpath.measure import LiveStorages, interquartile_range
+from solpath.config import SearchConfig
+from solpath.measurement import LiveStorages, interquartile_range
 from solpath.objective import divergence, forward, token_mask
-from workloads import Batch, installed_minilm, random_tokens
+from solpath.searching import search
+from workloads import Batch, installed_minilm, quiet, random_tokens
 
 WARM_UP = 3
 CACHED = 4
@@ -57,6 +58,7 @@ class Watched(Sequence[Batch]):
 def load() -> nn.Module:
     from transformers import AutoModel
 
+    quiet()
     return AutoModel.from_pretrained(installed_minilm(), add_pooling_layer=False).eval()
 
 
@@ -68,7 +70,6 @@ class Floor:
         self.inner: list[torch.Tensor] = []
         self.targets: dict[int, torch.Tensor] = {}
         self.tracking = False
-        model.get_input_embeddings()
         model.embeddings.register_forward_hook(self._start)
 
     def _start(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
@@ -94,8 +95,8 @@ class Floor:
         self.tracking = False
 
 
-def settings(steps: int) -> solpath.SearchConfig:
-    return solpath.SearchConfig(steps=steps, scale_batches=1)
+def settings(steps: int) -> SearchConfig:
+    return SearchConfig(steps=steps, scale_batches=1)
 
 
 def time_steps(model: nn.Module, batches: list[Batch], steps: int) -> dict[str, list[float]]:
@@ -114,16 +115,16 @@ def time_steps(model: nn.Module, batches: list[Batch], steps: int) -> dict[str, 
         times["floor"].append(time.perf_counter() - before)
         start = time.perf_counter()
 
-    solpath.search(model, Watched(batches, watch), settings(steps), progress=False)
+    search(model, Watched(batches, watch), settings(steps), progress=False)
     first = CACHED + WARM_UP if len(batches) == CACHED else WARM_UP
-    return {name: values[first:] for name, values in times.items()}
+    return {name: values[first : len(times["step"])] for name, values in times.items()}
 
 
 def live_bytes(model: nn.Module, batches: list[Batch]) -> dict[str, int]:
     """Most bytes of live tensors on top of the weights: in the floor, a step, the whole search."""
     floor = Floor(deepcopy(model))
-    floor.prepare(batches)
     with LiveStorages() as live:
+        floor.prepare(batches)
         floor(batches[0])
     result = {"floor": live.peak}
     peaks: list[int] = []
@@ -133,7 +134,7 @@ def live_bytes(model: nn.Module, batches: list[Batch]) -> dict[str, int]:
             peaks.append(live.peak)
             live.peak = live.alive
 
-        solpath.search(model, Watched(batches, watch), settings(2 * CACHED), progress=False)
+        search(model, Watched(batches, watch), settings(2 * CACHED), progress=False)
     return result | {"scale": peaks[0], "step": max(peaks[CACHED + 1 :]), "search": max(peaks)}
 
 
@@ -157,7 +158,7 @@ def work(mode: str, size: int, length: int, steps: int) -> None:
         for step in range(steps):
             floor(batches[step % CACHED])
     elif mode != "load":
-        solpath.search(model, batches, settings(steps), progress=False)
+        search(model, batches, settings(steps), progress=False)
     print(json.dumps({"resident": peak_resident()}))
 
 
@@ -191,16 +192,18 @@ def main(
             batches = random_tokens(model, size, tokens, CACHED if mode == "cached" else total + 1)
             times = time_steps(model, batches, total)
             step, floor = (statistics.median(times[name]) for name in ("step", "floor"))
+            pairs = zip(times["step"], times["floor"], strict=True)
+            ratio = statistics.median(a / b for a, b in pairs)
             entry["time"][mode] = {
                 "step_ms": 1e3 * step,
                 "floor_ms": 1e3 * floor,
                 "step_iqr_ms": 1e3 * interquartile_range(times["step"]),
                 "floor_iqr_ms": 1e3 * interquartile_range(times["floor"]),
-                "ratio": step / floor,
+                "ratio": ratio,
                 "timed": len(times["step"]),
             }
             label = f"{size} x {tokens}, time ({mode} targets)"
-            rows.append([label, f"{1e3 * step:.1f} ms", f"{1e3 * floor:.1f} ms", step / floor])
+            rows.append([label, f"{1e3 * step:.1f} ms", f"{1e3 * floor:.1f} ms", ratio])
         weights = sum(p.nbytes for p in model.parameters())
         live = live_bytes(model, random_tokens(model, size, tokens, CACHED))
         ratios = {k: (weights + live[k]) / (weights + live["floor"]) for k in ("step", "search")}

@@ -51,6 +51,7 @@ def minilm(checkpoint: Path | None, heldout: int | None) -> Workload:
     """all-MiniLM-L6-v2 on docstrings: 16 x 32 tokens a step, cosine of the pooled embedding."""
     from transformers import AutoModel, AutoTokenizer
 
+    quiet()
     folder = checkpoint or installed_minilm()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     corpus = read_corpus(search=2048, calibration=0, test=256)
@@ -80,6 +81,7 @@ def digits(checkpoint: Path | None, heldout: int | None) -> Workload:
     """The ViT of ``examples/digits_vit.py``: accuracy on the test images, and KL to dense."""
     from transformers import ViTForImageClassification
 
+    quiet()
     example = _example("digits_vit")
     train, _, test, labels = example.load_split()
     test, labels = test[:heldout], labels[:heldout]
@@ -111,6 +113,7 @@ def llama(checkpoint: Path | None, heldout: int | None) -> Workload:
     """The LLaMA of ``examples/byte_llama.py``: bits per byte on held-out files."""
     from transformers import LlamaForCausalLM
 
+    quiet()
     example = _example("byte_llama")
     test = example.sequences("test", heldout or 512)
 
@@ -140,6 +143,14 @@ def workload(name: str, checkpoint: Path | None = None, heldout: int | None = No
     if name not in WORKLOADS:
         raise SystemExit(f"unknown model {name!r}; choose from {', '.join(WORKLOADS)}.")
     return WORKLOADS[name](checkpoint, heldout)
+
+
+def quiet() -> None:
+    """No loading bars, and no notes about the pooler that is left out."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def installed_minilm() -> Path:

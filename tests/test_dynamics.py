@@ -20,7 +20,9 @@ def vector(values) -> torch.Tensor:
 
 @settings(max_examples=200, deadline=None)
 @given(
-    units=st.lists(st.tuples(st.just(0.0) | POSITIVE, st.floats(0.1, 100)), min_size=1, max_size=30),
+    units=st.lists(
+        st.tuples(st.just(0.0) | POSITIVE, st.floats(0.1, 100)), min_size=1, max_size=30
+    ),
     share=st.floats(0.01, 0.99),
 )
 def test_pull_is_the_root(units, share):
@@ -133,7 +135,9 @@ def test_inclusion_follows_its_closed_form(nu):
             scale=scale, nu=nu, kappa=0.0, lam=lam, step_size=step, time=k,
         )  # fmt: skip
     t = step * 10_000
-    torch.testing.assert_close(state.mask, rest + (1 - rest) * torch.tensor(-t).exp(), rtol=0, atol=4e-3)
+    torch.testing.assert_close(
+        state.mask, rest + (1 - rest) * torch.tensor(-t).exp(), rtol=0, atol=4e-3
+    )
     torch.testing.assert_close(state.dual, rest * t + (1 - rest), rtol=4e-3, atol=4e-3)
     for i in range(5):
         time = float(state.entry[i]) * step

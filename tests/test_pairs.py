@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import CASES, build, inputs
 from torch import nn
 
 import solpath
+from conftest import CASES, build, inputs
 from solpath.arch import Architecture, Attention, Mlp, known_model_types, register
 from solpath.arch.table import _REGISTERED
 from solpath.counting import count_costs
@@ -65,7 +65,6 @@ def test_rotary_couples_are_half_a_head_apart():
 
 
 def test_macs_of_the_dense_model_fall_by_the_cost_of_units(model):
-    model.set_attn_implementation("eager")
     costs = count_costs(model, find_pairs(model), inputs(model, samples=1))
     inner = sum(p.units * costs.unit_macs[p.name] for p in find_pairs(model))
     assert 0 < inner < costs.macs

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import batches, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import solpath
+from conftest import batches, build
 from solpath.cost import CostTable
 from solpath.errors import BudgetError, ConfigError, FileError, FingerprintError
 from solpath.pair import Fingerprint, Pair, Side
@@ -145,7 +145,9 @@ def test_plans_survive_json():
     assert all(torch.equal(again.kept[n], plan.kept[n]) for n in plan.kept)
 
 
-@pytest.mark.parametrize("units", [[0, 0], [1, 0], [0, 1536], [-1, 2], [0, 1.0], [0, None], [0, True]])
+@pytest.mark.parametrize(
+    "units", [[0, 0], [1, 0], [0, 1536], [-1, 2], [0, 1.0], [0, None], [0, True]]
+)
 def test_bad_indices_are_refused(units):
     value = made_path().plan(sparsity=0.4).to_dict()
     value["kept"]["layer.0.mlp"] = [units]

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import batches, build, inputs
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import solpath
+from conftest import batches, build, inputs
 from solpath import InclusionConfig, SearchConfig, baselines
 from solpath.data import BatchSource
 from solpath.discover import find_pairs
@@ -270,7 +270,10 @@ def test_a_shuffling_loader_is_reproducible_and_cycled(bert):
         ({"input_ids": torch.ones(1, 3)}, "wrap it in a list"),
         ([{"input_ids": torch.ones(0, 3, dtype=torch.long)}], "no samples"),
         (["text"], "dict of tensors"),
-        ([{"input_ids": torch.ones(2, 3, dtype=torch.long, device="meta")}], "input_ids is on meta"),
+        (
+            [{"input_ids": torch.ones(2, 3, dtype=torch.long, device="meta")}],
+            "input_ids is on meta",
+        ),
     ],
 )
 def test_bad_batches(bert, data, words):
@@ -353,7 +356,9 @@ def test_units_that_do_nothing_leave_first():
         assert dead >= 0.95 * len(removed), path.method
 
 
-@pytest.mark.parametrize("options", [{"binary": False}, {"growing_pull": False}, {"shrinkage": 0.0}])
+@pytest.mark.parametrize(
+    "options", [{"binary": False}, {"growing_pull": False}, {"shrinkage": 0.0}]
+)
 def test_ablations_change_the_path(bert, options):
     changed = run(bert, config=SearchConfig(steps=8, scale_batches=2, **options))
     assert not same(changed, run(bert))

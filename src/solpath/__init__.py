@@ -9,13 +9,13 @@ if TYPE_CHECKING:
     from solpath import baselines
     from solpath.config import InclusionConfig, SearchConfig
     from solpath.discover import find_pairs
-    from solpath.evaluate import evaluate
-    from solpath.extract import extract
+    from solpath.evaluation import evaluate
+    from solpath.extraction import extract
     from solpath.masks import masked
-    from solpath.measure import measure
+    from solpath.measurement import measure
     from solpath.path import SolutionPath
     from solpath.plan import Plan
-    from solpath.search import search
+    from solpath.searching import search
     from solpath.store import load, push_to_hub, save
 
 __version__ = "0.1.0"
@@ -27,15 +27,15 @@ _HOME = {
     "SearchConfig": "config",
     "SolutionPath": "path",
     "baselines": "",
-    "evaluate": "evaluate",
-    "extract": "extract",
+    "evaluate": "evaluation",
+    "extract": "extraction",
     "find_pairs": "discover",
     "load": "store",
     "masked": "masks",
-    "measure": "measure",
+    "measure": "measurement",
     "push_to_hub": "store",
     "save": "store",
-    "search": "search",
+    "search": "searching",
 }
 
 __all__ = [
@@ -64,7 +64,7 @@ def __getattr__(name: str) -> Any:
     if not home:
         return import_module(f"solpath.{name}")
     value = getattr(import_module(f"solpath.{home}"), name)
-    globals()[name] = value  # also over the submodule of the same name
+    globals()[name] = value
     return value
 
 

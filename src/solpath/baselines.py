@@ -1,8 +1,7 @@
 """Other ways to order the units. Each gives the same `SolutionPath` as the search does."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -229,14 +228,14 @@ def _norms(model: nn.Module, pair: Pair, side: Any) -> Tensor:
     return total.index_add(0, pair.unit_of_channel(side), channels)
 
 
-def _weakest_groups(
-    pairs: Sequence[Pair], mask: Tensor, damage: Tensor
-) -> Iterator[Tensor]:
+def _weakest_groups(pairs: Sequence[Pair], mask: Tensor, damage: Tensor) -> Iterator[Tensor]:
     """Units of equal rank in every head of a pair, least mean damage first. int64 ``[heads]``."""
     sizes = [pair.units for pair in pairs]
     groups: list[tuple[float, int, Tensor]] = []
     start = 0
-    for pair, alive, value in zip(pairs, mask.split(sizes), damage.split(sizes), strict=True):
+    for pair, alive, value in zip(
+        pairs, torch.split(mask, sizes), torch.split(damage, sizes), strict=True
+    ):
         alive = alive.view(pair.heads, pair.width) > 0
         rest = int(alive[0].sum())
         value = value.view(pair.heads, pair.width).masked_fill(~alive, -torch.inf)

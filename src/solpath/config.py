@@ -75,8 +75,8 @@ class InclusionConfig:
         seed: of a shuffling `DataLoader`; the iteration itself draws nothing.
         nu: strength of the coupling is 1/nu; None takes 0.2 / median of the one-shot scale.
         kappa: inverse of the ridge on the sparse copy, at least 0.
-        lam: threshold that V crosses when a unit enters; None takes ``step_size * steps / 4``, which
-            a unit whose mask stays 1 crosses after a quarter of the steps.
+        lam: threshold that V crosses when a unit enters; None takes
+            ``step_size * steps / 4``, which a mask that stays 1 crosses in a quarter of the steps.
         step_size: of the mask, as a share of the way to its stationary point, in (0, 1].
         scale_batches: batches the one-shot scale is measured on.
     """

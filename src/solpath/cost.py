@@ -1,4 +1,4 @@
-"""What a unit costs: parameters and multiply-accumulates (MACs), and what a set of widths adds up to."""
+"""What units cost, in parameters and multiply-accumulates (MACs), and what widths add up to."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

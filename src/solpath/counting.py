@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from solpath.cost import CostTable
@@ -36,7 +37,8 @@ def count_costs(model: nn.Module, pairs: Sequence[Pair], sample: Any) -> CostTab
         for pair in pairs
     ]
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # The plain attention kernel, because the counter knows no formula for some fused ones.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             run(model, sample, labels=False)
     finally:
         for handle in handles:

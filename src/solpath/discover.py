@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,8 @@ def find_pairs(model: nn.Module) -> tuple[Pair, ...]:
 
 
 def _block_pairs(model: nn.Module, block: str, architecture: Architecture) -> list[Pair]:
-    attention, mlp, config = architecture.attention, architecture.mlp, model.config
+    attention, mlp = architecture.attention, architecture.mlp
+    config: Any = model.config
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     repeat, channels = heads // kv_heads, 2 if attention.rotary else 1
@@ -96,8 +98,8 @@ def _linear(model: nn.Module, path: str) -> nn.Linear:
     module = model.get_submodule(path)
     if type(module) is not nn.Linear:
         raise UnsupportedModelError(
-            f"{path} is a {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear; "
-            "prune before quantising, and merge adapters first."
+            f"{path} is a {type(module).__module__}.{type(module).__name__}, not a plain "
+            "nn.Linear; prune before quantising, and merge adapters first."
         )
     return module
 
@@ -133,6 +135,6 @@ def fingerprint(model: nn.Module, pairs: tuple[Pair, ...]) -> Fingerprint:
     return Fingerprint(type(model).__name__, digests)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+def _bytes(tensor: Tensor) -> Any:
+    """The values of a tensor as a buffer of bytes."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -22,9 +22,7 @@ class Equilibrium(NamedTuple):
     mask: Tensor
 
 
-def pull(
-    drive: Float[Tensor, " units"], cost: Float[Tensor, " units"], share: float
-) -> float:
+def pull(drive: Float[Tensor, " units"], cost: Float[Tensor, " units"], share: float) -> float:
     """The p for which ``Σ cost · min(drive / p, 1) = share · Σ cost``, exactly.
 
     The left side falls in p and is linear in 1/p between the sorted drives, so the root is found
@@ -123,9 +121,7 @@ def equilibrium_step(
     noise = momentum * state.noise + (1 - momentum) * variance * (1 - momentum) / (1 + momentum)
     clean = shrink(marginal, noise, scale, pair, shrinkage)
     target = equilibrium_mask(clean, cost, share, sharpness)
-    return Equilibrium(
-        marginal, noise, (1 - relaxation) * state.mask + relaxation * target
-    )
+    return Equilibrium(marginal, noise, (1 - relaxation) * state.mask + relaxation * target)
 
 
 def read_order(
@@ -158,7 +154,10 @@ def read_order(
     entry = torch.zeros_like(tail)
     alive = [torch.ones(shape, dtype=torch.bool) for shape in shapes]
     total = left = float(cost.sum())
-    group_cost = [float(c[0]) * heads for c, (heads, _) in zip(cost.split(sizes), shapes, strict=True)]
+    group_cost = [
+        float(part[0]) * heads
+        for part, (heads, _) in zip(torch.split(cost, sizes), shapes, strict=True)
+    ]
     for k, keep in enumerate([*share, 0.0]):
         start = min(max(0, k - memory), len(masks) - 1)
         if start > forgotten:
@@ -168,13 +167,14 @@ def read_order(
             continue
         groups: list[tuple[float, int, int]] = []
         units: list[Tensor] = []
-        for i, (part, (heads, width)) in enumerate(zip(tail.split(sizes), shapes, strict=True)):
+        for i, (heads, width) in enumerate(shapes):
+            part = torch.split(tail, sizes)[i]
             rest = int(alive[i][0].sum())
             value = part.view(heads, width).masked_fill(~alive[i], -1.0)
             ordered, index = value.sort(dim=1, descending=True, stable=True)
             units.append(index)
             groups += [(v, -r, i) for r, v in enumerate(ordered[:, :rest].mean(0).tolist())]
-        rows = entry.split(sizes)
+        rows = torch.split(entry, sizes)
         for _, rank, i in sorted(groups):
             if left <= keep * total:
                 break
@@ -200,9 +200,7 @@ class Inclusion(NamedTuple):
     entry: Tensor
 
 
-def sparse_copy(
-    dual: Float[Tensor, " units"], kappa: float, lam: float
-) -> Float[Tensor, " units"]:
+def sparse_copy(dual: Float[Tensor, " units"], kappa: float, lam: float) -> Float[Tensor, " units"]:
     """Γ = κ · max(V - λ, 0), the minimiser tied to the dual variable (one-sided l1 + ridge)."""
     return kappa * (dual - lam).clamp(min=0)
 

@@ -6,7 +6,7 @@ stays text and takes the page's font.
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ def quality_chart(series: Sequence[Series], *, name: str, narrow: bool) -> str:
     width, height = (3.6, 3.3) if narrow else (5.4, 3.5)
     figure, axes = _figure(width, height)
     figure.subplots_adjust(
-        left=0.11 if narrow else 0.085, right=0.72 if narrow else 0.79, top=0.97, bottom=0.14
+        left=0.11 if narrow else 0.085, right=0.66 if narrow else 0.765, top=0.97, bottom=0.14
     )
     weak = 0
     for line in sorted(series, key=lambda line: line.strong):
@@ -78,7 +78,7 @@ def quality_chart(series: Sequence[Series], *, name: str, narrow: bool) -> str:
     axes.set_xlim(0, last)
     axes.set_ylim(floor, max(highest, floor + 0.1))
     ticks = sorted({0.0, *(x for line in series for x in line.x)})
-    axes.set_xticks(_thinned(ticks, 0.09 * last), labels=None)
+    axes.set_xticks(_thinned(ticks, 0.09 * last))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2f}".rstrip("0").rstrip("."))
     axes.grid(axis="y", color=_STAND_IN["grid"], linewidth=0.8)
@@ -155,7 +155,9 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
     return [min(max(start, low), max(top, low)) + i * gap for i, start in enumerate(starts)]
 
 
-def entry_chart(path: SolutionPath, *, name: str, narrow: bool) -> str:
+def entry_chart(
+    path: SolutionPath, *, name: str, narrow: bool, titles: Mapping[str, str]
+) -> str:
     """One strip per pair: its units from first to last, coloured by when they enter.
 
     The colour is the share of the prunable parameters that is kept when a unit enters, in
@@ -193,7 +195,7 @@ def entry_chart(path: SolutionPath, *, name: str, narrow: bool) -> str:
         axes.set_xticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
         for label, align in zip(axes.get_xticklabels(), ("left", "center", "right"), strict=True):
             label.set_horizontalalignment(align)
-        axes.set_title(kind, loc="left", fontsize=10, color=_STAND_IN["ink"], fontweight="bold")
+        axes.set_title(titles.get(kind, kind), loc="left", fontsize=10, color=_STAND_IN["ink"], fontweight="bold")
         axes.spines["bottom"].set_visible(False)
     pad = 0.62 / height
     if narrow:
@@ -256,18 +258,14 @@ def _svg(figure: "Figure", name: str) -> str:
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     view = re.search(r'viewBox="[^"]*"', text)
     assert view is not None
     text = re.sub(r"<svg[^>]*>", f'<svg class="chart" {view[0]} aria-hidden="true">', text, count=1)
     text = text.replace("xlink:href", "href")
-    text = re.sub(r"font: ([^;\"]*?)(\d+(?:\.\d+)?)px [^;\"]*", _font, text)
+    text = re.sub(r" font-family: [^;]*;", "", text)
     for key, colour in _STAND_IN.items():
         text = text.replace(colour, f"var(--{key})")
     return re.sub(r"\n\s*", "\n", text).strip()
 
-
-def _font(match: re.Match[str]) -> str:
-    weight = "; font-weight: 650" if "bold" in match[1] or "700" in match[1] else ""
-    return f"font-size: {match[2]}px{weight}"

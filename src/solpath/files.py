@@ -8,9 +8,10 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -65,17 +66,17 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
 
     Everything is flushed to disk before the rename. On any failure `path` is left as it was.
     """
-    folder = check_output(path, overwrite=overwrite).absolute()
+    folder = check_output(path, overwrite=overwrite).resolve()
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         yield temporary
         for item in temporary.rglob("*"):
             item.chmod(0o755 if item.is_dir() else 0o644)
-            _sync(item)
+            sync(item)
         temporary.chmod(0o755)
-        _sync(temporary)
+        sync(temporary)
         _swap(temporary, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise FileError(f"could not write {folder}: {error.strerror or error}.") from error
     finally:
@@ -88,16 +89,21 @@ def _swap(temporary: Path, folder: Path) -> None:
         os.replace(temporary, folder)
         return
     old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
-    os.replace(folder, old)
+    try:
+        os.replace(folder, old)
+    except BaseException:
+        old.rmdir()
+        raise
     try:
         os.replace(temporary, folder)
-    except OSError:
+    except BaseException:
         os.replace(old, folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -119,7 +125,7 @@ def write_file(path: Path, data: bytes) -> None:
         except BaseException:
             os.unlink(temporary)
             raise
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise FileError(f"could not write {path}: {error.strerror or error}.") from error
 
@@ -244,9 +250,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _DTYPES[dtype]
 
 
-def read_tensors(
-    path: Path, expected: Expected, *, exact: bool = True, sha256: str | None = None
-) -> dict[str, Tensor]:
+def read_tensors(path: Path, expected: Expected, *, exact: bool = True) -> dict[str, Tensor]:
     """Read a safetensors file whose header must match `expected` before any data is read.
 
     The tensors own their memory: the file may be changed or removed afterwards.
@@ -255,66 +259,49 @@ def read_tensors(
         path: the file.
         expected: name to (dtype, shape).
         exact: whether every expected tensor must be there; names not expected are always refused.
-        sha256: hex digest of the whole file. It is computed beside the reading, on a second core.
 
     Raises:
-        FileError: truncated or damaged file, wrong name, dtype, shape or digest.
+        FileError: truncated or damaged file, wrong name, dtype or shape.
     """
     header = read_header(path)
     check_header(path, header, expected, exact=exact)
-    tensors = {}
+    return read_data(path, header)
+
+
+def read_data(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Read tensors of a safetensors file whose header was checked. They own their memory.
+
+    Raises:
+        FileError: a tensor cannot be read.
+    """
     try:
         with safe_open(path, framework="pt", backend="pread") as stream:
-            with _Digest(path) if sha256 is not None else contextlib.nullcontext() as digest:
-                for name in header:
-                    tensors[name] = stream.get_tensor(name)
-                    if digest is not None:
-                        digest.update(tensors[name])
-            if digest is not None and sha256 is not None:
-                check_digest(path, digest.hexdigest(), sha256)
-            return tensors
+            return {name: stream.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise FileError(f"cannot read {path}: {error}.") from error
 
 
-def digest_of(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 that a safetensors file just written must have.
+@contextlib.contextmanager
+def digests(paths: Iterable[Path]) -> Iterator[dict[str, Future[str]]]:
+    """Compute the SHA-256 of files in threads while the block runs. Leaving the block stops them.
 
-    The data is taken from memory, so that a fault on the way to the disk shows when it is read.
+    Yields:
+        File name to the digest to come, in hexadecimal.
     """
-    with _Digest(path) as digest:
-        for name in read_header(path):
-            digest.update(tensors[name])
+    stop = Event()
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            yield {path.name: pool.submit(_sha256, path, stop) for path in paths}
+        finally:
+            stop.set()
+
+
+def _sha256(path: Path, stop: Event) -> str:
+    digest, block = hashlib.sha256(), memoryview(bytearray(2**18))
+    with path.open("rb", buffering=0) as stream:
+        while (count := stream.readinto(block)) and not stop.is_set():
+            digest.update(block[:count])
     return digest.hexdigest()
-
-
-class _Digest:
-    """SHA-256 of a safetensors file from its header and its tensors, in a thread of its own."""
-
-    def __init__(self, path: Path) -> None:
-        self._hash = hashlib.sha256()
-        with path.open("rb") as stream:
-            start = stream.read(8)
-            self._hash.update(start + stream.read(int.from_bytes(start, "little")))
-
-    def __enter__(self) -> "_Digest":
-        self._pool = ThreadPoolExecutor(1)
-        self._jobs: list[Future[None]] = []
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-
-    def update(self, tensor: Tensor) -> None:
-        """Add the data of the next tensor."""
-        data: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        self._jobs.append(self._pool.submit(self._hash.update, data))
-
-    def hexdigest(self) -> str:
-        """The digest of everything added. Raises what went wrong in the thread."""
-        for job in self._jobs:
-            job.result()
-        return self._hash.hexdigest()
 
 
 def member(folder: Path, name: str) -> Path:

@@ -30,7 +30,9 @@ def mask_hooks(model: nn.Module, pairs: Sequence[Pair]) -> Iterator[dict[str, Te
             if side.axis == 0:
                 handles.append(module.register_forward_hook(_on_output(masks, pair.name, gather)))
             else:
-                handles.append(module.register_forward_pre_hook(_on_input(masks, pair.name, gather)))
+                handles.append(
+                    module.register_forward_pre_hook(_on_input(masks, pair.name, gather))
+                )
         yield masks
     finally:
         for handle in handles:
@@ -61,8 +63,8 @@ def _apply(inner: Tensor, mask: Tensor | None, gather: Tensor | None, name: str)
     if mask.dim() == 2:
         if inner.shape[0] != mask.shape[0]:
             raise BatchError(
-                f"{name}: the inner activation has {inner.shape[0]} rows for {mask.shape[0]} samples; "
-                "the first dimension must be the batch."
+                f"{name}: the inner activation has {inner.shape[0]} rows for "
+                f"{mask.shape[0]} samples; its first dimension must be the batch."
             )
         mask = mask.view(mask.shape[0], *[1] * (inner.dim() - 2), -1)
     return inner * mask

@@ -57,7 +57,7 @@ def has_logits(outputs: Any) -> bool:
 def token_mask(batch: Batch, output: Tensor) -> Tensor | None:
     """Which tokens count. bool ``[batch, tokens]`` from ``attention_mask``, or None for all."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if mask is None or output.dim() != 3 or mask.shape != output.shape[:2]:
+    if not isinstance(mask, Tensor) or output.dim() != 3 or mask.shape != output.shape[:2]:
         return None
     return mask.bool()
 
@@ -86,9 +86,7 @@ def divergence(output: Tensor, target: Tensor, mask: Tensor | None, *, logits: b
     return _total(error) / _total(norm)
 
 
-def curvature_sketch(
-    target: Tensor, mask: Tensor | None, noise: Tensor, *, logits: bool
-) -> Tensor:
+def curvature_sketch(target: Tensor, mask: Tensor | None, noise: Tensor, *, logits: bool) -> Tensor:
     """Turn white noise into a draw whose covariance is the curvature of `divergence` at its zero.
 
     Squared error: ``2 I / norm``. KL: ``(diag(p) - p pᵀ) / tokens``.

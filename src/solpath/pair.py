@@ -118,5 +118,6 @@ class Fingerprint:
             return f"the pairs differ, for example {names[0]}"
         changed = [n for n, digest in self.digests.items() if other.digests[n] != digest]
         if changed:
-            return f"the weights differ in {len(changed)} of {len(self.digests)} pairs, first {changed[0]}"
+            share = f"{len(changed)} of {len(self.digests)} pairs"
+            return f"the weights differ in {share}, first {changed[0]}"
         return ""

@@ -230,5 +230,5 @@ def flatten(pairs: Sequence[Pair], values: Mapping[str, Tensor]) -> Tensor:
 
 def unflatten(pairs: Sequence[Pair], values: Tensor) -> dict[str, Tensor]:
     """Inverse of `flatten`. ``[units] -> {name: [heads, width]}``."""
-    parts = values.split([pair.units for pair in pairs])
+    parts = torch.split(values, [pair.units for pair in pairs])
     return {p.name: part.view(p.heads, p.width) for p, part in zip(pairs, parts, strict=True)}

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ def _index(pair: Pair, rows: Any) -> Tensor:
             raise ValueError(f"{where}: heads must keep the same number of units")
         if any(type(unit) is not int or not 0 <= unit < pair.width for unit in row):
             raise ValueError(f"{where}: units must be integers in 0..{pair.width - 1}")
-        if any(a >= b for a, b in zip(row, row[1:], strict=False)):
+        if any(a >= b for a, b in pairwise(row)):
             raise ValueError(f"{where}: units must be ascending and distinct")
     return torch.tensor(rows, dtype=torch.int64).view(pair.heads, -1)
 

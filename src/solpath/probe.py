@@ -182,7 +182,7 @@ class Probe:
         return share(batch, low, high), low, high, size
 
     def _set(self, rows: Tensor) -> list[Tensor]:
-        parts = rows.to(self._device).split([pair.units for pair in self._pairs], 1)
+        parts = torch.split(rows.to(self._device), [pair.units for pair in self._pairs], 1)
         leaves = [part.contiguous().requires_grad_() for part in parts]
         self._masks.update({p.name: leaf for p, leaf in zip(self._pairs, leaves, strict=True)})
         return leaves

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from solpath.arch import known_model_types
 from solpath.discover import find_pairs
 from solpath.errors import SolpathError
-from solpath.extract import extract
+from solpath.extraction import extract
 from solpath.files import Expected, Header, dtype_name
 from solpath.plan import Plan
 
@@ -124,19 +124,18 @@ def expect_buffers(
 
 def assign_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a skeleton its data. Tied parameters stay tied."""
-    made: dict[int, Tensor] = {}
-    for name, old in list(model.named_parameters(remove_duplicate=False)):
-        if id(old) not in made:
-            made[id(old)] = nn.Parameter(tensors[name], requires_grad=old.requires_grad)
-        _set_(model, name, made[id(old)])
-    for name, _ in list(model.named_buffers()):
-        if name in tensors:
-            _set_(model, name, tensors[name])
-
-
-def _set_(model: nn.Module, name: str, value: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, value)
+    made: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for leaf, old in module._parameters.items():
+            if old is None:
+                continue
+            if id(old) not in made:
+                made[id(old)] = nn.Parameter(tensors[prefix + leaf], old.requires_grad)
+            module._parameters[leaf] = made[id(old)]
+        for leaf in module._buffers:
+            if prefix + leaf in tensors:
+                module._buffers[leaf] = tensors[prefix + leaf]
 
 
 def constructor_options(model: nn.Module) -> dict[str, bool]:

@@ -1,6 +1,5 @@
 """The only code that cuts a tensor."""
 
-import torch
 from torch import Tensor, nn
 
 

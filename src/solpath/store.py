@@ -9,12 +9,12 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -26,15 +26,17 @@ from solpath.discover import EXTRACTED
 from solpath.errors import ConfigError, FileError, SolpathError
 from solpath.files import (
     Header,
+    check_digest,
     check_header,
     check_output,
-    digest_of,
+    digests,
     dtype_name,
     member,
     new_folder,
+    read_data,
     read_header,
     read_json,
-    read_tensors,
+    sync,
     write_json,
 )
 from solpath.plan import Plan
@@ -64,6 +66,9 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DTYPES = {"float64", "float32", "float16", "bfloat16"}
 _ATTENTION = ("sdpa", "eager")
+
+
+Result = TypeVar("Result")
 
 
 class Tokenizer(Protocol):
@@ -105,7 +110,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     device: str | torch.device = "cpu",
-    verify: bool = True,
+    verify: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> "PreTrainedModel":
@@ -114,8 +119,8 @@ def load(
     Args:
         path: a folder, or the id of a Hub repository (``"name/repo"``) if there is no such folder.
         device: where the model goes.
-        verify: compare every file read with the SHA-256 noted when it was saved. False reads a
-            folder whose files were changed on purpose; all other checks stay.
+        verify: also compare the weight files with the SHA-256 noted when they were saved, which
+            takes about as long as reading them. The JSON files are always compared.
         revision: branch, tag or commit of a Hub repository.
         token: for a private Hub repository.
 
@@ -128,35 +133,31 @@ def load(
     folder = _locate(path, revision, token)
     file = member(folder, HEADER)
     head = read_json(file)
-    plan = _check_head(file, head, verify=verify)
-    digests = {n: d if verify else None for n, d in head["digests"].items()}
-    config = read_json(member(folder, CONFIG), sha256=digests[CONFIG])
-    headers = _read_headers(folder, digests)
-    try:
-        model_class = resolve(head["class"], head["model_type"])
-        check_sizes(config, headers.values(), model_class)
-        model, expected = build_skeleton(model_class, config, head, plan)
-    except FileError:
-        raise
-    except Exception as error:  # forged settings can make a constructor raise anything
-        reason = str(error) or type(error).__name__
-        raise FileError(
-            f"{folder / CONFIG} and {file} do not describe a {head['class']} that can be built: "
-            f"{reason}"
-        ) from error
-    tensors: dict[str, Tensor] = {}
-    wanted = expect_buffers(expected, headers, getattr(torch, head["dtype"]))
-    for shard, header in headers.items():  # every header, before any data
-        check_header(folder / shard, header, wanted, exact=len(headers) == 1)
-    if missing := sorted(set(wanted) - {name for header in headers.values() for name in header}):
-        raise FileError(f"{folder / INDEX}: tensor {missing[0]!r} is in none of the files.")
-    for shard, header in headers.items():
-        part = {name: wanted[name] for name in header}
-        tensors |= read_tensors(folder / shard, part, sha256=digests[shard])
+    plan = _check_head(file, head)
+    known = head["digests"]
+    config = read_json(member(folder, CONFIG), sha256=known[CONFIG])
+    headers = _read_headers(folder, known)
+    model_class = _named(folder, resolve, head["class"], head["model_type"])
+    _named(folder, check_sizes, config, headers.values(), model_class)
+    with digests([folder / name for name in headers] if verify else ()) as found:
+        model, expected = _named(folder, build_skeleton, model_class, config, head, plan)
+        wanted = expect_buffers(expected, headers, getattr(torch, head["dtype"]))
+        for name, header in headers.items():  # every header, before any tensor
+            check_header(folder / name, header, wanted, exact=len(headers) == 1)
+        if missing := sorted(set(wanted).difference(*headers.values())):
+            raise FileError(f"{folder / INDEX}: tensor {missing[0]!r} is in none of the files.")
+        tensors: dict[str, Tensor] = {}
+        for name, header in headers.items():
+            tensors |= read_data(folder / name, header)
+        for name, digest in found.items():
+            check_digest(folder / name, digest.result(), known[name])
     assign_(model, tensors)
-    if GENERATION in digests:
-        _set_generation_(model, folder, digests[GENERATION])
-    return cast("PreTrainedModel", model.eval().to(device))
+    if GENERATION in known:
+        _set_generation_(model, folder, known[GENERATION])
+    model.eval()
+    if torch.device(device).type != "cpu":
+        model.to(device)
+    return cast("PreTrainedModel", model)
 
 
 def push_to_hub(
@@ -275,14 +276,18 @@ def _write(
         shards = split_torch_state_dict_into_shards(contents.tensors, max_shard_size=max_shard_size)
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"max_shard_size {max_shard_size!r}: {error}") from error
-    digests = {}
+    written = []
     for name, keys in shards.filename_to_tensors.items():
         part = {key: contents.tensors[key] for key in keys}
         try:
             save_file(part, folder / name, metadata={"format": "pt"})
         except SafetensorError as error:
             raise FileError(f"could not write {name}: {error}") from error
-        digests[name] = digest_of(folder / name, part)
+        written.append(folder / name)
+    with digests(written) as found:
+        for path in written:  # takes as long as the digests, so do both at once
+            sync(path)
+        known = {name: digest.result() for name, digest in found.items()}
     texts: dict[str, Mapping[str, Any] | None] = {CONFIG: contents.config}
     texts[GENERATION] = contents.generation
     if shards.is_sharded:
@@ -290,8 +295,8 @@ def _write(
     for name, value in texts.items():
         if value is not None:
             write_json(folder / name, value)
-            digests[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    head = {**contents.head, "digests": digests}
+            known[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    head = {**contents.head, "digests": known}
     write_json(folder / HEADER, {**head, "checksum": _checksum(head)})
 
 
@@ -299,6 +304,17 @@ def _checksum(head: Mapping[str, Any]) -> str:
     """SHA-256 of every other field of `solpath.json`, in a canonical form."""
     rest = {name: value for name, value in head.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _named(folder: Path, function: Callable[..., Result], *values: Any) -> Result:
+    """Call `function`; whatever it raises becomes a `FileError` naming the files it worked on."""
+    try:
+        return function(*values)
+    except Exception as error:  # forged settings can make a constructor raise anything
+        raise FileError(
+            f"{folder / CONFIG} and {HEADER} do not describe a model that can be built: "
+            f"{str(error) or type(error).__name__}"
+        ) from error
 
 
 def _locate(path: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
@@ -319,7 +335,7 @@ def _locate(path: str | os.PathLike[str], revision: str | None, token: str | boo
     return Path(found)
 
 
-def _check_head(file: Path, head: Mapping[str, Any], *, verify: bool) -> Plan:
+def _check_head(file: Path, head: Mapping[str, Any]) -> Plan:
     """Check every field of `solpath.json`; returns the plan."""
     if head.get("format") != FORMAT or head.get("version") != FORMAT_VERSION:
         raise FileError(
@@ -331,7 +347,7 @@ def _check_head(file: Path, head: Mapping[str, Any], *, verify: bool) -> Plan:
         for name in names:
             if not isinstance(head.get(name), kind):
                 raise FileError(f"{file}: {name} is missing or not a {kind.__name__}.")
-    if verify and head.get("checksum") != _checksum(head):
+    if head.get("checksum") != _checksum(head):
         raise FileError(f"{file}: checksum does not fit the other fields; the file was changed.")
     for name, allowed in (("dtype", _DTYPES), ("attention", _ATTENTION)):
         if head[name] not in allowed:
@@ -359,7 +375,7 @@ def _check_head(file: Path, head: Mapping[str, Any], *, verify: bool) -> Plan:
     return plan
 
 
-def _read_headers(folder: Path, digests: Mapping[str, str | None]) -> dict[str, Header]:
+def _read_headers(folder: Path, digests: Mapping[str, str]) -> dict[str, Header]:
     """Headers of the weight files, by file name."""
     shards = sorted(name for name in digests if _SHARD.fullmatch(name))
     if INDEX not in digests:
@@ -381,7 +397,7 @@ def _read_headers(folder: Path, digests: Mapping[str, str | None]) -> dict[str, 
     return headers
 
 
-def _set_generation_(model: Any, folder: Path, sha256: str | None) -> None:
+def _set_generation_(model: Any, folder: Path, sha256: str) -> None:
     from transformers import GenerationConfig
 
     file = member(folder, GENERATION)

@@ -16,7 +16,8 @@ def split_heads(linear: nn.Linear, hidden: Tensor, heads: int) -> Tensor:
     """
     if linear.out_features == 0:
         return hidden.new_zeros(hidden.shape[0], heads, hidden.shape[1], 1)
-    return linear(hidden).unflatten(-1, (heads, -1)).transpose(1, 2)
+    states: Tensor = linear(hidden)
+    return states.view(*states.shape[:-1], heads, -1).transpose(1, 2)
 
 
 def attend(

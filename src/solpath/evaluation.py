@@ -15,7 +15,7 @@ from torch.nn import functional
 from solpath.cost import Achieved
 from solpath.discover import EXTRACTED
 from solpath.errors import BatchError
-from solpath.measure import evaluating, provenance
+from solpath.measurement import evaluating, provenance
 from solpath.objective import forward, has_logits, output_tensor, run, token_mask
 from solpath.plan import Plan
 

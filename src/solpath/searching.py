@@ -117,11 +117,13 @@ def _run(
     every: int,
     report: Report,
 ) -> State:
-    step = _equilibrium if isinstance(config, SearchConfig) else _inclusion
     done = saved = state["history"].shape[1]
     try:
         for k in range(done, config.steps):
-            state = step(probe, config, state, k)  # type: ignore[operator]
+            if isinstance(config, SearchConfig):
+                state = _equilibrium(probe, config, state, k)
+            else:
+                state = _inclusion(probe, config, state, k)
             report(*state["history"][:, -1].tolist())
             if (k + 1) % every == 0 or k + 1 == config.steps:
                 saved = _save(file, header, state)

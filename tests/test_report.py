@@ -1,0 +1,166 @@
+"""The report: complete, offline, escaped, and refused when its input is damaged."""
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import conftest
+import pytest
+
+import solpath
+from solpath.errors import FileError
+from solpath.figures import entry_shares, spread
+from solpath.report import duration, heat_maps, read_family, write_report
+
+SIZES = {"s20": 0.2, "s40": 0.4, "s60": 0.6, "s75": 0.75}
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def make_family(path: solpath.SolutionPath) -> dict:
+    members = []
+    for i, (name, sparsity) in enumerate({"dense": 0.0, **SIZES}.items()):
+        plan = path.plan(sparsity=sparsity)
+        size = plan.achieved
+        members.append(
+            {
+                "name": name,
+                "folder": f"models/{name}" if i else None,
+                "sparsity": size.sparsity,
+                "params": size.params,
+                "params_share": size.params_share,
+                "macs": size.macs,
+                "macs_share": size.macs_share,
+                "bytes": 4 * size.params,
+                "latency_ms": 10.0 - i,
+                "latency_iqr_ms": 0.3,
+                "cosine": 1 - 0.07 * i,
+                "retrieval": 0.9 - 0.1 * i,
+                "widths": plan.widths,
+            }
+        )
+    methods = [
+        {
+            "name": name,
+            "seconds": 12.0,
+            "points": [
+                {"sparsity": s, "cosine": 1 - loss * s, "retrieval": 0.9 - loss * s / 2}
+                for s in (0.0, *SIZES.values())
+            ],
+        }
+        for name, loss in {"spp": 0.4, "random": 1.0, "magnitude": 0.95, "taylor": 0.94}.items()
+    ]
+    return {
+        "format": "solpath.family",
+        "version": 1,
+        "model": {"name": "a <b>model</b>", "class": "BertModel", "sha256": None, "units": 224},
+        "search": {"method": "spp", "seconds": 61.0, "steps": 200, "seed": 0, "text": ""},
+        "task": {"name": "retrieval accuracy@1", "pairs": 64},
+        "methods": methods,
+        "members": members,
+        "measured": {"samples": 8, "tokens": 128, "repeats": 20},
+        "provenance": {"command": "solpath demo", "threads": 2, "versions": {"torch": "2"}},
+    }
+
+
+@pytest.fixture
+def folder(bert, tmp_path: Path) -> Path:
+    path = solpath.baselines.random(bert, conftest.batches(bert))
+    path.save(tmp_path / "path")
+    (tmp_path / "family.json").write_text(json.dumps(make_family(path)))
+    return tmp_path
+
+
+def test_report_has_every_part_and_no_external_address(folder: Path) -> None:
+    page = write_report(folder).read_text()
+    for part in ("quality", "cost", "units", "entry", "load"):
+        assert f'<section id="{part}">' in page
+    for name in SIZES:
+        assert f'solpath.load("models/{name}")' in page
+    assert re.findall(r"(?:https?:)?//[\w.]+|@import|url\((?!#)", page) == []
+    assert "<b>model</b>" not in page
+    assert "a &lt;b&gt;model" in page
+    assert "prefers-color-scheme: dark" in page
+    assert not re.search(r"#fe[0-9a-f]{2}ef", page), "a stand-in colour was left"
+
+
+def test_report_is_deterministic(folder: Path) -> None:
+    assert write_report(folder).read_bytes() == write_report(folder).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "named"),
+    [
+        (("version",), 99, "version 99"),
+        (("methods",), [], "methods"),
+        (("methods", 1, "points", 0, "cosine"), "x", "methods[1].points[0].cosine"),
+        (("members", 2, "params"), None, "members[2].params"),
+        (("members", 1, "widths"), {}, "members[1].widths"),
+        (("model",), 3, "model"),
+    ],
+)
+def test_damaged_family_names_file_and_field(folder: Path, keys, value, named: str) -> None:
+    family = json.loads((folder / "family.json").read_text())
+    place = family
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (folder / "family.json").write_text(json.dumps(family))
+    with pytest.raises(FileError, match="family.json") as error:
+        write_report(folder)
+    assert named in str(error.value)
+
+
+def test_missing_family_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"family\.json"):
+        read_family(tmp_path / "family.json")
+
+
+def test_heat_maps_hold_the_shares_of_the_plan(bert) -> None:
+    path = solpath.baselines.random(bert, conftest.batches(bert))
+    family = make_family(path)
+    for drawn, sparsity in zip(heat_maps(family, path), SIZES.values(), strict=True):
+        widths = path.plan(sparsity=sparsity).widths
+        for i, pair in enumerate(path.pairs):
+            assert drawn["rows"][i // 3][i % 3] == widths[pair.name] / pair.width
+    assert copy.deepcopy(family) == family
+
+
+def test_entry_shares_follow_the_order(bert) -> None:
+    path = solpath.baselines.random(bert, conftest.batches(bert))
+    shares = entry_shares(path)
+    for name, share in shares.items():
+        assert (share.flatten().argsort() == (-path.score[name]).flatten().argsort()).all()
+    assert max(float(share.max()) for share in shares.values()) == pytest.approx(1)
+
+
+def test_spread_keeps_order_gap_and_range() -> None:
+    values = [0.1, 0.11, 0.12, 0.5, 0.99, 1.0]
+    placed = spread(values, 0.1, 0.0, 1.0)
+    assert all(b - a >= 0.1 - 1e-9 for a, b in zip(placed, placed[1:], strict=False))
+    assert 0 <= placed[0]
+    assert placed[-1] <= 1 + 1e-9
+    assert spread([0.2, 0.6], 0.1, 0, 1) == pytest.approx([0.2, 0.6])
+
+
+def test_duration() -> None:
+    assert duration(0.2).startswith("under")
+    assert duration(200) == "3\u202fmin 20\u202fs"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_report_opens_in_a_browser(folder: Path, tmp_path: Path) -> None:
+    page = write_report(folder)
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+        "--no-first-run", "--disable-background-networking", "--disable-component-update",
+        "--disable-sync", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=400,900", "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.count("<section") == 5
+    assert done.stdout.count("<svg") == 6
+    assert "CONSOLE" not in done.stderr
+    assert not re.search(r"(?:src|href)=\"(?!#)", done.stdout)
