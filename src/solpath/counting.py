@@ -38,7 +38,11 @@ def count_costs(model: nn.Module, pairs: Sequence[Pair], sample: Any) -> CostTab
     ]
     try:
         # The plain attention kernel, because the counter knows no formula for some fused ones.
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with (
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
             run(model, sample, labels=False)
     finally:
         for handle in handles:

@@ -155,9 +155,7 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
     return [min(max(start, low), max(top, low)) + i * gap for i, start in enumerate(starts)]
 
 
-def entry_chart(
-    path: SolutionPath, *, name: str, narrow: bool, titles: Mapping[str, str]
-) -> str:
+def entry_chart(path: SolutionPath, *, name: str, narrow: bool, titles: Mapping[str, str]) -> str:
     """One strip per pair: its units from first to last, coloured by when they enter.
 
     The colour is the share of the prunable parameters that is kept when a unit enters, in
@@ -195,7 +193,13 @@ def entry_chart(
         axes.set_xticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
         for label, align in zip(axes.get_xticklabels(), ("left", "center", "right"), strict=True):
             label.set_horizontalalignment(align)
-        axes.set_title(titles.get(kind, kind), loc="left", fontsize=10, color=_STAND_IN["ink"], fontweight="bold")
+        axes.set_title(
+            titles.get(kind, kind),
+            loc="left",
+            fontsize=10,
+            color=_STAND_IN["ink"],
+            fontweight="bold",
+        )
         axes.spines["bottom"].set_visible(False)
     pad = 0.62 / height
     if narrow:
@@ -268,4 +272,3 @@ def _svg(figure: "Figure", name: str) -> str:
     for key, colour in _STAND_IN.items():
         text = text.replace(colour, f"var(--{key})")
     return re.sub(r"\n\s*", "\n", text).strip()
-

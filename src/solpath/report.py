@@ -145,9 +145,7 @@ def render(family: Mapping[str, Any], path: SolutionPath) -> str:
     strong = family["search"]["method"]
     charts = {
         f"{metric}_{size}": Markup(
-            quality_chart(
-                _series(family, metric), name=f"{metric}-{size}", narrow=size == "narrow"
-            )
+            quality_chart(_series(family, metric), name=f"{metric}-{size}", narrow=size == "narrow")
         )
         for metric in ("cosine", "retrieval")
         for size in ("wide", "narrow")

@@ -89,8 +89,9 @@ def search(
 
     with probing(model, pairs, batches, loss=loss, seed=config.seed) as probe:
         costs = count_costs(model, pairs, probe.first_sample())
-        with _progress(config.steps, progress and process()[0] == 0) as report:
-            state = state or _start(probe, config)
+        state = state or _start(probe, config)
+        show = progress and process()[0] == 0
+        with _progress(config.steps, state["history"].shape[1], show) as report:
             state = _run(probe, config, state, file, header, checkpoint_every, report)
     return _path(pairs, config, state, costs, identity)
 
@@ -239,7 +240,7 @@ def _path(
 
 
 @contextmanager
-def _progress(steps: int, show: bool) -> Iterator[Report]:
+def _progress(steps: int, done: int, show: bool) -> Iterator[Report]:
     """A bar with loss, expected size and time left; yields ``report(loss, share)``."""
     if not show:
         yield lambda loss, keep: None
@@ -260,5 +261,5 @@ def _progress(steps: int, show: bool) -> Iterator[Report]:
         TimeRemainingColumn(),
     )
     with Progress(*columns) as bar:
-        task = bar.add_task("search", total=steps, loss=0.0, size=1.0)
+        task = bar.add_task("search", total=steps, completed=done, loss=0.0, size=1.0)
         yield lambda loss, keep: bar.update(task, advance=1, loss=loss, size=keep)

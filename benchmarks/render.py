@@ -1,0 +1,129 @@
+"""Write the result files into the docs: tables between markers, and the README's picture.
+
+python benchmarks/render.py            # after any benchmark
+python benchmarks/render.py --check    # fail if a page does not show what the files say
+"""
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from record import RESULTS
+
+ROOT = RESULTS.parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"]
+NAMES = {
+    "spp": "**solpath**",
+    "iterative": "iterative, with gradient",
+    "iterative_curvature": "iterative",
+    "gauss_newton": "one-shot Gauss-Newton",
+    "taylor": "Taylor",
+    "magnitude": "magnitude",
+    "random": "random",
+    "released": "released rule",
+}
+METRIC = {"minilm": "cosine", "digits": "task", "digits_kl": "kl", "llama": "task"}
+
+
+def main(
+    check: Annotated[bool, typer.Option(help="Change nothing; fail on a difference.")] = False,
+):
+    """Render every page."""
+    for page in PAGES:
+        text = page.read_text()
+        new = re.sub(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", _fill, text, flags=re.S)
+        if check and new != text:
+            raise SystemExit(
+                f"{page.name} does not show what benchmarks/results says; run render.py"
+            )
+        page.write_text(new)
+    if not check:
+        picture(ROOT / "docs" / "quality.svg")
+
+
+def _fill(match: re.Match[str]) -> str:
+    return f"{match[1]}{table(match[2])}\n{match[3]}"
+
+
+def table(name: str) -> str:
+    """One markdown table: a row per method, the mean over seeds of every size."""
+    runs = _runs(name)
+    keeps = [size["keep"] for size in runs["spp"][0]["sizes"]]
+    lines = ["| kept | " + " | ".join(f"{keep:.0%}" for keep in keeps) + " |"]
+    lines.append("|---|" + "---|" * len(keeps))
+    for method, label in NAMES.items():
+        if method not in runs:
+            continue
+        columns = [_values(runs[method], METRIC[name], i) for i in range(len(keeps))]
+        cells = [f"{statistics.fmean(column):.3f}" for column in columns]
+        if method == "spp":
+            cells = [f"**{cell}**" for cell in cells]
+            spread = [f"{min(c):.3f}-{max(c):.3f}" for c in columns]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    lines.insert(3, "| … over seeds | " + " | ".join(spread) + " |")
+    return "\n".join(lines)
+
+
+def _runs(name: str) -> dict[str, list[dict[str, Any]]]:
+    file = RESULTS / f"quality_{name.removesuffix('_kl')}.json"
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for run in json.loads(file.read_text())["runs"]:
+        runs.setdefault(run["method"], []).append(run)
+    return runs
+
+
+def _values(runs: list[dict[str, Any]], metric: str, index: int) -> list[float]:
+    return [run["sizes"][index]["metrics"][metric] for run in runs]
+
+
+def picture(file: Path) -> None:
+    """Quality against size on the real model, all methods."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "solpath"
+    runs = _runs("minilm")
+    figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for method, label in reversed(NAMES.items()):
+        if method not in runs:
+            continue
+        sizes = runs[method][0]["sizes"]
+        x = [100.0] + [100 * size["keep"] for size in sizes]
+        y = [1.0] + [
+            statistics.fmean(_values(runs[method], "cosine", i)) for i in range(len(sizes))
+        ]
+        strong = method == "spp"
+        axes.plot(
+            x,
+            y,
+            color="#0b6e99" if strong else "#9aa3ab",
+            linewidth=2.6 if strong else 1.3,
+            marker="o",
+            markersize=5 if strong else 3,
+        )
+        axes.annotate(
+            label.strip("*"),
+            (x[-1], y[-1]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=10 if strong else 8,
+            fontweight="bold" if strong else "normal",
+            color="#0b6e99" if strong else "#5b646c",
+        )
+    axes.invert_xaxis()
+    axes.set_xlim(101, 8)
+    axes.set_xticks([100, 80, 60, 40, 25])
+    axes.set(xlabel="prunable parameters kept (%)", ylabel="cosine to the dense embedding")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.patch.set_facecolor("white")
+    figure.savefig(file, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    typer.run(main)

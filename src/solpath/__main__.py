@@ -1,0 +1,8 @@
+"""``python -m solpath``: the command line."""
+
+import sys
+
+from solpath.cli import run
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,402 @@
+"""The command line. Each command is a thin layer over the functions of the package.
+
+Nothing heavy is imported here: torch and transformers come in when a command runs.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from solpath.errors import BudgetError, ConfigError, FileError, SolpathError
+
+if TYPE_CHECKING:
+    from solpath.path import SolutionPath
+    from solpath.plan import Plan
+
+app = typer.Typer(
+    help="Prune a pretrained transformer once, hand it out at any size.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ModelName = Annotated[str, typer.Argument(help="Folder or hub id of a dense model.")]
+PathFolder = Annotated[Path, typer.Argument(help="Folder of a path, written by search.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Sparsity = Annotated[
+    float | None, typer.Option(help="Share of the prunable parameters to remove, in [0, 1).")
+]
+Params = Annotated[
+    float | None, typer.Option(help="Parameters to keep: a share in (0, 1], or a count.")
+]
+Macs = Annotated[float | None, typer.Option(help="Multiply-accumulates to keep, likewise.")]
+MultipleOf = Annotated[int, typer.Option(help="Units every head keeps are a multiple of this.")]
+MinWidth = Annotated[int, typer.Option(help="Units every head keeps at least.")]
+Protect = Annotated[
+    list[str] | None, typer.Option(help="Pairs that stay dense, e.g. '*layer.0.*'; repeatable.")
+]
+Text = Annotated[
+    Path | None, typer.Option(help="File with one text per line; default: installed docstrings.")
+]
+
+_state: dict[str, Any] = {"debug": False, "hint": None}
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+) -> None:
+    _state["debug"] = debug
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Less of everything; a minute.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder to write, new or empty.")] = Path("out"),
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id; default: the installed MiniLM.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Of the search; default 200, quick 40.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a family of smaller models of a real one, compare, measure, report."""
+    from solpath.demo import CHECKPOINT, run_demo
+
+    _state["hint"] = f"{out / CHECKPOINT}; run the same command again to go on"
+    family = run_demo(
+        out, quick=quick, model=model, seed=seed, steps=steps, progress=not as_json, say=_say
+    )
+    if as_json:
+        return _print_json(family)
+    rows = [
+        (m["name"], f"{m['params'] / 1e6:.1f} M", f"{m['macs_share']:.0%}",
+         f"{m['latency_ms']:.1f} ms", f"{m['cosine']:.3f}", f"{m['retrieval']:.3f}")
+        for m in family["members"]
+    ]  # fmt: skip
+    _print_table(("model", "parameters", "MACs", "latency", "cosine", "retrieval"), rows)
+    _say(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def inspect(model: ModelName, as_json: Json = False) -> None:
+    """List what can be pruned in a model."""
+    from solpath.demo import load_model
+    from solpath.discover import find_pairs
+
+    loaded = load_model(model)[0]
+    total = sum(parameter.numel() for parameter in loaded.parameters())
+    pairs = find_pairs(loaded)
+    found = [
+        {
+            "pair": pair.name,
+            "kind": pair.kind,
+            "heads": pair.heads,
+            "width": pair.width,
+            "cost": pair.cost,
+            "share": pair.units * pair.cost / total,
+        }
+        for pair in pairs
+    ]
+    prunable = sum(pair.units * pair.cost for pair in pairs)
+    if as_json:
+        return _print_json({"params": total, "prunable": prunable, "pairs": found})
+    rows = [
+        (p["pair"], f"{p['heads']} × {p['width']}", f"{p['cost']:,}", f"{p['share']:.2%}")
+        for p in found
+    ]
+    _print_table(("pair", "heads × width", "cost per unit", "share of parameters"), rows)
+    print(f"{prunable:,} of {total:,} parameters are prunable ({prunable / total:.1%}).")
+
+
+@app.command()
+def search(
+    model: ModelName,
+    out: Annotated[Path, typer.Option(help="Folder for the path, new or empty.")],
+    text: Text = None,
+    steps: Annotated[int, typer.Option(help="Of the search.")] = 200,
+    seed: Annotated[int, typer.Option(help="Same seed, same path.")] = 0,
+    method: Annotated[
+        str, typer.Option(help="spp, paper, or a baseline: random, magnitude, taylor, ...")
+    ] = "spp",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder for the state, so that a search can go on.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Put all units of a model in order, once."""
+    from solpath import baselines
+    from solpath.config import InclusionConfig, SearchConfig
+    from solpath.demo import load_model
+    from solpath.files import check_output
+    from solpath.search import search as search_path
+
+    configs = {"spp": SearchConfig, "paper": InclusionConfig}
+    if method not in configs and method not in baselines.METHODS:
+        names = ", ".join([*configs, *baselines.METHODS])
+        raise ConfigError(f"method must be one of {names}; got {method!r}.")
+    config = configs.get(method, SearchConfig)(steps=steps, seed=seed)
+    check_output(out)
+    texts = _read_texts(text)
+    loaded, tokenizer, _ = load_model(model)
+    batches = _batches(tokenizer, texts, seed)
+    if method in configs:
+        if checkpoint is not None:
+            _state["hint"] = f"{checkpoint}; run the same command again to go on"
+        path = search_path(loaded, batches, config, checkpoint=checkpoint, progress=not as_json)
+    else:
+        path = baselines.METHODS[method](loaded, batches, seed=seed)
+    path.save(out)
+    if as_json:
+        units = sum(pair.units for pair in path.pairs)
+        return _print_json(
+            {"out": str(out), "method": path.method, "units": units, "config": dict(path.config)}
+        )
+    print(f"{path!r}\nwritten to {out}")
+
+
+@app.command()
+def plan(
+    path: PathFolder,
+    sparsity: Sparsity = None,
+    params: Params = None,
+    macs: Macs = None,
+    multiple_of: MultipleOf = 1,
+    min_width: MinWidth = 0,
+    protect: Protect = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a budget means for a path, without making a model."""
+    made = _plan(path, sparsity, params, macs, multiple_of, min_width, protect)
+    if as_json:
+        return _print_json(made.to_dict())
+    rows = [
+        (p.name, f"{p.heads} × {p.width}", f"{p.heads} × {made.widths[p.name]}",
+         f"{made.widths[p.name] / p.width:.0%}")
+        for p in made.pairs
+    ]  # fmt: skip
+    _print_table(("pair", "dense", "kept", "share"), rows)
+    print(repr(made))
+
+
+@app.command()
+def extract(
+    model: ModelName,
+    path: PathFolder,
+    out: Annotated[Path, typer.Option(help="Folder for the smaller model, new or empty.")],
+    sparsity: Sparsity = None,
+    params: Params = None,
+    macs: Macs = None,
+    multiple_of: MultipleOf = 1,
+    min_width: MinWidth = 0,
+    protect: Protect = None,
+    as_json: Json = False,
+) -> None:
+    """Cut a model to a budget and save it."""
+    from solpath.demo import load_model
+    from solpath.extract import extract as cut
+    from solpath.files import check_output
+    from solpath.store import save
+
+    check_output(out)
+    made = _plan(path, sparsity, params, macs, multiple_of, min_width, protect)
+    loaded, tokenizer, _ = load_model(model)
+    save(cut(loaded, made), out, tokenizer=tokenizer)
+    if as_json:
+        summary = made.to_dict()
+        return _print_json({"out": str(out), "asked": summary["asked"], **summary["achieved"]})
+    print(f"{made!r}\nwritten to {out}")
+
+
+@app.command(name="eval")
+def evaluate_(
+    model: Annotated[str, typer.Argument(help="Folder of an extracted or dense model.")],
+    reference: Annotated[str, typer.Option(help="Folder or hub id of the dense model.")],
+    text: Text = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a model with the dense one on held-out text."""
+    from solpath.corpus import (
+        embedder,
+        read_corpus,
+        retrieval_accuracy,
+        text_batches,
+        texts_of,
+    )
+    from solpath.demo import load_model
+    from solpath.evaluate import evaluate
+
+    texts = _read_texts(text)
+    small = load_model(model)[0]
+    dense, tokenizer, _ = load_model(reference)
+    if texts is None:
+        pairs = read_corpus(search=0, calibration=0).test
+        batches = text_batches(tokenizer, texts_of(pairs))
+        result = evaluate(
+            small, dense, batches, task=lambda m: retrieval_accuracy(embedder(m, tokenizer), pairs)
+        )
+    else:
+        result = evaluate(small, dense, text_batches(tokenizer, texts))
+    if as_json:
+        return _print_json(result.to_dict())
+    names = {"task": "retrieval accuracy@1"}
+    _print_table(
+        ("metric", "value"),
+        [(names.get(name, name), f"{value:.4f}") for name, value in result.metrics.items()],
+    )
+
+
+@app.command()
+def bench(
+    dense: ModelName,
+    small: Annotated[list[str], typer.Argument(help="Folders of extracted models.")],
+    samples: Annotated[int, typer.Option(help="Texts in the batch.", min=1)] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens per text.", min=1)] = 128,
+    repeats: Annotated[int, typer.Option(help="Timed passes of each model.", min=1)] = 20,
+    as_json: Json = False,
+) -> None:
+    """Measure size, memory and latency of several models in one run."""
+    import torch
+
+    from solpath.demo import load_model
+    from solpath.measure import measure, provenance
+
+    models = {name: load_model(name)[0] for name in dict.fromkeys([dense, *small])}
+    shape = (samples, tokens)
+    limit = getattr(models[dense].config, "max_position_embeddings", tokens)
+    if tokens > limit:
+        raise ConfigError(f"tokens must be at most {limit} for this model, got {tokens}.")
+    vocabulary = models[dense].config.vocab_size
+    ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.int64)}
+    found = measure(models, batch, repeats=repeats)
+    if as_json:
+        figures = {name: value.to_dict() for name, value in found.items()}
+        return _print_json({"models": figures, "tokens": tokens, "provenance": provenance()})
+    first = found[dense]
+    rows = [
+        (name, f"{m.params:,}", f"{m.macs / 1e6:,.0f} M", f"{m.bytes_on_disk / 1e6:.1f} MB",
+         f"{m.peak_memory / 1e6:.1f} MB", f"{m.latency_ms:.1f} ± {m.latency_iqr_ms / 2:.1f} ms",
+         f"{m.latency_ms / first.latency_ms:.2f}")
+        for name, m in found.items()
+    ]  # fmt: skip
+    _print_table(("model", "parameters", "MACs", "on disk", "peak", "latency", "ratio"), rows)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder with family.json and path/.")],
+    as_json: Json = False,
+) -> None:
+    """Build report.html again from family.json and path/."""
+    from solpath.report import check_installed, write_report
+
+    check_installed()
+    file = write_report(folder)
+    if as_json:
+        return _print_json({"report": str(file), "bytes": file.stat().st_size})
+    print(f"written to {file}")
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C."""
+    _state.update(debug=False, hint=None)
+    try:
+        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except KeyboardInterrupt:
+        code = 130
+    except typer.Abort:
+        code = 130
+    except (SolpathError, *typer.BadParameter.__bases__) as error:
+        if _state["debug"]:
+            raise
+        text = error.format_message() if hasattr(error, "format_message") else str(error)
+        _fail(text)
+        return 2
+    except Exception as error:
+        if _state["debug"]:
+            raise
+        _fail(f"unexpected {type(error).__name__}: {error}; solpath --debug shows where.")
+        return 1
+    if code == 130:
+        hint = _state["hint"]
+        _fail("stopped." if hint is None else f"stopped; the state is in {hint}.")
+    return code if isinstance(code, int) else 0
+
+
+def _fail(text: str) -> None:
+    print(f"solpath: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _print_json(value: Mapping[str, Any]) -> None:
+    print(json.dumps(value, indent=1, allow_nan=False))
+
+
+def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, title in enumerate(titles):
+        table.add_column(title, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _plan(
+    folder: Path,
+    sparsity: float | None,
+    params: float | None,
+    macs: float | None,
+    multiple_of: int,
+    min_width: int,
+    protect: Sequence[str] | None,
+) -> "Plan":
+    """Read a path and cut it."""
+    from solpath.path import SolutionPath
+
+    if sum(value is not None for value in (sparsity, params, macs)) != 1:
+        raise BudgetError("give exactly one of --sparsity, --params, --macs.")
+    path: SolutionPath = SolutionPath.load(folder)
+    return path.plan(
+        sparsity=sparsity,
+        params=params,
+        macs=macs,
+        multiple_of=multiple_of,
+        min_width=min_width,
+        protect=protect or (),
+    )
+
+
+def _read_texts(file: Path | None) -> list[str] | None:
+    """Lines of a text file that are not empty; None without a file."""
+    if file is None:
+        return None
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"cannot read {file}: {error}.") from error
+    texts = [line for line in lines if line]
+    if not texts:
+        raise FileError(f"{file} has no text; give one text per line.")
+    return texts
+
+
+def _batches(tokenizer: Any, texts: list[str] | None, seed: int) -> list[dict[str, Any]]:
+    from solpath.corpus import read_corpus, text_batches, texts_of
+
+    if texts is None:
+        texts = texts_of(read_corpus(calibration=0, test=0).search, seed=seed)
+    return text_batches(tokenizer, texts)
