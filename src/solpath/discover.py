@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -125,14 +126,19 @@ def _check_not_shared(model: nn.Module, pairs: list[Pair]) -> None:
 
 def fingerprint(model: nn.Module, pairs: tuple[Pair, ...]) -> Fingerprint:
     """Class and a digest of the weights of every pair."""
-    digests = {}
-    for pair in pairs:
-        digest = hashlib.sha256()
+
+    def digest(pair: Pair) -> str:
+        sha256 = hashlib.sha256()
         for side in pair.sides:
             for parameter in model.get_submodule(side.module).parameters():
-                digest.update(_bytes(parameter))
-        digests[pair.name] = digest.hexdigest()[:16]
-    return Fingerprint(type(model).__name__, digests)
+                sha256.update(_bytes(parameter))
+        return sha256.hexdigest()[:16]
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing releases the GIL
+        digests = pool.map(digest, pairs)
+        return Fingerprint(
+            type(model).__name__, {p.name: d for p, d in zip(pairs, digests, strict=True)}
+        )
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -77,8 +77,9 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
         sync(temporary)
         _swap(temporary, folder)
         sync(folder.parent)
-    except OSError as error:
-        raise FileError(f"could not write {folder}: {error.strerror or error}.") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"could not write {folder}: {reason}.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -118,6 +119,7 @@ def write_file(path: Path, data: bytes) -> None:
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
         try:
             with os.fdopen(descriptor, "wb") as stream:
+                os.fchmod(descriptor, 0o644)
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
