@@ -7,9 +7,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import conftest
 import pytest
 
+import conftest
 import solpath
 from solpath.errors import FileError
 from solpath.figures import entry_shares, spread
@@ -108,7 +108,7 @@ def test_damaged_family_names_file_and_field(folder: Path, keys, value, named: s
         place = place[key]
     place[keys[-1]] = value
     (folder / "family.json").write_text(json.dumps(family))
-    with pytest.raises(FileError, match="family.json") as error:
+    with pytest.raises(FileError, match=r"family.json") as error:
         write_report(folder)
     assert named in str(error.value)
 
@@ -140,7 +140,7 @@ def test_spread_keeps_order_gap_and_range() -> None:
     values = [0.1, 0.11, 0.12, 0.5, 0.99, 1.0]
     placed = spread(values, 0.1, 0.0, 1.0)
     assert all(b - a >= 0.1 - 1e-9 for a, b in zip(placed, placed[1:], strict=False))
-    assert 0 <= placed[0]
+    assert placed[0] >= 0
     assert placed[-1] <= 1 + 1e-9
     assert spread([0.2, 0.6], 0.1, 0, 1) == pytest.approx([0.2, 0.6])
 

@@ -14,7 +14,6 @@ import typer
 from solpath.errors import BudgetError, ConfigError, FileError, SolpathError
 
 if TYPE_CHECKING:
-    from solpath.path import SolutionPath
     from solpath.plan import Plan
 
 app = typer.Typer(
@@ -44,6 +43,9 @@ Protect = Annotated[
 Text = Annotated[
     Path | None, typer.Option(help="File with one text per line; default: installed docstrings.")
 ]
+
+# Bad arguments of any kind; typer exports only this subclass of it.
+_USAGE_ERROR: Any = typer.BadParameter.__base__
 
 _state: dict[str, Any] = {"debug": False, "hint": None}
 
@@ -135,7 +137,7 @@ def search(
     from solpath.config import InclusionConfig, SearchConfig
     from solpath.demo import load_model
     from solpath.files import check_output
-    from solpath.search import search as search_path
+    from solpath.searching import search as search_path
 
     configs = {"spp": SearchConfig, "paper": InclusionConfig}
     if method not in configs and method not in baselines.METHODS:
@@ -200,7 +202,7 @@ def extract(
 ) -> None:
     """Cut a model to a budget and save it."""
     from solpath.demo import load_model
-    from solpath.extract import extract as cut
+    from solpath.extraction import extract as cut
     from solpath.files import check_output
     from solpath.store import save
 
@@ -230,7 +232,7 @@ def evaluate_(
         texts_of,
     )
     from solpath.demo import load_model
-    from solpath.evaluate import evaluate
+    from solpath.evaluation import evaluate
 
     texts = _read_texts(text)
     small = load_model(model)[0]
@@ -265,7 +267,7 @@ def bench(
     import torch
 
     from solpath.demo import load_model
-    from solpath.measure import measure, provenance
+    from solpath.measurement import measure, provenance
 
     models = {name: load_model(name)[0] for name in dict.fromkeys([dense, *small])}
     shape = (samples, tokens)
@@ -313,7 +315,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         code = 130
     except typer.Abort:
         code = 130
-    except (SolpathError, *typer.BadParameter.__bases__) as error:
+    except (SolpathError, _USAGE_ERROR) as error:
         if _state["debug"]:
             raise
         text = error.format_message() if hasattr(error, "format_message") else str(error)

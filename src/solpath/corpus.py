@@ -237,7 +237,7 @@ def text_batches(
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    batches = []
+    batches: list[dict[str, Tensor]] = []
     for start in range(0, len(texts), size):
         part = list(texts[start : start + size])
         if batches and len(part) < size:

@@ -25,13 +25,13 @@ from solpath.corpus import (
     texts_of,
 )
 from solpath.errors import ConfigError, FileError
-from solpath.extract import extract
+from solpath.extraction import extract
 from solpath.files import check_output, write_file
 from solpath.masks import masked
-from solpath.measure import Measurement, measure, provenance
+from solpath.measurement import Measurement, measure, provenance
 from solpath.path import SolutionPath
 from solpath.report import FORMAT_VERSION, check_installed, write_report
-from solpath.search import search
+from solpath.searching import search
 
 SIZES = {"s20": 0.20, "s40": 0.40, "s60": 0.60, "s75": 0.75}
 CHECKPOINT = "checkpoint"
@@ -277,8 +277,9 @@ def quiet_transformers() -> None:
     """Keep loading bars and warnings of transformers off the terminal."""
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    messages: Any = transformers.utils.logging
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 

@@ -8,7 +8,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -22,6 +22,7 @@ LEVELS = 10
 _COLOURS = ("ink", "muted", "grid", "accent", "soft", *(f"heat{i}" for i in range(LEVELS)))
 _STAND_IN = {name: f"#fe{i:02x}ef" for i, name in enumerate(_COLOURS)}
 _DASHES = ((0, ()), (0, (5, 2)), (0, (1.5, 2)), (0, (7, 2, 1.5, 2)), (0, (3, 1.5)), (0, (9, 3)))
+_ALIGN: tuple[Literal["left", "center", "right"], ...] = ("left", "center", "right")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -133,8 +134,7 @@ def _label_ends(axes: "Axes", series: Sequence[Series], last: float) -> None:
 
 def _plot_height(axes: "Axes") -> float:
     """Height of the plot in points."""
-    figure = axes.get_figure()
-    assert figure is not None
+    figure = cast("Figure", axes.get_figure())
     return float(axes.get_position().height * figure.get_figheight() * 72)
 
 
@@ -191,7 +191,7 @@ def entry_chart(path: SolutionPath, *, name: str, narrow: bool, titles: Mapping[
         every = max(1, -(-len(pairs) // 12))
         axes.set_yticks(range(0, len(pairs), every), [str(n) for n in range(0, len(pairs), every)])
         axes.set_xticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
-        for label, align in zip(axes.get_xticklabels(), ("left", "center", "right"), strict=True):
+        for label, align in zip(axes.get_xticklabels(), _ALIGN, strict=True):
             label.set_horizontalalignment(align)
         axes.set_title(
             titles.get(kind, kind),
@@ -256,7 +256,7 @@ def _svg(figure: "Figure", name: str) -> str:
     import matplotlib
 
     stream = io.StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": ["sans-serif"]}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": ["sans-serif"]}
     with matplotlib.rc_context(settings):
         figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()

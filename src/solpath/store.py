@@ -1,7 +1,7 @@
 """Save extracted models to a folder, load them back bit for bit, share them on the Hub.
 
-What lies in the folder is described in docs/file-formats.md. Loading never unpickles, never runs code
-from the folder, and compares every size with the headers of the weight files before it allocates.
+What lies in the folder is described in docs/file-formats.md. Loading never unpickles, never runs
+code from the folder, and compares every size with the weight headers before it allocates.
 """
 
 import hashlib
