@@ -1,0 +1,157 @@
+"""The command line, as a user runs it, on the real model where that takes seconds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import solpath
+from conftest import build
+from solpath.cli import run
+from solpath.corpus import installed_model
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("texts") / "texts.txt"
+    file.write_text("\n".join(f"Sentence number {i} says something else." for i in range(64)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory, texts) -> Path:
+    """A path of the installed model from the cheapest method that reads no batch."""
+    out = tmp_path_factory.mktemp("path") / "path"
+    model = str(installed_model())
+    arguments = ["search", model, "--out", str(out), "--method", "magnitude", "--text", str(texts)]
+    assert run(arguments) == 0
+    return out
+
+
+def out_of(capsys) -> dict:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_inspect(capsys):
+    assert run(["inspect", str(installed_model()), "--json"]) == 0
+    found = out_of(capsys)
+    assert found["params"] == 22_713_216
+    assert len(found["pairs"]) == 18
+    assert found["pairs"][0]["heads"] == 12
+    assert run(["inspect", str(installed_model())]) == 0
+    assert "12 × 32" in capsys.readouterr().out
+
+
+def test_search_plan_extract_eval_bench(path, texts, tmp_path, capsys):
+    model, small = str(installed_model()), str(tmp_path / "small")
+    capsys.readouterr()
+    assert run(["plan", str(path), "--sparsity", "0.5", "--json"]) == 0
+    planned = out_of(capsys)
+    assert abs(planned["achieved"]["sparsity"] - 0.5) < 0.005
+    assert run(["extract", model, str(path), "--out", small, "--sparsity", "0.5", "--json"]) == 0
+    made = out_of(capsys)
+    loaded = solpath.load(small)
+    assert sum(p.numel() for p in loaded.parameters()) == made["params"]
+    assert (tmp_path / "small" / "tokenizer.json").exists()
+    arguments = ["eval", small, "--reference", model, "--text", str(texts), "--json"]
+    assert run(arguments) == 0
+    assert 0 < out_of(capsys)["metrics"]["cosine"] < 1
+    arguments = ["bench", model, small, "--samples", "1", "--tokens", "8", "--repeats", "2"]
+    assert run([*arguments, "--json"]) == 0
+    figures = out_of(capsys)["models"]
+    assert figures[small]["params"] == made["params"] < figures[model]["params"]
+
+
+def test_a_short_search_goes_on_from_its_checkpoint(texts, tmp_path, capsys):
+    arguments = ["search", str(installed_model()), "--steps", "2", "--text", str(texts), "--json"]
+    checkpoint = ["--checkpoint", str(tmp_path / "state")]
+    assert run([*arguments, *checkpoint, "--out", str(tmp_path / "one")]) == 0
+    assert out_of(capsys)["units"] == 13_824
+    assert run([*arguments, *checkpoint, "--out", str(tmp_path / "two")]) == 0
+    one, two = (solpath.SolutionPath.load(tmp_path / name) for name in ("one", "two"))
+    assert one.order().tolist() == two.order().tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "{path}"], "exactly one of --sparsity, --params"),
+        (["plan", "{path}", "--sparsity", "1.5"], "[0, 1)"),
+        (["plan", "{path}", "--sparsity", "0.5", "--params", "0.5"], "exactly one"),
+        (["plan", "{path}", "--sparsity", "0.5", "--protect", "zzz"], "'zzz' matches no pair"),
+        (["plan", "{tmp}/nothing", "--sparsity", "0.5"], "path.json"),
+        (["extract", "{model}", "{path}", "--sparsity", "0.5", "--out", "{path}"], "is not empty"),
+        (["inspect", "{tmp}/nothing"], "nothing"),
+        (["search", "{model}", "--out", "{tmp}/p", "--method", "best"], "method must be one of"),
+        (["search", "{model}", "--out", "{tmp}/p", "--steps", "0"], "steps must be an integer"),
+        (["search", "{model}", "--out", "{tmp}/p", "--text", "{tmp}/no.txt"], "no.txt"),
+        (["search", "{model}"], "--out"),
+        (["demo", "--out", "{path}"], "is not empty"),
+        (["report", "{tmp}"], "family.json"),
+        (["dance"], "dance"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, words, path, tmp_path, capsys):
+    capsys.readouterr()
+    values = {"path": path, "tmp": tmp_path, "model": installed_model()}
+    assert run([a.format(**values) for a in arguments]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_debug_shows_the_traceback(path):
+    with pytest.raises(solpath.SolpathError):
+        run(["--debug", "plan", str(path), "--sparsity", "7"])
+
+
+def test_interrupt_exits_130_with_a_hint(texts, tmp_path, monkeypatch, capsys):
+    import solpath.searching
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(solpath.searching, "search", interrupted)
+    arguments = ["search", str(installed_model()), "--text", str(texts)]
+    arguments += ["--out", str(tmp_path / "path"), "--checkpoint", str(tmp_path / "state")]
+    assert run(arguments) == 130
+    assert str(tmp_path / "state") in capsys.readouterr().err
+
+
+def test_a_path_of_another_model_is_refused(path, tmp_path, capsys):
+    build("bert").save_pretrained(tmp_path / "other")
+    arguments = ["extract", str(tmp_path / "other"), str(path), "--sparsity", "0.5"]
+    assert run([*arguments, "--out", str(tmp_path / "small")]) == 2
+    assert "solpath: " in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, solpath.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_quick_demo(tmp_path):
+    """The whole demo with very few steps, in a process of its own, as the README starts it."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "solpath", "demo", "--quick", "--steps", "3", "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--out", out], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    family = json.loads(done.stdout)
+    assert family == json.loads((out / "family.json").read_text())
+    assert [member["name"] for member in family["members"]] == ["dense", "s20", "s40", "s60", "s75"]
+    assert (out / "report.html").stat().st_size > 10_000
+    sizes = []
+    for percent in (20, 40, 60, 75):
+        model = solpath.load(out / "models" / f"s{percent}")
+        assert abs(model.solpath_plan.achieved.sparsity - percent / 100) < 0.005
+        sizes.append(sum(p.numel() for p in model.parameters()))
+    assert sizes == sorted(sizes, reverse=True)
+    assert solpath.SolutionPath.load(out / "path").method == "spp"
