@@ -50,7 +50,9 @@ def _fill(match: re.Match[str]) -> str:
 
 
 def table(name: str) -> str:
-    """One markdown table: a row per method, the mean over seeds of every size."""
+    """One markdown table: a row per method, the mean over seeds of every size; or the costs."""
+    if name == "costs":
+        return costs()
     runs = _runs(name)
     keeps = [size["keep"] for size in runs["spp"][0]["sizes"]]
     lines = ["| kept | " + " | ".join(f"{keep:.0%}" for keep in keeps) + " |"]
@@ -66,6 +68,49 @@ def table(name: str) -> str:
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines.insert(3, "| … over seeds | " + " | ".join(spread) + " |")
     return "\n".join(lines)
+
+
+def costs() -> str:
+    """What the search, the files and the smaller models cost, as ratios."""
+    rows = [("what", "measured", "against", "script")]
+    for entry in _results("search_step"):
+        shape = f"{entry['batch_size']} × {entry['length']} tokens"
+        floor = "forward + backward to activations"
+        for mode, time in entry["time"].items():
+            rows.append((f"search step, {shape}, {mode} targets", _x(time["ratio"]), floor, "search_step"))
+        peak = entry["memory"]["resident"]
+        for mode in ("cached", "fresh"):
+            label = f"peak memory of the process, {shape}, {mode} targets"
+            rows.append((label, _x(peak[mode] / peak["floor"]), floor, "search_step"))
+        live = entry["memory"]["tensors"]["ratios_with_weights"]["step"]
+        rows.append((f"live tensors with weights, {shape}", _x(live), floor, "search_step"))
+    family = _results("family_cost")
+    rows.append(("5 sizes from one search", _x(family["ratio"]), "5 runs of iterative", "family_cost"))
+    for name, entry in _results("latency").items():
+        if name != "dense":
+            ratio = entry["latency_ratio"]
+            label = f"latency, {name}, 8 × 128 tokens"
+            rows.append((label, _x(ratio), f"dense (MACs {entry['macs_ratio']:.2f} ×)", "latency"))
+    store = json.loads((RESULTS / "store_speed.json").read_text())["ratios"]
+    against = {"copy": "copying the same bytes, with fsync", "read": "reading the same bytes"}
+    for name, spread in store.items():
+        action, base = name.split("/")
+        label = action.replace("_", " ")
+        rows.append((label, _x(spread["median"]), against[base], "store_speed"))
+    imports = _results("import_time")
+    over = f"{imports['import_over_torch']:.2f} s"
+    rows.append(("`import solpath`", over, "over `import torch`", "import_time"))
+    rows.append(("`solpath --help`", f"{imports['help']:.2f} s", "", "import_time"))
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---|---|---|---|", *lines[1:]])
+
+
+def _results(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())["results"]
+
+
+def _x(ratio: float) -> str:
+    return f"{ratio:.2f} ×"
 
 
 def _runs(name: str) -> dict[str, list[dict[str, Any]]]:
