@@ -77,7 +77,9 @@ def costs() -> str:
         shape = f"{entry['batch_size']} × {entry['length']} tokens"
         floor = "forward + backward to activations"
         for mode, time in entry["time"].items():
-            rows.append((f"search step, {shape}, {mode} targets", _x(time["ratio"]), floor, "search_step"))
+            rows.append(
+                (f"search step, {shape}, {mode} targets", _x(time["ratio"]), floor, "search_step")
+            )
         peak = entry["memory"]["resident"]
         for mode in ("cached", "fresh"):
             label = f"peak memory of the process, {shape}, {mode} targets"
@@ -85,7 +87,9 @@ def costs() -> str:
         live = entry["memory"]["tensors"]["ratios_with_weights"]["step"]
         rows.append((f"live tensors with weights, {shape}", _x(live), floor, "search_step"))
     family = _results("family_cost")
-    rows.append(("5 sizes from one search", _x(family["ratio"]), "5 runs of iterative", "family_cost"))
+    rows.append(
+        ("5 sizes from one search", _x(family["ratio"]), "5 runs of iterative", "family_cost")
+    )
     for name, entry in _results("latency").items():
         if name != "dense":
             ratio = entry["latency_ratio"]

@@ -11,9 +11,10 @@ from solpath.counting import count_costs
 from solpath.discover import find_pairs, fingerprint
 from solpath.dynamics import sparse_copy
 from solpath.objective import Loss
-from solpath.pair import Pair
+from solpath.pair import Pair, Side
 from solpath.path import SolutionPath, unflatten
 from solpath.probe import Probe, probing
+from solpath.slicing import linear_map
 
 
 def random(
@@ -217,15 +218,18 @@ def _path(
         method=method,
         config=config,
         fingerprint=fingerprint(model, pairs),
+        energy=probe.energy,
     )
 
 
-def _norms(model: nn.Module, pair: Pair, side: Any) -> Tensor:
+def _norms(model: nn.Module, pair: Pair, side: Side) -> Tensor:
     """Squared norm of every unit's weights in one layer. float64 ``[units]``."""
-    weight = model.get_parameter(f"{side.module}.weight").detach().double().cpu()
-    channels = weight.square().sum(1 - side.axis)
-    total = torch.zeros(pair.units, dtype=torch.float64)
-    return total.index_add(0, pair.unit_of_channel(side), channels)
+    linear = linear_map(model, side.module)
+    along = linear.outputs if side.axis == 0 else 1 - linear.outputs
+    unit = pair.unit_of_channel(side)
+    channels = linear.weight.detach().double().cpu().square().sum(1 - along)
+    channels = channels[side.offset : side.offset + len(unit)]
+    return torch.zeros(pair.units, dtype=torch.float64).index_add(0, unit, channels)
 
 
 def _weakest_groups(pairs: Sequence[Pair], mask: Tensor, damage: Tensor) -> Iterator[Tensor]:

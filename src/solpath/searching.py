@@ -93,7 +93,7 @@ def search(
         show = progress and process()[0] == 0
         with _progress(config.steps, state["history"].shape[1], show) as report:
             state = _run(probe, config, state, file, header, checkpoint_every, report)
-    return _path(pairs, config, state, costs, identity)
+        return _path(pairs, config, state, costs, identity, probe.energy)
 
 
 def _start(probe: Probe, config: SearchConfig | InclusionConfig) -> State:
@@ -210,6 +210,7 @@ def _path(
     state: State,
     costs: CostTable,
     identity: Fingerprint,
+    energy: Mapping[str, Tensor],
 ) -> SolutionPath:
     if isinstance(config, SearchConfig):
         sizes = torch.tensor([pair.units for pair in pairs])
@@ -236,6 +237,7 @@ def _path(
         config=config.to_dict(),
         fingerprint=identity,
         history=state["history"],
+        energy=energy,
     )
 
 
