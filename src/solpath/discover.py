@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from solpath.arch import Architecture, lookup
 from solpath.errors import UnsupportedModelError
 from solpath.pair import Fingerprint, Kind, Pair, Side
+from solpath.pretrained import Name, as_model
 
 EXTRACTED = "solpath_plan"
 
 
-def find_pairs(model: nn.Module) -> tuple[Pair, ...]:
+def find_pairs(model: nn.Module | Name) -> tuple[Pair, ...]:
     """Every inner dimension of every attention head and every MLP neuron, block by block.
 
     Args:
-        model: a transformers model; it is only looked at.
+        model: a transformers model, or its folder or hub id; it is only looked at, and weights
+            are not read.
 
     Returns:
         Three pairs per block: ``qk``, ``vo``, ``mlp``.
@@ -36,6 +38,7 @@ def find_pairs(model: nn.Module) -> tuple[Pair, ...]:
         >>> [(pair.kind, pair.heads, pair.width) for pair in find_pairs(BertModel(config))]
         [('qk', 2, 16), ('vo', 2, 16), ('mlp', 1, 64)]
     """
+    model = as_model(model, device="meta")
     if hasattr(model, EXTRACTED):
         raise UnsupportedModelError(
             f"this {type(model).__name__} was already extracted ({getattr(model, EXTRACTED)!r}); "

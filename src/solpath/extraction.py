@@ -1,7 +1,7 @@
 """Cut a model to a plan: a new model with really smaller matrices."""
 
 import copy
-from typing import TypeVar
+from typing import TypeVar, overload
 
 from torch import nn
 
@@ -9,12 +9,21 @@ from solpath.arch import lookup
 from solpath.discover import EXTRACTED, find_pairs, fingerprint
 from solpath.errors import FingerprintError
 from solpath.plan import Plan
+from solpath.pretrained import Name, as_model
 from solpath.slicing import slice_linear
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def extract(model: Model, plan: Plan, *, check: bool = True) -> Model:
+@overload
+def extract(model: Model, plan: Plan, *, check: bool = True) -> Model: ...
+
+
+@overload
+def extract(model: Name, plan: Plan, *, check: bool = True) -> nn.Module: ...
+
+
+def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Module:
     """A copy of `model` that keeps only the units of `plan`.
 
     The copy has the class behaviour of the original: forward signature, outputs, `config`,
@@ -22,7 +31,8 @@ def extract(model: Model, plan: Plan, *, check: bool = True) -> Model:
     ``solpath_plan`` is the plan. `model` is left untouched.
 
     Args:
-        model: the dense model the plan was made for.
+        model: the dense model the plan was made for, or its folder or hub id, which is loaded on
+            the CPU.
         plan: from `SolutionPath.plan`.
         check: compare the model's weights with the plan's fingerprint first.
 
@@ -33,6 +43,7 @@ def extract(model: Model, plan: Plan, *, check: bool = True) -> Model:
     Example:
         >>> small = solpath.extract(model, path.plan(sparsity=0.5))  # doctest: +SKIP
     """
+    model = as_model(model)
     pairs = find_pairs(model)
     if check:
         difference = plan.fingerprint.differences(fingerprint(model, pairs))
