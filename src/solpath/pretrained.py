@@ -1,6 +1,7 @@
 """Load dense models and their processors by folder or hub id, through transformers' own loaders."""
 
 import importlib.util
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -105,6 +106,16 @@ def load_processor(name: Name) -> Any:
         return loader.from_pretrained(str(name), local_files_only=local, trust_remote_code=False)
     except _LOADING_ERRORS as error:
         raise _unreadable(name, error) from error
+
+
+def quiet_transformers() -> None:
+    """Keep loading bars and warnings of transformers off the terminal."""
+    import transformers
+
+    messages: Any = transformers.utils.logging
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def as_model(model: nn.Module | Name, *, device: str | torch.device = "cpu") -> nn.Module:
