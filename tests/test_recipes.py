@@ -80,18 +80,21 @@ def test_imagenet(digits, tmp_path):
     import imagenet
 
     model = build("vit", num_channels=3, num_labels=10)
-    model.vit.embeddings.patch_embeddings.projection.weight.data *= 30  # so that answers differ
+    files = sorted((digits / "val").rglob("*.png"))
+    images = [Image.open(file).convert("RGB") for file in files]
+    labels = torch.tensor([int(file.parent.name[1:]) for file in files])
+    with torch.no_grad():  # a head that is right on all of val
+        features = model.vit(**processor()(images, return_tensors="pt")).last_hidden_state[:, 0]
+        centre, answers = features.mean(0), torch.nn.functional.one_hot(labels, 10) - 0.1
+        weight = (torch.linalg.pinv(features - centre) @ answers).T
+        model.classifier.weight.copy_(weight)
+        model.classifier.bias.copy_(-weight @ centre)
     model.save_pretrained(tmp_path / "model")
     processor().save_pretrained(tmp_path / "model")
     options = {"model": str(tmp_path / "model"), "samples": 12, "heldout": 8, "batch_size": 8}
     imagenet.main(digits, tmp_path / "out", **options, **SHORT)
-    answers = []
-    for file in (digits / "val").rglob("*.png"):
-        pixels = processor()(Image.open(file).convert("RGB"), return_tensors="pt")["pixel_values"]
-        answers.append((model(pixels).logits.argmax().item(), int(file.parent.name[1:])))
-    assert len({answer for answer, _ in answers}) > 3
     metrics = check_family(tmp_path / "out", model, "top-1")
-    assert metrics["top-1"] == sum(answer == label for answer, label in answers) / 20
+    assert metrics["top-1"] == 1
     assert (tmp_path / "out" / "s50" / "preprocessor_config.json").exists()
 
     order = solpath.SolutionPath.load(tmp_path / "out" / "path").order()

@@ -1,10 +1,11 @@
 """What all recipes share: one search, several sizes, tuned, scored and saved, in one folder.
 
 The folder gets `path/` (the order), `s20/`, `s40/`, ... (the models, for `solpath.load`),
-`family.json` and `family.md`. Started again with the same settings, an interrupted search goes on.
+`family.json` and `family.md`. Interrupted and started again with the same settings, it goes on.
 """
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +36,7 @@ Seed = Annotated[int, typer.Option(help="Of the search and the order of the data
 Device = Annotated[str | None, typer.Option(help="Default: an accelerator if there is one.")]
 
 SIZES = "0.2,0.3,0.4,0.5,0.6"
+CHECKPOINT = "checkpoint"
 
 Score = Callable[[nn.Module], Mapping[str, float]]
 
@@ -80,20 +82,26 @@ def make_family(
     first = PartialState().is_main_process
     start = time.perf_counter()
     config = solpath.SearchConfig(steps=steps, seed=seed)
-    path = solpath.search(dense, data.search, config, checkpoint=out / "checkpoint", progress=first)
+    path = solpath.search(dense, data.search, config, checkpoint=out / CHECKPOINT, progress=first)
     seconds = time.perf_counter() - start
     if first:
         path.save(out / "path", overwrite=True)
 
     members = [member("dense", path.plan(sparsity=0), data.score(dense))]
     for size in sizes:
-        plan = path.plan(sparsity=size)
+        name, plan = f"s{100 * size:g}", path.plan(sparsity=size)
         small = solpath.extract(dense, plan)
         if tune_steps:
             tuning = solpath.TuneConfig(steps=tune_steps)
-            small = solpath.tune(small, dense, data.tune, tuning, heldout=data.heldout)
+            small = solpath.tune(
+                small,
+                dense,
+                data.tune,
+                tuning,
+                heldout=data.heldout,
+                checkpoint=out / CHECKPOINT / name,
+            )
         fidelity = solpath.evaluate(small, dense, data.heldout).metrics
-        name = f"s{100 * size:g}"
         members.append(member(name, plan, {**data.score(small), **fidelity}))
         if first:
             solpath.save(small, out / name, tokenizer=processor, overwrite=True)
@@ -110,6 +118,7 @@ def make_family(
     if first:
         write_file(out / "family.json", (json.dumps(family, indent=1) + "\n").encode())
         write_file(out / "family.md", table(members).encode())
+        shutil.rmtree(out / CHECKPOINT, ignore_errors=True)
         print(table(members))
     return family
 
