@@ -7,6 +7,7 @@ from solpath.errors import SolpathError
 
 if TYPE_CHECKING:
     from solpath import baselines
+    from solpath.batching import image_batches, image_text_batches, text_batches
     from solpath.config import InclusionConfig, SearchConfig
     from solpath.discover import find_pairs
     from solpath.evaluation import evaluate
@@ -30,12 +31,15 @@ _HOME = {
     "evaluate": "evaluation",
     "extract": "extraction",
     "find_pairs": "discover",
+    "image_batches": "batching",
+    "image_text_batches": "batching",
     "load": "store",
     "masked": "masks",
     "measure": "measurement",
     "push_to_hub": "store",
     "save": "store",
     "search": "searching",
+    "text_batches": "batching",
 }
 
 __all__ = [
@@ -48,12 +52,15 @@ __all__ = [
     "evaluate",
     "extract",
     "find_pairs",
+    "image_batches",
+    "image_text_batches",
     "load",
     "masked",
     "measure",
     "push_to_hub",
     "save",
     "search",
+    "text_batches",
 ]
 
 

@@ -27,13 +27,14 @@ from solpath.errors import NonFiniteLossError
 from solpath.objective import Loss
 from solpath.pair import Fingerprint, Pair
 from solpath.path import SolutionPath, unflatten
+from solpath.pretrained import Name, for_batches
 from solpath.probe import Probe, probing, process
 
 Report = Callable[[float, float], None]
 
 
 def search(
-    model: nn.Module,
+    model: nn.Module | Name,
     batches: Iterable[Any],
     config: SearchConfig | InclusionConfig | None = None,
     *,
@@ -50,7 +51,8 @@ def search(
     other numbers of threads or processes change sums of floats in their last bits.
 
     Args:
-        model: a transformers model; see `find_pairs`. The search runs where the model is.
+        model: a transformers model; see `find_pairs`. The search runs where the model is. A folder
+            or hub id is loaded by `from_pretrained`, to where the batches are.
         batches: iterable of what the model takes (dicts or tensors on the model's device),
             repeated when shorter than the search; 8 to 64 samples each.
         config: `SearchConfig` (default) or `InclusionConfig`.
@@ -66,6 +68,7 @@ def search(
 
     Raises:
         UnsupportedModelError: see `find_pairs`; or half precision on a CPU.
+        FileError: see `from_pretrained`.
         BatchError: empty batches, or on another device.
         NonFiniteLossError: the loss became NaN or infinite; the last checkpoint is kept.
         FingerprintError: the checkpoint belongs to another model or other settings.
@@ -74,6 +77,7 @@ def search(
         >>> path = solpath.search(model, batches)  # doctest: +SKIP
         >>> small = solpath.extract(model, path.plan(sparsity=0.5))  # doctest: +SKIP
     """
+    model, batches = for_batches(model, batches)
     config = config or SearchConfig()
     pairs = find_pairs(model)
     identity = fingerprint(model, pairs)

@@ -4,6 +4,6 @@ To add one, describe where its layers are in `Stack`s, give its attention a `for
 unequal widths, and list the module in `_MODULES`. docs/how-to.md walks through a toy.
 """
 
-from solpath.arch.table import Attention, Mlp, Stack, known_model_types, lookup, register
+from solpath.arch.table import Attention, Mlp, Stack, known_model_types, lookup, register, type_of
 
-__all__ = ["Attention", "Mlp", "Stack", "known_model_types", "lookup", "register"]
+__all__ = ["Attention", "Mlp", "Stack", "known_model_types", "lookup", "register", "type_of"]

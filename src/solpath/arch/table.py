@@ -123,13 +123,17 @@ def known_model_types() -> list[str]:
     return sorted({*_MODULES, *_REGISTERED})
 
 
-def lookup(model: nn.Module) -> tuple[Stack, ...]:
-    """The table for a model.
+def type_of(model: nn.Module) -> Any:
+    """The type of a model that its table is listed under; None if it has none."""
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def lookup(model_type: str | None) -> tuple[Stack, ...]:
+    """The table of one type of model, see `type_of`.
 
     Raises:
         UnsupportedModelError: unknown type; the message lists the known ones.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in _REGISTERED:
         return _REGISTERED[model_type]
     if model_type not in _MODULES:
