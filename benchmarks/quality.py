@@ -3,10 +3,12 @@
     python benchmarks/quality.py --model minilm --seeds 0,1,2
 
 Every run of one method with one seed is added to the JSON as soon as it ends; runs that are there
-already are not repeated, so the command can be interrupted and started again.
+already are not repeated, so the command can be interrupted and started again. Runs of a dense model
+that scores otherwise (weights trained on another machine) are replaced.
 """
 
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -79,7 +81,7 @@ def main(
         batches = work.batches(seed, settings["batch_count"], settings["batch_size"])
         for name in names:
             known = [run for run in _read(out) if _same(run, name, seed, settings)]
-            if not force and any(_keeps(run) == work.keeps for run in known):
+            if not force and any(_current(run, work, dense) for run in known):
                 continue
             run = _run(work, name, seed, batches, cached, settings)
             _add(out, {**run, "dense": dict(dense), "settings": settings})
@@ -136,8 +138,11 @@ def _same(run: dict[str, Any], name: str, seed: int, settings: dict[str, Any]) -
     return (run["method"], run["seed"], run["settings"]) == (name, seed, settings)
 
 
-def _keeps(run: dict[str, Any]) -> tuple[float, ...]:
-    return tuple(size["keep"] for size in run["sizes"])
+def _current(run: dict[str, Any], work: Workload, dense: Any) -> bool:
+    """Whether a run has today's sizes and is of this dense model (not of one trained elsewhere)."""
+    keeps = tuple(size["keep"] for size in run["sizes"])
+    expected = dense[work.headline]
+    return keeps == work.keeps and math.isclose(run["dense"][work.headline], expected, rel_tol=1e-3)
 
 
 def _read(out: Path) -> list[dict[str, Any]]:
@@ -155,7 +160,7 @@ def _table(
     work: Workload, settings: dict[str, Any], dense: Any, runs: list[dict[str, Any]]
 ) -> None:
     """Mean over seeds (and half the range) per method and size; SPP against the best rival."""
-    runs = [run for run in runs if run["settings"] == settings and _keeps(run) == work.keeps]
+    runs = [r for r in runs if r["settings"] == settings and _current(r, work, dense)]
     fidelity = "kl" if "kl" in dense else "cosine"
     for metric in dict.fromkeys([work.headline, fidelity]):
         higher = metric == "cosine" or (metric == work.headline and work.higher_is_better)

@@ -13,7 +13,7 @@ import typer
 
 from quality_runs import NAMES, fidelity, headline, keeps, means, read_runs, values
 from record import RESULTS
-from zoo_page import zoo_page
+from zoo_page import zoo_page, zoo_table
 
 ROOT = RESULTS.parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "zoo.md"]
@@ -41,12 +41,15 @@ def _fill(match: re.Match[str]) -> str:
 
 
 def table(name: str) -> str:
-    """One markdown table: a row per method, the mean over seeds of every size; or the costs.
+    """One markdown table: a row per method, the mean over seeds of every size.
 
-    `name` is a model, for its headline metric, or ``<model>_fidelity``.
+    `name` is a model, for its headline metric, or ``<model>_fidelity``. ``zoo`` and
+    ``zoo_fidelity`` have a row per model, ``costs`` a row per cost.
     """
     if name == "costs":
         return costs()
+    if name in ("zoo", "zoo_fidelity"):
+        return zoo_table("task" if name == "zoo" else "fidelity")
     model = name.removesuffix("_fidelity")
     runs = read_runs(model)
     if "spp" not in runs:

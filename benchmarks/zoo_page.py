@@ -1,4 +1,4 @@
-"""One page of plots: task and fidelity against size, a column per zoo model.
+"""The zoo in one page: plots of task and fidelity against size, and two tables.
 
 python benchmarks/zoo_page.py          # reads results/quality_*.json, writes docs/zoo.svg
 """
@@ -23,6 +23,7 @@ PANELS = {
     "opt": ("OPT, bytes", "bits per byte"),
     "t5": ("T5, cut bytes", "bits per byte"),
 }
+COMMON = (0.8, 0.6, 0.4, 0.25)  # sizes that all of them have
 COLUMNS = 4
 STRONG = "#0b6e99"
 # Rivals are grey; dashes and markers tell them apart.
@@ -60,6 +61,33 @@ def zoo_page(file: Path) -> None:
     )
     figure.patch.set_facecolor("white")
     figure.savefig(file, metadata={"Date": None})
+
+
+def zoo_table(compared: str) -> str:
+    """A markdown row per model: solpath, and the best of the others at each size.
+
+    Args:
+        compared: ``task``, or ``fidelity`` for the distance to the dense model.
+    """
+    rows = [["model", "metric", *(f"{keep:.0%}" for keep in COMMON)], ["---"] * (2 + len(COMMON))]
+    for model, (title, label) in PANELS.items():
+        runs = read_runs(model)
+        if "spp" not in runs:
+            continue
+        metric = headline(runs) if compared == "task" else fidelity(runs)
+        best = min if metric == "kl" or label.startswith("bits") else max
+        if compared == "fidelity":
+            label, best = metric, min if metric == "kl" else max
+        columns = {method: means(runs[method], metric) for method in runs}
+        cells = []
+        for index in (keeps(runs).index(keep) for keep in COMMON):
+            rivals = [column[index] for method, column in columns.items() if method != "spp"]
+            ours = columns["spp"][index]
+            cells.append(f"**{ours:#.3g}** / {best(rivals):#.3g}" if rivals else f"**{ours:#.3g}**")
+        if compared == "task":
+            label += f", dense {runs['spp'][0]['dense'][metric]:#.3g}"
+        rows.append([title, label, *cells])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _task(axes: Axes, runs: Runs, label: str) -> None:

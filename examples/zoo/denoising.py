@@ -110,5 +110,5 @@ T5 = Recipe(
     ),
     loss=span_loss,
     scores=scores,
-    **stdlib_bytes.TRAINING | {"batch_size": 16},
+    **stdlib_bytes.TRAINING | {"steps": 3500, "batch_size": 16},
 )

@@ -125,5 +125,5 @@ OPT = Recipe(
     ),
     loss=next_byte_loss,
     scores=scores,
-    **TRAINING,
+    **TRAINING | {"steps": 2500},
 )
