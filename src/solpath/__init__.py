@@ -7,7 +7,7 @@ from solpath.errors import SolpathError
 
 if TYPE_CHECKING:
     from solpath import baselines
-    from solpath.config import InclusionConfig, SearchConfig
+    from solpath.config import InclusionConfig, SearchConfig, TuneConfig
     from solpath.discover import find_pairs
     from solpath.evaluation import evaluate
     from solpath.extraction import extract
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from solpath.plan import Plan
     from solpath.searching import search
     from solpath.store import load, push_to_hub, save
+    from solpath.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _HOME = {
     "Plan": "plan",
     "SearchConfig": "config",
     "SolutionPath": "path",
+    "TuneConfig": "config",
     "baselines": "",
     "evaluate": "evaluation",
     "extract": "extraction",
@@ -36,6 +38,7 @@ _HOME = {
     "push_to_hub": "store",
     "save": "store",
     "search": "searching",
+    "tune": "tuning",
 }
 
 __all__ = [
@@ -44,6 +47,7 @@ __all__ = [
     "SearchConfig",
     "SolpathError",
     "SolutionPath",
+    "TuneConfig",
     "baselines",
     "evaluate",
     "extract",
@@ -54,6 +58,7 @@ __all__ = [
     "push_to_hub",
     "save",
     "search",
+    "tune",
 ]
 
 
