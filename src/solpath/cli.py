@@ -216,6 +216,62 @@ def extract(
     print(f"{made!r}\nwritten to {out}")
 
 
+@app.command()
+def tune(
+    small: Annotated[str, typer.Argument(help="Folder of an extracted model.")],
+    dense: ModelName,
+    out: Annotated[Path, typer.Option(help="Folder for the tuned model, new or empty.")],
+    text: Text = None,
+    steps: Annotated[int, typer.Option(help="Updates.")] = 500,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train adapters of this rank, merged; default: all weights.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak; default: a tested one.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of texts and of the adapters.")] = 0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder for the state, so that tuning can go on.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train an extracted model to give the outputs of the dense one."""
+    from solpath.config import TuneConfig
+    from solpath.demo import load_model
+    from solpath.evaluation import evaluate
+    from solpath.files import check_output
+    from solpath.store import load, save
+    from solpath.tuning import tune as train
+
+    config = TuneConfig(steps=steps, seed=seed, learning_rate=learning_rate, lora_rank=lora_rank)
+    check_output(out)
+    texts = _read_texts(text)
+    start = load(small)
+    teacher, tokenizer, _ = load_model(dense)
+    batches, heldout = _split_batches(tokenizer, texts, seed)
+    if checkpoint is not None:
+        _state["hint"] = f"{checkpoint}; run the same command again to go on"
+    tuned = train(
+        start,
+        teacher,
+        batches,
+        config,
+        heldout=heldout,
+        checkpoint=checkpoint,
+        progress=not as_json,
+    )
+    has_tokenizer = (Path(small) / "tokenizer_config.json").is_file()
+    save(tuned, out, tokenizer=tokenizer if has_tokenizer else None)
+    before, after = (dict(evaluate(m, teacher, heldout).metrics) for m in (start, tuned))
+    if as_json:
+        return _print_json(
+            {"out": str(out), "config": config.to_dict(), "before": before, "after": after}
+        )
+    rows = [(name, f"{before[name]:.4f}", f"{after[name]:.4f}") for name in before]
+    _print_table(("held-out metric", "before", "after"), rows)
+    print(f"written to {out}")
+
+
 @app.command(name="eval")
 def evaluate_(
     model: Annotated[str, typer.Argument(help="Folder of an extracted or dense model.")],
@@ -402,3 +458,19 @@ def _batches(tokenizer: Any, texts: list[str] | None, seed: int) -> list[dict[st
     if texts is None:
         texts = texts_of(read_corpus(calibration=0, test=0).search, seed=seed)
     return text_batches(tokenizer, texts)
+
+
+def _split_batches(
+    tokenizer: Any, texts: list[str] | None, seed: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Batches to train on and batches to judge by: other files, or the last tenth of the texts."""
+    from solpath.corpus import read_corpus, text_batches, texts_of
+
+    if texts is None:
+        corpus = read_corpus(search=2048, test=0)
+        held = text_batches(tokenizer, texts_of(corpus.calibration))
+        return text_batches(tokenizer, texts_of(corpus.search, seed=seed)), held
+    count = max(1, len(texts) // 10)
+    if len(texts) == count:
+        raise ConfigError("text has one line; give at least two: a tenth of them is held out.")
+    return text_batches(tokenizer, texts[:-count]), text_batches(tokenizer, texts[-count:])
