@@ -247,36 +247,60 @@ def test_kill_and_resume(bert, tmp_path):
 
 
 def test_two_processes_give_the_same_model(tmp_path):
-    """Batches of five samples, so that the shares differ."""
+    """Batches of five samples, so that the shares differ; then with every parameter sharded.
+
+    accelerate shards on GPUs only, so the script does what it would do there.
+    """
     script = tmp_path / "run.py"
     script.write_text(
         textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import test_tune as t
-        from solpath.probe import process
-        for name, config in (("full", t.QUICK), ("lora", t.LORA)):
+        from accelerate import Accelerator, PartialState
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        def prepare(self, model, optimizer):
+            mesh = init_device_mesh("cpu", (self.num_processes,))
+            names = {{id(p): name for name, p in model.named_parameters()}}
+            for module in (*model.encoder.layer, model):
+                fully_shard(module, mesh=mesh)
+            for group in optimizer.param_groups:
+                group["params"] = [model.get_parameter(names[id(p)]) for p in group["params"]]
+            return model, optimizer
+
+        folder = sys.argv[1]
+        for name, config in (("full", t.QUICK), ("lora", t.LORA), ("shards", t.QUICK)):
+            if name == "shards":
+                Accelerator.prepare = prepare
             dense = t.build("bert").double()
             data = t.batches(dense, samples=5)
-            small = t.cut(dense, 0.9)
-            tuned = t.run(small, dense, config, data, checkpoint=f"{{sys.argv[1]}}-state-{{name}}")
-            print("process", *process())
-            if process()[0] == 0:
-                t.solpath.save(tuned, f"{{sys.argv[1]}}-{{name}}")
+            small = t.solpath.load(folder + "/small")
+            options = {{"checkpoint": f"{{folder}}/state-{{name}}", "checkpoint_every": 2}}
+            try:
+                t.run(small, dense, config, t.Stops(data, 4, ValueError), **options)
+            except ValueError:
+                tuned = t.run(small, dense, config, data, **options)
+            state = PartialState()
+            print("process", state.process_index, state.num_processes)
+            if state.is_main_process:
+                t.solpath.save(tuned, f"{{folder}}/{{name}}")
         """)
     )
+    dense = build("bert").double()
+    small = cut(dense, 0.9)
+    solpath.save(small, tmp_path / "small")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*launch, script, tmp_path / "two"], env=environment, capture_output=True, text=True
+        [*launch, script, tmp_path], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "process 1 2" in done.stdout
-    dense = build("bert").double()
-    small = cut(dense, 0.9)
-    for name, config in (("full", QUICK), ("lora", LORA)):
+    for name, config in (("full", QUICK), ("lora", LORA), ("shards", QUICK)):
         one = run(small, dense, config, batches(dense, samples=5))
-        two = solpath.load(tmp_path / f"two-{name}")
+        two = solpath.load(tmp_path / name)
         moved = max((a - b).abs().max() for a, b in zip(*map(_filled, (one, small)), strict=True))
         for a, b in zip(*map(_filled, (one, two)), strict=True):
             assert (a - b).abs().max() < 1e-4 * moved

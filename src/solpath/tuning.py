@@ -11,10 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import get_scheduler
 
 from solpath.adapters import add_adapters_, merge_adapters_
@@ -22,9 +19,9 @@ from solpath.checkpoint import State, read_checkpoint, write_checkpoint
 from solpath.config import TuneConfig
 from solpath.data import BatchSource, mix
 from solpath.discover import EXTRACTED
+from solpath.distributed import accelerating, part, whole
 from solpath.errors import (
     BatchError,
-    ConfigError,
     FileError,
     NonFiniteLossError,
     UnsupportedModelError,
@@ -82,7 +79,7 @@ def tune(
 
     Raises:
         BatchError: empty batches, on another device, or outputs of different shapes.
-        ConfigError: `lora_rank` without peft, or other settings than those of ``accelerate``.
+        ConfigError: `lora_rank` without peft, or a way of ``accelerate`` that does not fit.
         UnsupportedModelError: no parameter to train, or half-precision ones.
         NonFiniteLossError: the loss became NaN or infinite; the last checkpoint is kept.
         FingerprintError: the checkpoint belongs to other models or other settings.
@@ -101,7 +98,11 @@ def tune(
         header["fingerprint"] = {"small": _digest(small), "dense": _digest(dense)}
     state = None if file is None else read_checkpoint(file, header)
 
-    with _accelerator(config, device) as accelerator, _seeded(device, config), evaluating(dense):
+    with (
+        accelerating(device, config.mixed_precision) as accelerator,
+        _seeded(device, config),
+        evaluating(dense),
+    ):
         train, held = _split(batches, heldout, config.seed)
         bf16 = config.mixed_precision == "bf16"
         lessons = Lessons(dense, train, device, accelerator, bf16=bf16)
@@ -172,7 +173,7 @@ class _Training:
         self._factor = _schedule(config)
         self.losses: list[float] = []
         self.checks: list[tuple[int, float]] = []
-        self.best = {name: _whole(p) for name, p in self._trained.items()}
+        self.best = {name: whole(p) for name, p in self._trained.items()}
         self.settled = True
 
     @property
@@ -197,7 +198,7 @@ class _Training:
         if not self.checks and not math.isfinite(value):
             raise NonFiniteLossError(f"the held-out loss is {value} at step 0.")
         if self.checks and value < min(value for _, value in self.checks):
-            self.best = {name: _whole(p) for name, p in self._trained.items()}
+            self.best = {name: whole(p) for name, p in self._trained.items()}
         self.checks.append((done, value if math.isfinite(value) else math.inf))
 
     def step_(self) -> None:
@@ -229,10 +230,10 @@ class _Training:
         state = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
         state["checks"] = torch.tensor(self.checks, dtype=torch.float64).view(-1, 2)
         for name, parameter in self._trained.items():
-            state[f"weights/{name}"] = _whole(parameter)
+            state[f"weights/{name}"] = whole(parameter)
             state[f"best/{name}"] = self.best[name]
             for key, value in self._optimizer.state.get(parameter, {}).items():
-                state[f"{key}/{name}"] = _whole(value)
+                state[f"{key}/{name}"] = whole(value)
         return state
 
     def restore_(self, state: State, file: Path) -> None:
@@ -247,11 +248,11 @@ class _Training:
             self.best = {name: state[f"best/{name}"] for name in self._trained}
             for name, parameter in self._trained.items():
                 with torch.no_grad():
-                    parameter.copy_(_part(state[f"weights/{name}"], parameter))
+                    parameter.copy_(part(state[f"weights/{name}"], parameter))
                 if f"step/{name}" in state:
                     moments = {key: state[f"{key}/{name}"] for key in _MOMENTS}
                     self._optimizer.state[parameter] = {
-                        key: _part(value, parameter) for key, value in moments.items()
+                        key: part(value, parameter) for key, value in moments.items()
                     }
         except (KeyError, ValueError, RuntimeError) as error:
             raise FileError(f"{file} does not fit the model: {error}.") from error
@@ -267,6 +268,7 @@ def _run(
             state = training.state()
             if training.accelerator.is_main_process:
                 write_checkpoint(file, header, state)
+            training.accelerator.wait_for_everyone()
         return training.steps
 
     saved = training.steps
@@ -321,29 +323,6 @@ def _split(
 
 
 @contextlib.contextmanager
-def _accelerator(config: TuneConfig, device: torch.device) -> Iterator[Accelerator]:
-    """An accelerator that leaves models where they are; accelerate's state is left as found."""
-    found = is_initialized()
-    handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(device_placement=False, kwargs_handlers=[handler])
-    try:
-        if accelerator.mixed_precision not in ("no", config.mixed_precision):
-            raise ConfigError(
-                f"accelerate runs with mixed_precision={accelerator.mixed_precision!r}, the config "
-                f"says {config.mixed_precision!r}; make them equal."
-            )
-        if accelerator.num_processes > 1 and device.type != accelerator.device.type:
-            raise UnsupportedModelError(
-                f"the model is on {device}, this process runs on {accelerator.device}; move the "
-                "model there, or launch with --cpu."
-            )
-        yield accelerator
-    finally:
-        if not found:
-            AcceleratorState._reset_state()
-
-
-@contextlib.contextmanager
 def _seeded(device: torch.device, config: TuneConfig) -> Iterator[None]:
     """Seed torch, with gradients on; its random state comes back afterwards."""
     devices = [device] if device.type == "cuda" else []
@@ -373,22 +352,6 @@ def _copy(model: Model) -> Model:
     """A deep copy with the same plan."""
     plan = getattr(model, EXTRACTED, None)
     return copy.deepcopy(model, {id(plan): plan})
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A copy on the CPU; the shards of a sharded tensor are gathered."""
-    tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
-    return tensor.to("cpu", copy=True)
-
-
-def _part(value: Tensor, like: Tensor) -> Tensor:
-    """`value` on the device of `like`, sharded in the same way."""
-    value = value.to(like.device)
-    if isinstance(like, DTensor) and value.dim():
-        return distribute_tensor(value, like.device_mesh, like.placements)
-    return value
 
 
 def _digest(model: nn.Module) -> str:
