@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import is_initialized
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -454,6 +456,28 @@ def test_models_that_cannot_be_tuned(bert, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"pip install 'solpath\[tune\]'"):
         run(small.requires_grad_(True), bert, LORA)
+
+
+def test_what_accelerate_was_set_up_for(bert, monkeypatch):
+    small = cut(bert)
+    try:
+        Accelerator()
+        whole = run(small, bert)
+        assert is_initialized()
+    finally:
+        AcceleratorState._reset_state()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ConfigError, match="mixed_precision='bf16', the config says 'no'"):
+        run(small, bert)
+    assert not is_initialized()
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    assert same(whole, run(small, bert))
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(ConfigError, match=r"accelerate counts 2 processes, torch\.distributed 1"):
+        run(small, bert)
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ConfigError, match="fsdp_version 2"):
+        run(small, bert)
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,19 @@ _REFUSED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEG
 
 @contextlib.contextmanager
 def accelerating(device: torch.device, mixed_precision: str) -> Iterator[Accelerator]:
-    """An accelerator that leaves models where they are; accelerate's state is left as found."""
+    """An accelerator that leaves models where they are; accelerate's state is left as found.
+
+    Raises:
+        ConfigError: accelerate was set up for something else.
+    """
     found = is_initialized()
     handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     cpu = device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
-        accelerator = Accelerator(cpu=cpu, device_placement=False, kwargs_handlers=[handler])
+        try:
+            accelerator = Accelerator(cpu=cpu, device_placement=False, kwargs_handlers=[handler])
+        except ValueError as error:
+            raise ConfigError(f"accelerate does not start: {error}") from error
         _check(accelerator, device, mixed_precision)
         yield accelerator
     finally:
