@@ -67,9 +67,25 @@ def test_search_plan_extract_eval_bench(path, texts, tmp_path, capsys):
     assert figures[small]["params"] == made["params"] < figures[model]["params"]
 
 
-def test_a_short_search_goes_on_from_its_checkpoint(tmp_path, capsys):
-    texts = tmp_path / "texts.txt"
-    texts.write_text("A text.\nAnother one.\n")
+@pytest.mark.parametrize("options", [[], ["--lora-rank", "2"]])
+def test_tune(options, path, texts, tmp_path, capsys):
+    model, small = str(installed_model()), str(tmp_path / "small")
+    assert run(["extract", model, str(path), "--out", small, "--sparsity", "0.5"]) == 0
+    capsys.readouterr()
+    arguments = ["tune", small, model, "--text", str(texts), "--steps", "3", *options, "--json"]
+    arguments += ["--checkpoint", str(tmp_path / "state")]
+    assert run([*arguments, "--out", str(tmp_path / "tuned")]) == 0
+    found = out_of(capsys)
+    assert found["after"]["relative_error"] < found["before"]["relative_error"]
+    start, tuned = solpath.load(small), solpath.load(tmp_path / "tuned")
+    assert [(n, t.shape) for n, t in start.state_dict().items()] == [
+        (n, t.shape) for n, t in tuned.state_dict().items()
+    ]
+    assert (tmp_path / "tuned" / "tokenizer.json").exists()
+    assert (tmp_path / "state" / "tune.safetensors").exists()
+
+
+def test_a_short_search_goes_on_from_its_checkpoint(texts, tmp_path, capsys):
     arguments = ["search", str(installed_model()), "--steps", "2", "--text", str(texts), "--json"]
     checkpoint = ["--checkpoint", str(tmp_path / "state")]
     assert run([*arguments, *checkpoint, "--out", str(tmp_path / "one")]) == 0
@@ -95,6 +111,8 @@ def test_a_short_search_goes_on_from_its_checkpoint(tmp_path, capsys):
         (["search", "{model}"], "--out"),
         (["demo", "--out", "{path}"], "is not empty"),
         (["report", "{tmp}"], "family.json"),
+        (["tune", "{model}", "{model}", "--out", "{tmp}/t"], "solpath.json"),
+        (["tune", "{tmp}", "{model}", "--out", "{tmp}/t", "--lora-rank", "0"], "lora_rank must be"),
         (["dance"], "dance"),
     ],
 )

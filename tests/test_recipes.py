@@ -14,7 +14,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import solpath
 from conftest import build
-from solpath.arch import known_model_types
 from solpath.errors import ConfigError, FileError
 from solpath.pretrained import from_pretrained
 
@@ -141,7 +140,6 @@ def test_language(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "s25" / "tokenizer.json").exists()
 
 
-@pytest.mark.skipif(not hasattr(solpath, "tune"), reason="tuning is not there yet")
 def test_a_recipe_tunes(tmp_path, monkeypatch):
     import language
 
@@ -218,7 +216,6 @@ def test_retrieval_of_towers_that_know_and_that_mix_up(coco):
     assert retrieval(model, *arguments)["text to image R@1"] == pytest.approx(4 / 6)
 
 
-@pytest.mark.skipif("clip" not in known_model_types(), reason="CLIP is not there yet")
 def test_coco(coco, tmp_path):
     from coco import main
 

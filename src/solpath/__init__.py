@@ -8,7 +8,7 @@ from solpath.errors import SolpathError
 if TYPE_CHECKING:
     from solpath import baselines
     from solpath.batching import image_batches, image_text_batches, text_batches
-    from solpath.config import InclusionConfig, SearchConfig
+    from solpath.config import InclusionConfig, SearchConfig, TuneConfig
     from solpath.discover import find_pairs
     from solpath.evaluation import evaluate
     from solpath.extraction import extract
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from solpath.plan import Plan
     from solpath.searching import search
     from solpath.store import load, push_to_hub, save
+    from solpath.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOME = {
     "Plan": "plan",
     "SearchConfig": "config",
     "SolutionPath": "path",
+    "TuneConfig": "config",
     "baselines": "",
     "evaluate": "evaluation",
     "extract": "extraction",
@@ -40,6 +42,7 @@ _HOME = {
     "save": "store",
     "search": "searching",
     "text_batches": "batching",
+    "tune": "tuning",
 }
 
 __all__ = [
@@ -48,6 +51,7 @@ __all__ = [
     "SearchConfig",
     "SolpathError",
     "SolutionPath",
+    "TuneConfig",
     "baselines",
     "evaluate",
     "extract",
@@ -61,6 +65,7 @@ __all__ = [
     "save",
     "search",
     "text_batches",
+    "tune",
 ]
 
 

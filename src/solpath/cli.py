@@ -223,6 +223,60 @@ def extract(
     print(f"{made!r}\nwritten to {out}")
 
 
+@app.command()
+def tune(
+    small: Annotated[str, typer.Argument(help="Folder of an extracted model.")],
+    dense: ModelName,
+    out: Annotated[Path, typer.Option(help="Folder for the tuned model, new or empty.")],
+    text: Text = None,
+    images: Images = None,
+    steps: Annotated[int, typer.Option(help="Updates.")] = 500,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train adapters of this rank, merged; default: all weights.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak; default: a tested one.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of texts and of the adapters.")] = 0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder for the state, so that tuning can go on.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train an extracted model to give the outputs of the dense one."""
+    from solpath.config import TuneConfig
+    from solpath.evaluation import evaluate
+    from solpath.files import check_output
+    from solpath.pretrained import load_processor
+    from solpath.store import save
+    from solpath.tuning import tune as train
+
+    config = TuneConfig(steps=steps, seed=seed, learning_rate=learning_rate, lora_rank=lora_rank)
+    check_output(out)
+    start, teacher = _load(small), _load(dense)
+    batches, heldout = _split_batches(dense, teacher, text, images, seed)
+    if checkpoint is not None:
+        _state["hint"] = f"{checkpoint}; run the same command again to go on"
+    tuned = train(
+        start,
+        teacher,
+        batches,
+        config,
+        heldout=heldout,
+        checkpoint=checkpoint,
+        progress=not as_json,
+    )
+    save(tuned, out, tokenizer=load_processor(dense))
+    before, after = (dict(evaluate(m, teacher, heldout).metrics) for m in (start, tuned))
+    if as_json:
+        return _print_json(
+            {"out": str(out), "config": config.to_dict(), "before": before, "after": after}
+        )
+    rows = [(name, f"{before[name]:.4f}", f"{after[name]:.4f}") for name in before]
+    _print_table(("held-out metric", "before", "after"), rows)
+    print(f"written to {out}")
+
+
 @app.command(name="eval")
 def evaluate_(
     model: Annotated[str, typer.Argument(help="Folder of an extracted or dense model.")],
@@ -431,3 +485,21 @@ def _text_batches(
     longest = getattr(config, "max_position_embeddings", None) or length
     pack = model.can_generate() and not config.is_encoder_decoder
     return list(text_batches(source, tokenizer, length=min(length, longest), seed=seed, pack=pack))
+
+
+def _split_batches(
+    name: str, model: Any, text: Path | None, images: Path | None, seed: int
+) -> tuple[list[Any], list[Any]]:
+    """Batches to train on and to judge by: docstrings of other files, or the last tenth of both."""
+    from solpath.corpus import read_corpus, texts_of
+    from solpath.pretrained import load_processor
+
+    if text is None and images is None and _takes(model) == {"text"}:
+        corpus, tokenizer = read_corpus(search=2048, test=0), load_processor(name)
+        held = _text_batches(model, tokenizer, texts_of(corpus.calibration))
+        return _text_batches(model, tokenizer, texts_of(corpus.search, seed=seed)), held
+    batches = list(_batches(name, model, text, images, seed))
+    count = max(1, len(batches) // 10)
+    if len(batches) == count:
+        raise ConfigError("there is one batch of data; give more: a tenth of it is held out.")
+    return batches[:-count], batches[-count:]

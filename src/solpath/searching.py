@@ -1,8 +1,7 @@
 """One search over a model; its result is an order that gives every size."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,9 @@ from solpath.pair import Fingerprint, Pair
 from solpath.path import SolutionPath, unflatten
 from solpath.pretrained import Name, for_batches
 from solpath.probe import Probe, probing, process
+from solpath.progress import Report, progress_bar
 
-Report = Callable[[float, float], None]
+_FIGURES = "loss {task.fields[loss]:.4f}  size {task.fields[size]:.0%}"
 
 
 def search(
@@ -94,8 +94,10 @@ def search(
     with probing(model, pairs, batches, loss=loss, seed=config.seed) as probe:
         costs = count_costs(model, pairs, probe.first_sample())
         state = state or _start(probe, config)
-        show = progress and process()[0] == 0
-        with _progress(config.steps, state["history"].shape[1], show) as report:
+        show, done = progress and process()[0] == 0, state["history"].shape[1]
+        with progress_bar(
+            "search", _FIGURES, config.steps, done, show=show, loss=0.0, size=1.0
+        ) as report:
             state = _run(probe, config, state, file, header, checkpoint_every, report)
         return _path(pairs, config, state, costs, identity, probe.energy)
 
@@ -129,7 +131,8 @@ def _run(
                 state = _equilibrium(probe, config, state, k)
             else:
                 state = _inclusion(probe, config, state, k)
-            report(*state["history"][:, -1].tolist())
+            loss, size = state["history"][:, -1].tolist()
+            report(loss=loss, size=size)
             if (k + 1) % every == 0 or k + 1 == config.steps:
                 saved = _save(file, header, state)
     except NonFiniteLossError as error:
@@ -243,29 +246,3 @@ def _path(
         history=state["history"],
         energy=energy,
     )
-
-
-@contextmanager
-def _progress(steps: int, done: int, show: bool) -> Iterator[Report]:
-    """A bar with loss, expected size and time left; yields ``report(loss, share)``."""
-    if not show:
-        yield lambda loss, keep: None
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("search"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  size {task.fields[size]:.0%}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as bar:
-        task = bar.add_task("search", total=steps, completed=done, loss=0.0, size=1.0)
-        yield lambda loss, keep: bar.update(task, advance=1, loss=loss, size=keep)
