@@ -67,15 +67,15 @@ def test_search_plan_extract_eval_bench(path, texts, tmp_path, capsys):
     assert figures[small]["params"] == made["params"] < figures[model]["params"]
 
 
-@pytest.mark.parametrize("options", [[], ["--lora-rank", "2"]])
-def test_tune(options, path, texts, tmp_path, capsys):
+def test_tune(path, texts, tmp_path, capsys):
     model, small = str(installed_model()), str(tmp_path / "small")
     assert run(["extract", model, str(path), "--out", small, "--sparsity", "0.5"]) == 0
     capsys.readouterr()
-    arguments = ["tune", small, model, "--text", str(texts), "--steps", "3", *options, "--json"]
-    arguments += ["--checkpoint", str(tmp_path / "state")]
+    arguments = ["tune", small, model, "--text", str(texts), "--steps", "3", "--json"]
+    arguments += ["--lora-rank", "2", "--checkpoint", str(tmp_path / "state")]
     assert run([*arguments, "--out", str(tmp_path / "tuned")]) == 0
     found = out_of(capsys)
+    assert (found["config"]["steps"], found["config"]["lora_rank"]) == (3, 2)
     assert found["after"]["relative_error"] < found["before"]["relative_error"]
     start, tuned = solpath.load(small), solpath.load(tmp_path / "tuned")
     assert [(n, t.shape) for n, t in start.state_dict().items()] == [

@@ -32,7 +32,7 @@ from solpath.teacher import Lessons
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_LEARNING_RATE, _LORA_LEARNING_RATE = 5e-4, 2e-3
+_LEARNING_RATE, _LORA_LEARNING_RATE = 5e-4, 5e-3
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _FIGURES = (
     "loss {task.fields[loss]:.4f}  held out {task.fields[now]:.4f}  best {task.fields[best]:.4f}"
@@ -119,22 +119,7 @@ def tune(
             "tune", _FIGURES, config.steps, training.steps, show=show, **figures
         ) as report:
             _run(training, file, header, checkpoint_every, report)
-
-        result = _copy(small)
-        values: Mapping[str, Tensor] = training.best
-        if config.lora_rank is not None:
-            tuner = add_adapters_(_copy(small), config.lora_rank, config.lora_alpha)
-            values = merge_adapters_(tuner, training.best)
-        with torch.no_grad():
-            for name, parameter in result.named_parameters():
-                if name in values:
-                    parameter.copy_(values[name])
-        if config.lora_rank is not None:  # a merge rounds
-            with evaluating(result):
-                merged = exam.divergence(result)
-            if not merged < training.checks[0][1]:
-                return _copy(small)
-    return result
+        return _result(small, config, training, exam)
 
 
 class _Training:
@@ -288,6 +273,25 @@ def _run(
         if training.settled and training.accelerator.num_processes == 1:
             save()
         raise
+
+
+def _result(small: Model, config: TuneConfig, training: _Training, exam: Lessons) -> Model:
+    """A copy of `small` with the best weights."""
+    result = _copy(small)
+    values: Mapping[str, Tensor] = training.best
+    if config.lora_rank is not None:
+        tuner = add_adapters_(_copy(small), config.lora_rank, config.lora_alpha)
+        values = merge_adapters_(tuner, training.best)
+    with torch.no_grad():
+        for name, parameter in result.named_parameters():
+            if name in values:
+                parameter.copy_(values[name])
+    if config.lora_rank is not None:  # a merge rounds, so look again
+        with evaluating(result):
+            merged = exam.divergence(result)
+        if not merged < training.checks[0][1]:
+            return _copy(small)
+    return result
 
 
 def _schedule(config: TuneConfig) -> Any:
