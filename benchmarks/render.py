@@ -36,14 +36,13 @@ ABLATION = {
 }
 STRONG = {"color": "#0b6e99", "linewidth": 2.6, "markersize": 5}
 WEAK = {"color": "#68727b", "linewidth": 1.2, "markersize": 3}
-# name of a table: model, metric, rows
+# name of a table: result file, metric, rows
 TABLES = {
-    "minilm": ("minilm", "cosine", NAMES),
-    "digits": ("digits", "task", NAMES),
-    "digits_kl": ("digits", "kl", NAMES),
-    "llama": ("llama", "task", NAMES),
-    "minilm_ablation": ("minilm", "cosine", ABLATION),
-    "digits_ablation": ("digits", "kl", ABLATION),
+    "minilm": ("quality_minilm", "cosine", NAMES),
+    "digits": ("quality_digits", "task", NAMES),
+    "digits_kl": ("quality_digits", "kl", NAMES),
+    "llama": ("quality_llama", "task", NAMES),
+    "ablation": ("ablation_digits", "kl", ABLATION),
 }
 
 
@@ -71,9 +70,9 @@ def table(name: str) -> str:
     """One markdown table: a row per method, the mean over seeds of every size; or the costs."""
     if name == "costs":
         return _markdown([("what", "measured", "against", "aim", "script"), *costs()])
-    model, metric, labels = TABLES[name]
+    file, metric, labels = TABLES[name]
     digits = 4 if metric == "kl" else 3
-    runs = _runs(model, labels)
+    runs = _runs(file, labels)
     keeps = [size["keep"] for size in runs["spp"][0]["sizes"]]
     rows = [["kept", *(f"{keep:.0%}" for keep in keeps)]]
     for method, label in labels.items():
@@ -145,9 +144,9 @@ def _x(ratio: float) -> str:
     return f"{ratio:.2f} ×"
 
 
-def _runs(model: str, methods: Collection[str]) -> dict[str, list[dict[str, Any]]]:
+def _runs(file: str, methods: Collection[str]) -> dict[str, list[dict[str, Any]]]:
     """Runs of every method there is, with the seeds that all of them have."""
-    runs = json.loads((RESULTS / f"quality_{model}.json").read_text())["runs"]
+    runs = json.loads((RESULTS / f"{file}.json").read_text())["runs"]
     found = {m: [run for run in runs if run["method"] == m] for m in methods}
     found = {method: chosen for method, chosen in found.items() if chosen}
     seeds = set.intersection(*({run["seed"] for run in chosen} for chosen in found.values()))
@@ -167,7 +166,7 @@ def picture(file: Path) -> None:
     figure = Figure(figsize=(7.2, 3.9), layout="constrained", facecolor="white")
     axes = figure.subplots()
     ends = []
-    runs = _runs("minilm", NAMES)
+    runs = _runs("quality_minilm", NAMES)
     keeps = [size["keep"] for size in runs["spp"][0]["sizes"]]
     for method, chosen in reversed(runs.items()):
         means = [statistics.fmean(_values(chosen, "cosine", i)) for i in range(len(keeps))]
