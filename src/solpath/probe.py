@@ -288,11 +288,11 @@ def _slopes(value: Tensor, leaves: list[Tensor], *, keep: bool = False) -> tuple
 
 def process() -> tuple[int, int]:
     """Rank and number of processes; starts the process group under ``accelerate launch``."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1
-    from accelerate import PartialState
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return 0, 1
+        from accelerate import PartialState
 
-    state = PartialState()
-    return state.process_index, state.num_processes
+        # Without an accelerator PartialState would start the group and still count one process.
+        PartialState(cpu=not torch.accelerator.is_available())
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
