@@ -57,7 +57,7 @@ def _stack(blocks: str, kind: str, forward: Any) -> Stack:
         kind=kind,
         identity=("q_norm", "k_norm", "norm", "gate"),
     )
-    mlp = Mlp(("mlp.fc1",), "mlp.fc2", identity=("mlp.norm", "mlp.gate", "mlp.grn"))
+    mlp = Mlp(("mlp.fc1",), "mlp.fc2", identity=("mlp.norm",))
     return Stack(blocks, (attention,), (mlp,))
 
 
