@@ -6,27 +6,17 @@ python benchmarks/render.py --check    # fail if a page does not show what the f
 
 import json
 import re
-import statistics
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from quality_runs import NAMES, fidelity, headline, keeps, means, read_runs, values
 from record import RESULTS
+from zoo_page import zoo_page, zoo_table
 
 ROOT = RESULTS.parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"]
-NAMES = {
-    "spp": "**solpath**",
-    "iterative": "iterative, with gradient",
-    "iterative_curvature": "iterative",
-    "gauss_newton": "one-shot Gauss-Newton",
-    "taylor": "Taylor",
-    "magnitude": "magnitude",
-    "random": "random",
-    "released": "released rule",
-}
-METRIC = {"minilm": "cosine", "digits": "task", "digits_kl": "kl", "llama": "task"}
+PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "zoo.md"]
 
 
 def main(
@@ -43,6 +33,7 @@ def main(
         page.write_text(new)
     if not check:
         picture(ROOT / "docs" / "quality.svg")
+        zoo_page(ROOT / "docs" / "zoo.svg")
 
 
 def _fill(match: re.Match[str]) -> str:
@@ -50,21 +41,31 @@ def _fill(match: re.Match[str]) -> str:
 
 
 def table(name: str) -> str:
-    """One markdown table: a row per method, the mean over seeds of every size; or the costs."""
+    """One markdown table: a row per method, the mean over seeds of every size.
+
+    `name` is a model, for its headline metric, or ``<model>_fidelity``. ``zoo`` and
+    ``zoo_fidelity`` have a row per model, ``costs`` a row per cost.
+    """
     if name == "costs":
         return costs()
-    runs = _runs(name)
-    keeps = [size["keep"] for size in runs["spp"][0]["sizes"]]
-    lines = ["| kept | " + " | ".join(f"{keep:.0%}" for keep in keeps) + " |"]
-    lines.append("|---|" + "---|" * len(keeps))
+    if name in ("zoo", "zoo_fidelity"):
+        return zoo_table("task" if name == "zoo" else "fidelity")
+    model = name.removesuffix("_fidelity")
+    runs = read_runs(model)
+    if "spp" not in runs:
+        return f"Not measured: `python benchmarks/quality.py --model {model}`."
+    metric = headline(runs) if name == model else fidelity(runs)
+    digits = 4 if metric == "kl" else 3
+    lines = ["| kept | " + " | ".join(f"{keep:.0%}" for keep in keeps(runs)) + " |"]
+    lines.append("|---|" + "---|" * len(keeps(runs)))
     for method, label in NAMES.items():
         if method not in runs:
             continue
-        columns = [_values(runs[method], METRIC[name], i) for i in range(len(keeps))]
-        cells = [f"{statistics.fmean(column):.3f}" for column in columns]
+        cells = [f"{mean:.{digits}f}" for mean in means(runs[method], metric)]
         if method == "spp":
             cells = [f"**{cell}**" for cell in cells]
-            spread = [f"{min(c):.3f}-{max(c):.3f}" for c in columns]
+            columns = [values(runs[method], metric, i) for i in range(len(cells))]
+            spread = [f"{min(c):.{digits}f}-{max(c):.{digits}f}" for c in columns]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines.insert(3, "| … over seeds | " + " | ".join(spread) + " |")
     return "\n".join(lines)
@@ -117,35 +118,20 @@ def _x(ratio: float) -> str:
     return f"{ratio:.2f} ×"
 
 
-def _runs(name: str) -> dict[str, list[dict[str, Any]]]:
-    file = RESULTS / f"quality_{name.removesuffix('_kl')}.json"
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for run in json.loads(file.read_text())["runs"]:
-        runs.setdefault(run["method"], []).append(run)
-    return runs
-
-
-def _values(runs: list[dict[str, Any]], metric: str, index: int) -> list[float]:
-    return [run["sizes"][index]["metrics"][metric] for run in runs]
-
-
 def picture(file: Path) -> None:
     """Quality against size on the real model, all methods."""
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "solpath"
-    runs = _runs("minilm")
+    runs = read_runs("minilm")
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     axes = figure.subplots()
     for method, label in reversed(NAMES.items()):
         if method not in runs:
             continue
-        sizes = runs[method][0]["sizes"]
-        x = [100.0] + [100 * size["keep"] for size in sizes]
-        y = [1.0] + [
-            statistics.fmean(_values(runs[method], "cosine", i)) for i in range(len(sizes))
-        ]
+        x = [100.0] + [100 * keep for keep in keeps(runs)]
+        y = [1.0, *means(runs[method], "cosine")]
         strong = method == "spp"
         axes.plot(
             x,
@@ -167,7 +153,7 @@ def picture(file: Path) -> None:
         )
     axes.invert_xaxis()
     axes.set_xlim(101, 8)
-    axes.set_xticks([100, 80, 60, 40, 25])
+    axes.set_xticks(x)
     axes.set(xlabel="prunable parameters kept (%)", ylabel="cosine to the dense embedding")
     axes.spines[["top", "right"]].set_visible(False)
     figure.patch.set_facecolor("white")

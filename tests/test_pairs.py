@@ -114,7 +114,7 @@ def test_cut_linear(axis, kind):
 def test_registering_a_type_is_enough_to_prune_it():
     """A BERT under another name. docs/how-to.md writes a table from nothing."""
     model = build("bert")
-    stacks = lookup(model)
+    stacks = lookup("bert")
     model.config.model_type = "toy"
     try:
         register("toy", *stacks)

@@ -19,7 +19,7 @@ from conftest import TIMM_CASES, batches, inputs, randomise_
 from solpath.arch import known_model_types
 from solpath.arch.timm import check_settings
 from solpath.discover import find_pairs
-from solpath.errors import SolpathError, UnsupportedModelError
+from solpath.errors import ConfigError, SolpathError, UnsupportedModelError
 from solpath.masks import mask_hooks
 from solpath.objective import forward
 from solpath.skeleton import check_sizes
@@ -263,7 +263,7 @@ def test_a_gate_is_refused():
     ],
 )
 def test_settings_of_a_file_only_build(architecture, options, message):
-    with pytest.raises(SolpathError, match=message):
+    with pytest.raises(ConfigError, match=message):
         check_settings({"architecture": architecture, "model_args": options})
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from solpath.arch import Attention, Mlp, Stack, lookup
+from solpath.arch import Attention, Mlp, Stack, lookup, type_of
 from solpath.errors import UnsupportedModelError
 from solpath.pair import Fingerprint, Norm, Pair, Side
+from solpath.pretrained import Name, as_model
 from solpath.slicing import LinearMap, linear_map
 
 EXTRACTED = "solpath_plan"
@@ -35,11 +36,12 @@ class Site:
     vo: Pair
 
 
-def find_pairs(model: nn.Module) -> tuple[Pair, ...]:
+def find_pairs(model: nn.Module | Name) -> tuple[Pair, ...]:
     """Every inner dimension of every attention head and every MLP neuron, block by block.
 
     Args:
-        model: a model of transformers or timm; it is only looked at.
+        model: a model of transformers or timm, or its folder or hub id; it is only looked at, and
+            weights are not read.
 
     Returns:
         Per block the ``qk`` and ``vo`` pairs of its attentions, then the ``mlp`` pair.
@@ -57,7 +59,7 @@ def find_pairs(model: nn.Module) -> tuple[Pair, ...]:
         [('qk', 2, 16), ('vo', 2, 16), ('mlp', 1, 64)]
     """
     pairs: list[Pair] = []
-    for found in _find(model):
+    for found in _find(as_model(model, device="meta")):
         pairs += (found.qk, found.vo) if isinstance(found, Site) else (found,)
     return tuple(pairs)
 
@@ -74,7 +76,7 @@ def _find(model: nn.Module) -> list[Site | Pair]:
             f"this {type(model).__name__} was already extracted ({getattr(model, EXTRACTED)!r}); "
             "plan every size from the dense model."
         )
-    stacks = lookup(model)
+    stacks = lookup(type_of(model))
     base = getattr(model, "base_model", model)
     [prefix] = [name for name, module in model.named_modules() if module is base]
     found: list[Site | Pair] = []

@@ -12,6 +12,7 @@ from solpath.arch.table import (
     known_model_types,
     lookup,
     register,
+    type_of,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "known_model_types",
     "lookup",
     "register",
+    "type_of",
 ]

@@ -135,13 +135,23 @@ def known_model_types() -> list[str]:
     return sorted({*_MODULES, *_REGISTERED})
 
 
-def lookup(model: nn.Module) -> tuple[Stack, ...]:
-    """The table for a model.
+def type_of(model: nn.Module) -> Any:
+    """The type of a model that its table is listed under; None if it has none.
+
+    It is ``config.model_type``, or for a model of timm, wrapped or not, ``timm/`` and its class.
+    """
+    inner = getattr(model, "timm_model", model)
+    if type(inner).__module__.partition(".")[0] == "timm":
+        return f"timm/{type(inner).__name__}"
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def lookup(model_type: str | None) -> tuple[Stack, ...]:
+    """The table of one type of model, see `type_of`.
 
     Raises:
         UnsupportedModelError: unknown type; the message lists the known ones.
     """
-    model_type = _type_of(model)
     if model_type in _REGISTERED:
         return _REGISTERED[model_type]
     if model_type not in _MODULES:
@@ -152,11 +162,3 @@ def lookup(model: nn.Module) -> tuple[Stack, ...]:
     tables = import_module(f"solpath.arch.{_MODULES[model_type]}").TABLES
     stacks: tuple[Stack, ...] = tables[model_type]
     return stacks
-
-
-def _type_of(model: nn.Module) -> Any:
-    """``config.model_type``; for a model of timm, wrapped or not, ``timm/`` and its class."""
-    inner = getattr(model, "timm_model", model)
-    if type(inner).__module__.partition(".")[0] == "timm":
-        return f"timm/{type(inner).__name__}"
-    return getattr(getattr(model, "config", None), "model_type", None)

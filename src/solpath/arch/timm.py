@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from solpath.arch.table import Attention, Mlp, Stack
-from solpath.errors import SolpathError
+from solpath.errors import ConfigError
 from solpath.nn.attention import pad_to, split_fused
 
 
@@ -72,23 +72,29 @@ TABLES = {
 def check_settings(config: Mapping[str, Any]) -> None:
     """Refuse settings that would let `timm.create_model` do more than build a model.
 
-    It would also read files and repositories, or allocate, where its arguments say so.
+    Its arguments can also make it read files and repositories, or allocate.
+
+    Args:
+        config: of a model of transformers that wraps one of timm.
 
     Raises:
-        SolpathError: timm is missing, `architecture` is not in timm's own list, or `model_args`
-            has something that is not an argument of the models of this module.
+        ConfigError: timm cannot be imported, does not list `architecture`, or `model_args` has
+            something that the models of this module do not take.
     """
     try:
         import timm
         from timm.models.swin_transformer import SwinTransformer
         from timm.models.vision_transformer import VisionTransformer
-    except ImportError as error:
-        raise SolpathError(f"needs timm: pip install 'solpath[timm]' ({error}).") from error
+    except (ImportError, RuntimeError) as error:  # the latter from a torchvision that does not fit
+        raise ConfigError(
+            f"this model needs timm: pip install 'solpath[timm]', with the torchvision that goes "
+            f"with your torch ({error})."
+        ) from error
 
     architecture, options = config.get("architecture"), config.get("model_args") or {}
     if not isinstance(architecture, str) or not timm.is_model(architecture):
-        raise SolpathError(f"architecture is {architecture!r}, which timm does not list.")
+        raise ConfigError(f"architecture is {architecture!r}, which timm does not list.")
     known = {*inspect.signature(VisionTransformer).parameters}
     known |= {*inspect.signature(SwinTransformer).parameters}
     if unknown := set(options) - (known - {"device", "dtype", "num_classes"}):
-        raise SolpathError(f"model_args has {min(unknown)!r}, which is not the shape of a model.")
+        raise ConfigError(f"model_args has {min(unknown)!r}, which no known model of timm takes.")
