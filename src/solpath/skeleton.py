@@ -79,7 +79,8 @@ def build_skeleton(
     if unknown := set(head["options"]) - set(known):
         raise SolpathError(f"options has {unknown.pop()!r}, which {head['class']} does not take.")
     settings = model_class.config_class.from_dict(copy.deepcopy(dict(config)))
-    dtype = settings.dtype
+    parts = [settings, *(getattr(settings, name) for name in settings.sub_configs)]
+    dtypes = [(part, part.dtype) for part in parts if part is not None]
     with torch.device("meta"), no_init_weights():
         dense = model_class._from_config(
             settings,
@@ -88,7 +89,8 @@ def build_skeleton(
             **head["options"],
         )
     dense.tie_weights()
-    dense.config.dtype = dtype
+    for part, dtype in dtypes:  # building sets them to the model's
+        part.dtype = dtype
     pairs = find_pairs(dense)
     if pairs != plan.pairs:
         raise SolpathError(f"plan: its pairs are not those of this {head['class']}.")
