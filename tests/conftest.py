@@ -169,6 +169,8 @@ def inputs(
         sound = {"input_features": torch.randn(samples, 6, 14, generator=generator).to(dtype)}
         return sound | {"decoder_input_ids": _tokens(samples, generator)["input_ids"]}
     text = _tokens(samples, generator)
+    if kind in ("clip", "clip_text_model"):  # the text is read off where its end is marked
+        text["input_ids"].scatter_(1, text["attention_mask"].sum(1, keepdim=True) - 1, 59)
     if kind in ("clip", "siglip"):
         return text | images
     if kind == "gemma3":

@@ -87,7 +87,8 @@ def build_skeleton(
     if head["model_type"] == TIMM_WRAPPER:
         timm.check_settings(config)
     settings = model_class.config_class.from_dict(copy.deepcopy(dict(config)))
-    dtype = settings.dtype
+    parts = [settings, *(getattr(settings, name) for name in settings.sub_configs)]
+    dtypes = [(part, part.dtype) for part in parts if part is not None]
     with torch.device("meta"), no_init_weights():
         dense = model_class._from_config(
             settings,
@@ -96,7 +97,8 @@ def build_skeleton(
             **head["options"],
         )
     dense.tie_weights()
-    dense.config.dtype = dtype
+    for part, dtype in dtypes:  # building sets them to the model's
+        part.dtype = dtype
     pairs = find_pairs(dense)
     if pairs != plan.pairs:
         raise SolpathError(f"plan: its pairs are not those of this {head['class']}.")
