@@ -19,6 +19,7 @@ import typer
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from quality_runs import NORMS
 from record import RESULTS, save, show
 from solpath.masks import masked
 from solpath.path import SolutionPath
@@ -31,12 +32,6 @@ import recipe  # noqa: E402
 import stdlib_bytes  # noqa: E402
 
 KEEPS = (0.8, 0.6, 0.4, 0.25)
-WAYS = {
-    "folded": "folded into the query",
-    "plain": "norm over what is left, as the stock module has it",
-    "dense_width": "sum over what is left, divided by the dense width",
-    "dense_norm": "dense norm, not extractable",
-}
 
 
 def main(
@@ -50,9 +45,9 @@ def main(
     train = stdlib_bytes.sequences("train", 1024, seed=1)
     path = search(model, [{"input_ids": part} for part in train.split(16)], progress=False)
     results = {"dense": {"1.0": stdlib_bytes.bits_per_byte(model, test)}}
-    for way in WAYS:
+    for way in NORMS:
         results[way] = {str(keep): _cut(model, path, keep, way, test) for keep in KEEPS}
-    rows = [[label, *(results[way][str(keep)] for keep in KEEPS)] for way, label in WAYS.items()]
+    rows = [[label, *(results[way][str(keep)] for keep in KEEPS)] for way, label in NORMS.items()]
     dense = results["dense"]["1.0"]
     show(f"bits per byte, dense {dense:.3f}", ["norm", *(f"keep {k:.0%}" for k in KEEPS)], rows)
     save(out, {"steps": steps, "heldout": heldout}, results)

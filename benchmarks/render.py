@@ -12,8 +12,18 @@ from typing import Annotated, Any
 
 import typer
 
-from qk_norm import WAYS
-from quality_runs import ABLATION, NAMES, Runs, fidelity, headline, keeps, means, read_runs, values
+from quality_runs import (
+    ABLATION,
+    NAMES,
+    NORMS,
+    Runs,
+    fidelity,
+    headline,
+    keeps,
+    means,
+    read_runs,
+    values,
+)
 from record import RESULTS
 from solpath.figures import spread
 from zoo_page import zoo_page, zoo_table
@@ -50,7 +60,8 @@ def table(name: str) -> str:
 
     `name` is a model, for its headline metric, or ``<model>_fidelity``: a row per method, the mean
     over seeds of every size. ``zoo`` and ``zoo_fidelity`` have a row per model, ``ablation`` one
-    per part that is switched off, ``costs`` one per cost, ``checkpoints`` one per measure, ``qk_norm`` one per way.
+    per part that is switched off, ``costs`` one per cost, ``checkpoints`` one per
+    measure, ``qk_norm`` one per way to treat the norms.
     """
     if name == "costs":
         return _markdown([("what", "measured", "against", "aim", "script"), *costs()])
@@ -130,7 +141,7 @@ def qk_norm() -> Iterator[list[str]]:
     first = next(iter(results.values()))
     yield [f"kept (dense {dense:.3f})", *(f"{float(keep):.0%}" for keep in first)]
     for way, sizes in results.items():
-        yield [WAYS[way], *(f"{bits:.3f}" for bits in sizes.values())]
+        yield [NORMS[way], *(f"{bits:.3f}" for bits in sizes.values())]
 
 
 def checkpoints() -> Iterator[list[str]]:
