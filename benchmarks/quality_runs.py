@@ -16,16 +16,27 @@ NAMES = {
     "random": "random",
     "released": "released rule",
 }
+ABLATION = {
+    "spp": "**default**",
+    "spp_continuous": "continuous masks instead of binary ones",
+    "spp_constant_pull": "constant pull instead of a growing one",
+    "inclusion": "the paper's inclusion, V as the order",
+}
 Runs = dict[str, list[dict[str, Any]]]
 
 
-def read_runs(model: str) -> Runs:
-    """The runs of every method in ``quality_<model>.json``; none if there is no such file."""
-    file = RESULTS / f"quality_{model}.json"
+def read_runs(model: str, kind: str = "quality") -> Runs:
+    """The runs of every method in a result file, with the seeds that all of them have.
+
+    Empty if there is no ``<kind>_<model>.json``.
+    """
+    file = RESULTS / f"{kind}_{model}.json"
     runs: Runs = {}
     for run in json.loads(file.read_text())["runs"] if file.exists() else []:
         runs.setdefault(run["method"], []).append(run)
-    return runs
+    seeds = [{run["seed"] for run in chosen} for chosen in runs.values()]
+    common = set.intersection(*seeds) if seeds else set()
+    return {m: [run for run in chosen if run["seed"] in common] for m, chosen in runs.items()}
 
 
 def keeps(runs: Runs) -> list[float]:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from solpath.corpus import read_corpus, text_batches, texts_of
+from solpath.batching import text_batches
+from solpath.corpus import read_corpus, texts_of
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "zoo"))  # its modules are imported when needed
@@ -63,7 +64,9 @@ def minilm(checkpoint: Path | None, heldout: int | None) -> Workload:
         drawn: list[str] = []
         for epoch in range(count * size // (2 * len(corpus.search)) + 1):
             drawn += texts_of(corpus.search, seed=1000 * epoch + seed)
-        return text_batches(tokenizer, drawn[: count * size], size=size, length=32)
+        return list(
+            text_batches(drawn[: count * size], tokenizer, batch_size=size, length=32, seed=None)
+        )
 
     return Workload(
         name="minilm",
@@ -71,7 +74,7 @@ def minilm(checkpoint: Path | None, heldout: int | None) -> Workload:
         keeps=(0.8, 0.6, 0.4, 0.25, 0.15),
         batches=batches,
         batch_size=16,
-        heldout=text_batches(tokenizer, texts, size=min(64, len(texts)), length=64),
+        heldout=list(text_batches(texts, tokenizer, batch_size=64, length=64, seed=None)),
         task=None,
         headline="cosine",
         higher_is_better=True,

@@ -1,6 +1,8 @@
 """A masked model and its extracted model are the same function, for every architecture."""
 
 import copy
+from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,28 +10,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import solpath
-from conftest import batches, build, inputs
-from solpath.arch import known_model_types
+from conftest import CASES, batches, build, inputs
 from solpath.counting import count_costs
 from solpath.discover import find_pairs, fingerprint
-from solpath.objective import forward
+from solpath.objective import forward, run
 from solpath.plan import Plan, best_units
+from solpath.slicing import linear_map
 
 
 def random_plan(model, fractions, seed=0) -> Plan:
     """A plan with the given share of each pair's width, its own random units in every head."""
+    widths = [
+        round(p.width * fractions[i % len(fractions)]) for i, p in enumerate(find_pairs(model))
+    ]
+    return plan_of(model, widths, seed)
+
+
+def plan_of(model, widths, seed=0) -> Plan:
+    """A plan with the given width of every pair."""
     pairs = find_pairs(model)
     costs = count_costs(model, pairs, inputs(model, samples=1))
     generator = torch.Generator().manual_seed(seed)
     kept = {
-        p.name: best_units(
-            torch.rand(p.heads, p.width, generator=generator),
-            round(p.width * fractions[i % len(fractions)]),
-        )
-        for i, p in enumerate(pairs)
+        p.name: best_units(torch.rand(p.heads, p.width, generator=generator), width)
+        for p, width in zip(pairs, widths, strict=True)
     }
     widths = {name: index.shape[1] for name, index in kept.items()}
-    return Plan(pairs, kept, {}, costs.achieved(pairs, widths), fingerprint(model, pairs))
+    gains = {
+        p.name: torch.rand(p.heads, p.left[0].repeat, generator=generator).double() + 0.5
+        for p in pairs
+        if p.norms
+    }
+    achieved = costs.achieved(pairs, widths)
+    return Plan(pairs, kept, {}, achieved, fingerprint(model, pairs), gains)
 
 
 def both(model, plan, batch):
@@ -65,17 +78,17 @@ def test_masked_equals_extracted(model, fractions, attention):
 
 def with_fingerprint(plan: Plan, model) -> Plan:
     """The plan for the same model in another precision."""
-    return Plan(plan.pairs, plan.kept, {}, plan.achieved, fingerprint(model, plan.pairs))
+    return replace(plan, fingerprint=fingerprint(model, plan.pairs))
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    model_type=st.sampled_from(known_model_types()),
+    label=st.sampled_from(sorted(CASES)),
     fractions=st.lists(st.floats(0, 1), min_size=1, max_size=6),
     seed=st.integers(0, 1000),
 )
-def test_masked_equals_extracted_for_any_widths(model_type, fractions, seed):
-    model = build(model_type, seed=seed % 7).double()
+def test_masked_equals_extracted_for_any_widths(label, fractions, seed):
+    model = build(label, seed=seed % 7).double()
     masked, small = both(model, random_plan(model, fractions, seed), inputs(model, seed=seed))
     assert (masked - small).abs().max() <= 1e-12 * masked.abs().max()
 
@@ -112,8 +125,13 @@ def test_cost_of_a_plan_is_what_extraction_counts(model):
         plan = random_plan(model, fractions)
         small = solpath.extract(model, plan)
         assert sum(p.numel() for p in small.parameters()) == plan.achieved.params
-    # Unequal widths are padded to equal ones when the model runs, so compare equal ones.
-    plan = random_plan(model, (0.5,))
+    # Unequal widths of query-key and value-output are padded to equal ones, so compare equal ones.
+    widths, channels = [], 1
+    for pair in find_pairs(model):
+        channels = pair.channels if pair.kind == "qk" else channels
+        unit = channels if pair.kind == "vo" else 1
+        widths.append(pair.width // unit // 2 * unit)
+    plan = plan_of(model, widths)
     small = solpath.extract(model, plan)
     counted = count_costs(small, (), inputs(model, samples=1)).macs
     assert counted == plan.achieved.macs
@@ -126,24 +144,37 @@ def test_gradients_flow_as_in_the_masked_model(model):
     forward(small, inputs(model)).square().sum().backward()
     with solpath.masked(model, plan):
         forward(model, inputs(model)).square().sum().backward()
-    dense = dict(model.named_parameters())
+    rows = defaultdict(list)
     for pair in plan.pairs:
         for side in pair.sides:
-            index = pair.channel_index(side, plan.kept[pair.name])
-            expected = dense[f"{side.module}.weight"].grad.index_select(side.axis, index)
-            actual = small.get_submodule(side.module).weight.grad
-            torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+            rows[side.module, side.axis].append(
+                (side.offset, pair.channel_index(side, plan.kept[pair.name]))
+            )
+    for (path, axis), parts in rows.items():
+        index = torch.cat([index for _, index in sorted(parts, key=lambda part: part[0])])
+        dense, cut = linear_map(model, path), linear_map(small, path)
+        dim = dense.outputs if axis == 0 else 1 - dense.outputs
+        expected = dense.weight.grad.index_select(dim, index)
+        torch.testing.assert_close(cut.weight.grad, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_output_attentions_and_hidden_states(model):
     model.set_attn_implementation("eager")
     plan = random_plan(model, (0.5, 0.25))
     small = solpath.extract(model, plan)
+    options = {"output_attentions": True, "output_hidden_states": True}
     with torch.no_grad():
-        dense = model(**inputs(model), output_attentions=True, output_hidden_states=True)
-        cut = small(**inputs(model), output_attentions=True, output_hidden_states=True)
-    assert [a.shape for a in cut.attentions] == [a.shape for a in dense.attentions]
-    assert [h.shape for h in cut.hidden_states] == [h.shape for h in dense.hidden_states]
+        dense, cut = (_shapes(run(m, inputs(m) | options, labels=False)) for m in (model, small))
+    assert cut == dense
+    assert any(len(shape) == 4 and shape[2] == shape[3] for shape in dense), "no attentions"
+
+
+def _shapes(value) -> list[torch.Size]:
+    """Shapes of all tensors in the outputs of a model, nested or not."""
+    if isinstance(value, torch.Tensor):
+        return [value.shape]
+    parts = value.values() if hasattr(value, "values") else value
+    return [shape for part in parts or () for shape in _shapes(part)]
 
 
 def test_autocast_state_dict_and_copies(model):

@@ -1,8 +1,12 @@
 """Finding pairs, their layout and their cost; and how an architecture is added."""
 
+import copy
+from collections import defaultdict
+
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from conftest import CASES, build, inputs
 from solpath.arch import known_model_types, lookup, register
@@ -10,50 +14,68 @@ from solpath.arch.table import _REGISTERED
 from solpath.counting import count_costs
 from solpath.discover import find_pairs
 from solpath.pair import Pair, Side
-from solpath.slicing import slice_linear
+from solpath.slicing import cut_linear, linear_map, refit_
 
 
 def test_every_known_type_has_a_case():
-    assert sorted(CASES) == known_model_types()
+    assert {label.split()[0] for label in CASES} == set(known_model_types())
 
 
-def test_every_inner_dimension_is_found(model):
-    config, pairs = model.config, find_pairs(model)
-    assert len(pairs) == 3 * config.num_hidden_layers
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = config.hidden_size // config.num_attention_heads
-    couple = 2 if config.model_type == "llama" else 1
-    for qk, vo, mlp in zip(pairs[::3], pairs[1::3], pairs[2::3], strict=True):
-        assert (qk.kind, qk.heads, qk.width, qk.channels) == ("qk", heads, width // couple, couple)
-        assert (vo.kind, vo.heads, vo.width) == ("vo", heads, width)
-        assert (mlp.kind, mlp.heads, mlp.width) == ("mlp", 1, config.intermediate_size)
+def test_every_linear_layer_of_the_blocks_is_in_a_pair(model):
+    pairs = find_pairs(model)
+    sides = {side.module for pair in pairs for side in pair.sides}
+    blocks = tuple(p.name.removesuffix("mlp") for p in pairs if p.kind == "mlp")
+    for name, module in model.named_modules():
+        if name.startswith(blocks) and isinstance(module, nn.Linear | Conv1D):
+            assert name in sides
     assert len({pair.name for pair in pairs}) == len(pairs)
 
 
+@pytest.mark.parametrize("label", ["bert", "llama", "llama 1:6", "t5", "swin", "clip", "gpt2"])
+def test_heads_and_widths(label):
+    expected = {
+        "bert": [("qk", 4, 8), ("vo", 4, 8), ("mlp", 1, 48)] * 2,
+        "llama": [("qk", 2, 4), ("vo", 2, 8), ("mlp", 1, 48)] * 2,
+        "llama 1:6": [("qk", 1, 5), ("vo", 1, 10), ("mlp", 1, 37)],
+        "t5": [("qk", 3, 5), ("vo", 3, 5), ("mlp", 1, 43)] * 2
+        + [("qk", 3, 5), ("vo", 3, 5), ("qk", 3, 5), ("vo", 3, 5), ("mlp", 1, 43)] * 2,
+        "swin": [("qk", 2, 6), ("vo", 2, 6), ("mlp", 1, 20)] * 2
+        + [("qk", 3, 8), ("vo", 3, 8), ("mlp", 1, 40)],
+        "clip": [("qk", 6, 6), ("vo", 6, 6), ("mlp", 1, 43)] * 4,
+        "gpt2": [("qk", 4, 9), ("vo", 4, 9), ("mlp", 1, 43)] * 2,
+    }
+    found = [(pair.kind, pair.heads, pair.width) for pair in find_pairs(build(label))]
+    assert found == expected[label]
+
+
 def test_units_account_for_every_parameter_but_the_outer_biases(model):
-    """Cutting all units leaves exactly the biases of the layers whose columns were cut."""
-    for pair in find_pairs(model):
-        layers = [model.get_submodule(side.module) for side in pair.sides]
-        inside = sum(p.numel() for layer in layers for p in layer.parameters())
-        outer = [model.get_submodule(s.module).bias for s in pair.sides if s.axis == 1]
-        inside -= sum(b.numel() for b in outer if b is not None)
-        assert pair.units * pair.cost == inside
+    """Cutting all units leaves exactly the biases of the layers whose inputs were cut."""
+    pairs = find_pairs(model)
+    sides = [side for pair in pairs for side in pair.sides]
+    layers = {side.module: linear_map(model, side.module).parameters() for side in sides}
+    inside = sum(p.numel() for layer in layers.values() for p in layer.values())
+    outer = [layers[side.module].get("bias") for side in sides if side.axis == 1]
+    inside -= sum(bias.numel() for bias in outer if bias is not None)
+    assert sum(pair.units * pair.cost for pair in pairs) == inside
 
 
 def test_channels_of_units_partition_every_layer(model):
+    rows = defaultdict(list)
     for pair in find_pairs(model):
         everything = torch.arange(pair.width).expand(pair.heads, -1)
         for side in pair.sides:
-            layer = model.get_submodule(side.module)
-            size = layer.out_features if side.axis == 0 else layer.in_features
-            index = pair.channel_index(side, everything)
-            assert index.tolist() == list(range(size))
+            index = pair.channel_index(side, everything).tolist()
+            rows[side.module, side.axis] += index
             owner = pair.unit_of_channel(side)
             one = torch.full((pair.heads, 1), 2)
-            chosen = pair.channel_index(side, one)
+            chosen = pair.channel_index(side, one) - side.offset
             units = torch.arange(pair.heads) * pair.width + 2
             assert set(owner[chosen].tolist()) == set(units.tolist())
             assert len(chosen) == int(torch.isin(owner, units).sum())
+    for (path, axis), index in rows.items():
+        linear = linear_map(model, path)
+        size = linear.out_features if axis == 0 else linear.in_features
+        assert sorted(index) == list(range(size))
 
 
 def test_rotary_couples_are_half_a_head_apart():
@@ -71,28 +93,31 @@ def test_macs_of_the_dense_model_fall_by_the_cost_of_units(model):
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("bias", [True, False])
-def test_slice_linear(axis, bias):
-    layer = nn.Linear(5, 6, bias=bias).double().requires_grad_(False)
-    index = torch.tensor([3, 0])
-    small = slice_linear(layer, index, axis)
+@pytest.mark.parametrize("kind", ["linear", "without bias", "conv1d"])
+def test_cut_linear(axis, kind):
+    layer = Conv1D(6, 5) if kind == "conv1d" else nn.Linear(5, 6, bias=kind == "linear")
+    layer = layer.double().requires_grad_(False)
     x = torch.randn(2, 5, dtype=torch.float64)
-    if axis == 0:
-        torch.testing.assert_close(small(x), layer(x)[:, index])
-    else:
-        zeroed = torch.zeros_like(x).index_copy(1, index, x[:, index])
-        torch.testing.assert_close(small(x[:, index]), layer(zeroed))
-    assert small.weight.dtype == torch.float64
-    assert not small.weight.requires_grad
-    assert slice_linear(layer, index[:0], axis).weight.numel() == 0
+    for index in (torch.tensor([3, 0]), torch.tensor([], dtype=torch.int64)):
+        memo = cut_linear(linear_map(nn.ModuleDict({"layer": layer}), "layer"), index, axis)
+        small = copy.deepcopy(layer, memo)
+        refit_(small)
+        if axis == 0:
+            torch.testing.assert_close(small(x), layer(x)[:, index])
+        else:
+            zeroed = torch.zeros_like(x).index_copy(1, index, x[:, index])
+            torch.testing.assert_close(small(x[:, index]), layer(zeroed))
+        assert small.weight.dtype == torch.float64
+        assert not small.weight.requires_grad
 
 
 def test_registering_a_type_is_enough_to_prune_it():
     """A BERT under another name. docs/how-to.md writes a table from nothing."""
     model = build("bert")
+    stacks = lookup("bert")
     model.config.model_type = "toy"
     try:
-        register("toy", lookup("bert"))
+        register("toy", *stacks)
         assert len(find_pairs(model)) == 6
         assert "toy" in known_model_types()
     finally:

@@ -184,7 +184,7 @@ def test_two_processes_give_the_same_path(tmp_path):
         """)
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*launch, script, tmp_path / "two"], env=environment, capture_output=True, text=True
     )

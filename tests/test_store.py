@@ -34,7 +34,8 @@ def shrink(model, sparsity=0.5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     score = {p.name: torch.rand(p.heads, p.width, generator=generator) for p in pairs}
     costs = count_costs(model, pairs, inputs(model, samples=1))
-    plan = make_plan(pairs, score, costs, fingerprint(model, pairs), sparsity=sparsity)
+    energy = {p.name: torch.ones(p.heads, p.left[0].repeat + 1, p.width) for p in pairs if p.norms}
+    plan = make_plan(pairs, score, costs, fingerprint(model, pairs), energy, sparsity=sparsity)
     return extract(model, plan)
 
 

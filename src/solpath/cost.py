@@ -17,6 +17,7 @@ class Achieved:
         params_share: the same as a share of the dense model.
         macs: multiply-accumulates for one sample of the shape seen in the search.
         macs_share: the same as a share of the dense model.
+        cache: elements of the key-value cache per generated token; 0 where there is no cache.
     """
 
     sparsity: float
@@ -24,6 +25,7 @@ class Achieved:
     params_share: float
     macs: int
     macs_share: float
+    cache: int
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,29 @@ class CostTable:
     Attributes:
         params: parameters of the dense model.
         macs: multiply-accumulates of the dense model for one sample.
+        cache: elements of its key-value cache per generated token.
         sample: name to shape of one input sample the MACs were counted on.
         unit_params: pair name to parameters per unit.
         unit_macs: pair name to MACs per unit and sample.
+        unit_cache: pair name to cache elements per unit and token.
     """
 
     params: int
     macs: int
+    cache: int
     sample: Mapping[str, tuple[int, ...]]
     unit_params: Mapping[str, int]
     unit_macs: Mapping[str, int]
+    unit_cache: Mapping[str, int]
+
+    def dense(self, measure: str) -> int:
+        """The dense model under ``"params"``, ``"macs"`` or ``"cache"``."""
+        return {"params": self.params, "macs": self.macs, "cache": self.cache}[measure]
+
+    def unit(self, measure: str) -> Mapping[str, int]:
+        """One unit of every pair under ``"params"``, ``"macs"`` or ``"cache"``."""
+        units = {"params": self.unit_params, "macs": self.unit_macs, "cache": self.unit_cache}
+        return units[measure]
 
     def prunable(self, pairs: Sequence[Pair]) -> int:
         """Parameters in all units of `pairs`."""
@@ -51,14 +66,17 @@ class CostTable:
     def achieved(self, pairs: Sequence[Pair], widths: Mapping[str, int]) -> Achieved:
         """Size of the model that keeps ``widths[name]`` units in every head of each pair."""
         removed = {p.name: p.heads * (p.width - widths[p.name]) for p in pairs}
-        params = sum(self.unit_params[name] * count for name, count in removed.items())
-        macs = sum(self.unit_macs[name] * count for name, count in removed.items())
+        lost = {
+            measure: sum(self.unit(measure)[name] * count for name, count in removed.items())
+            for measure in ("params", "macs", "cache")
+        }
         return Achieved(
-            sparsity=params / self.prunable(pairs),
-            params=self.params - params,
-            params_share=1 - params / self.params,
-            macs=self.macs - macs,
-            macs_share=1 - macs / self.macs,
+            sparsity=lost["params"] / self.prunable(pairs),
+            params=self.params - lost["params"],
+            params_share=1 - lost["params"] / self.params,
+            macs=self.macs - lost["macs"],
+            macs_share=1 - lost["macs"] / self.macs,
+            cache=self.cache - lost["cache"],
         )
 
     def to_dict(self) -> dict[str, Any]:

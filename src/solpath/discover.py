@@ -2,27 +2,49 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from solpath.arch import Architecture, lookup
+from solpath.arch import Attention, Mlp, Stack, lookup, type_of
 from solpath.errors import UnsupportedModelError
-from solpath.pair import Fingerprint, Kind, Pair, Side
+from solpath.pair import Fingerprint, Norm, Pair, Side
+from solpath.pretrained import Name, as_model
+from solpath.slicing import LinearMap, linear_map
 
 EXTRACTED = "solpath_plan"
 
 
-def find_pairs(model: nn.Module) -> tuple[Pair, ...]:
+@dataclass(frozen=True)
+class Site:
+    """One attention of a model.
+
+    Attributes:
+        path: of its module in the model.
+        table: what is known of it.
+        qk, vo: its pairs.
+    """
+
+    path: str
+    table: Attention
+    qk: Pair
+    vo: Pair
+
+
+def find_pairs(model: nn.Module | Name) -> tuple[Pair, ...]:
     """Every inner dimension of every attention head and every MLP neuron, block by block.
 
     Args:
-        model: a transformers model; it is only looked at.
+        model: a transformers model, or its folder or hub id; it is only looked at, and weights
+            are not read.
 
     Returns:
-        Three pairs per block: ``qk``, ``vo``, ``mlp``.
+        Per block the ``qk`` and ``vo`` pairs of its attentions, then the ``mlp`` pair.
 
     Raises:
         UnsupportedModelError: unknown ``config.model_type`` (the message lists the known ones),
@@ -36,101 +58,165 @@ def find_pairs(model: nn.Module) -> tuple[Pair, ...]:
         >>> [(pair.kind, pair.heads, pair.width) for pair in find_pairs(BertModel(config))]
         [('qk', 2, 16), ('vo', 2, 16), ('mlp', 1, 64)]
     """
+    pairs: list[Pair] = []
+    for found in _find(as_model(model, device="meta")):
+        pairs += (found.qk, found.vo) if isinstance(found, Site) else (found,)
+    return tuple(pairs)
+
+
+def find_attentions(model: nn.Module) -> tuple[Site, ...]:
+    """Every attention of a model; see `find_pairs`."""
+    return tuple(found for found in _find(model) if isinstance(found, Site))
+
+
+def _find(model: nn.Module) -> list[Site | Pair]:
+    """Attentions and MLP pairs, in the order of `find_pairs`."""
     if hasattr(model, EXTRACTED):
         raise UnsupportedModelError(
             f"this {type(model).__name__} was already extracted ({getattr(model, EXTRACTED)!r}); "
             "plan every size from the dense model."
         )
-    architecture = lookup(getattr(getattr(model, "config", None), "model_type", None))
+    stacks = lookup(type_of(model))
     base = getattr(model, "base_model", model)
     [prefix] = [name for name, module in model.named_modules() if module is base]
-    path = ".".join(filter(None, (prefix, architecture.blocks)))
+    found: list[Site | Pair] = []
+    for stack in stacks:
+        for block in _blocks(model, ".".join(filter(None, (prefix, stack.blocks)))):
+            found += [_site(model, block, table) for table in stack.attentions]
+            found.append(_mlp(model, block, stack))
+    if not found:
+        paths = ", ".join(stack.blocks for stack in stacks)
+        raise UnsupportedModelError(f"{type(model).__name__} has no blocks at {paths}.")
+    _check_not_shared(model, found)
+    return found
+
+
+def _blocks(model: nn.Module, path: str) -> Iterator[str]:
+    """Paths of the blocks that `path`, with ``*`` for any index, leads to; none if it is absent."""
+    head, star, rest = path.partition(".*")
+    if not _has(model, head):
+        return
+    module = model.get_submodule(head)
+    if not isinstance(module, nn.ModuleList):
+        yield head
+        return
+    for i in range(len(module)):
+        if star:
+            yield from _blocks(model, f"{head}.{i}{rest}")
+        else:
+            yield f"{head}.{i}"
+
+
+def _has(model: nn.Module, path: str) -> bool:
     try:
-        blocks = model.get_submodule(path)
+        model.get_submodule(path)
     except AttributeError:
-        blocks = None
-    if not isinstance(blocks, nn.ModuleList):
-        raise UnsupportedModelError(f"{type(model).__name__} has no list of blocks at {path!r}.")
-    pairs = []
-    for i in range(len(blocks)):
-        pairs += _block_pairs(model, f"{path}.{i}", architecture)
-    _check_not_shared(model, pairs)
-    return tuple(pairs)
+        return False
+    return True
 
 
-def _block_pairs(model: nn.Module, block: str, architecture: Architecture) -> list[Pair]:
-    attention, mlp = architecture.attention, architecture.mlp
-    config: Any = model.config
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    repeat, channels = heads // kv_heads, 2 if attention.rotary else 1
+def _site(model: nn.Module, block: str, table: Attention) -> Site:
+    path = f"{block}.{table.module}"
+    module: Any = model.get_submodule(path)
+    for name in table.identity:
+        if not isinstance(module.get_submodule(name), nn.Identity):
+            raise UnsupportedModelError(f"{path}.{name} is not supported: no table knows it.")
+    heads = attrgetter(table.heads)(module)
+    kv_heads = attrgetter(table.kv_heads)(module) if table.kv_heads else heads
+    repeat, channels = heads // kv_heads, 2 if table.rotary else 1
+    paths = {name: f"{block}.{getattr(table, name)}" for name in ("query", "key", "value")}
+    layers = {name: linear_map(model, layer) for name, layer in paths.items()}
+    fused = len(set(paths.values())) == 1
+    if fused:
+        width = layers["query"].out_features // (heads + 2 * kv_heads)
+        widths = dict.fromkeys(paths, width)
+    else:
+        counts = {"query": heads, "key": kv_heads, "value": kv_heads}
+        widths = {name: layers[name].out_features // counts[name] for name in paths}
+    starts = {"query": 0, "key": heads * widths["query"]} if fused else {}
+    starts["value"] = (heads + kv_heads) * widths["query"] if fused else 0
 
-    def pair(name: str, kind: Kind, heads: int, left: tuple[Side, ...], right: Side) -> Pair:
-        per_unit = channels if kind == "qk" else 1
-        layer = _linear(model, left[0].module)
-        width = layer.out_features // (heads * left[0].repeat * per_unit)
-        cost = sum(_unit_cost(_linear(model, s.module), s) for s in (*left, right)) * per_unit
-        return Pair(name, kind, heads, width, left, right, cost, per_unit)
-
-    def side(module: str, axis: int, repeat: int = 1) -> Side:
-        return Side(f"{block}.{module}", 0 if axis == 0 else 1, repeat)
-
-    name = f"{block}.{attention.module.split('.')[0]}"
-    return [
-        pair(
-            f"{name}.qk",
-            "qk",
-            kv_heads,
-            (side(attention.query, 0, repeat),),
-            side(attention.key, 0),
+    query = Side(paths["query"], 0, repeat)
+    key = Side(paths["key"], 0, 1, starts.get("key", 0))
+    value = Side(paths["value"], 0, 1, starts["value"])
+    output = Side(f"{block}.{table.output}", 1, repeat)
+    name = f"{block}.{table.name}"
+    return Site(
+        path=path,
+        table=table,
+        qk=Pair(
+            name=f"{name}.qk",
+            kind="qk",
+            heads=kv_heads,
+            width=widths["query"] // channels,
+            left=(query,),
+            right=key,
+            cost=channels * _unit_cost(model, query, key),
+            channels=channels,
+            cache=channels * table.cached,
+            norms=tuple(Norm(f"{block}.{norm}", table.norm_dim) for norm in table.norms),
         ),
-        pair(
-            f"{name}.vo",
-            "vo",
-            kv_heads,
-            (side(attention.value, 0),),
-            side(attention.output, 1, repeat),
+        vo=Pair(
+            name=f"{name}.vo",
+            kind="vo",
+            heads=kv_heads,
+            width=widths["value"],
+            left=(value,),
+            right=output,
+            cost=_unit_cost(model, value, output),
+            cache=int(table.cached),
         ),
-        pair(f"{block}.mlp", "mlp", 1, tuple(side(m, 0) for m in mlp.left), side(mlp.right, 1)),
-    ]
+    )
 
 
-def _linear(model: nn.Module, path: str) -> nn.Linear:
-    module = model.get_submodule(path)
-    if type(module) is not nn.Linear:
-        raise UnsupportedModelError(
-            f"{path} is a {type(module).__module__}.{type(module).__name__}, not a plain "
-            "nn.Linear; prune before quantising, and merge adapters first."
-        )
-    return module
+def _mlp(model: nn.Module, block: str, stack: Stack) -> Pair:
+    def exists(mlp: Mlp) -> bool:
+        return all(_has(model, f"{block}.{layer}") for layer in (*mlp.left, mlp.right))
+
+    forms = [mlp for mlp in stack.mlps if exists(mlp)]
+    if len(forms) != 1:
+        names = " or ".join("+".join((*mlp.left, mlp.right)) for mlp in stack.mlps)
+        raise UnsupportedModelError(f"{block} has {len(forms)} MLPs of the form {names}, not 1.")
+    [form] = forms
+    left = tuple(Side(f"{block}.{layer}", 0) for layer in form.left)
+    right = Side(f"{block}.{form.right}", 1)
+    width = linear_map(model, left[0].module).out_features
+    return Pair(f"{block}.mlp", "mlp", 1, width, left, right, _unit_cost(model, *left, right))
 
 
-def _unit_cost(linear: nn.Linear, side: Side) -> int:
-    if side.axis == 1:
-        return side.repeat * linear.out_features
-    return side.repeat * (linear.in_features + (linear.bias is not None))
+def _unit_cost(model: nn.Module, *sides: Side) -> int:
+    """Parameters that go with one channel of a head, in all `sides` together."""
+    cost = 0
+    for side in sides:
+        linear = linear_map(model, side.module)
+        if side.axis == 0:
+            cost += side.repeat * (linear.in_features + (linear.bias is not None))
+        else:
+            cost += side.repeat * linear.out_features
+    return cost
 
 
-def _check_not_shared(model: nn.Module, pairs: list[Pair]) -> None:
+def _check_not_shared(model: nn.Module, found: list[Site | Pair]) -> None:
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    used = Counter(side.module for pair in pairs for side in pair.sides)
-    for pair in pairs:
-        for side in pair.sides:
-            for name, parameter in model.get_submodule(side.module).named_parameters():
-                if owners[id(parameter)] > used[side.module]:
-                    raise UnsupportedModelError(
-                        f"{side.module}.{name} is shared with another module; cutting one would "
-                        "break the other. Give each its own copy first."
-                    )
+    pairs = [p for f in found for p in ((f.qk, f.vo) if isinstance(f, Site) else (f,))]
+    for path in {side.module for pair in pairs for side in pair.sides}:
+        for name, parameter in linear_map(model, path).parameters().items():
+            if owners[id(parameter)] > 1:
+                raise UnsupportedModelError(
+                    f"{path}.{name} is shared with another module; cutting one would "
+                    "break the other. Give each its own copy first."
+                )
 
 
 def fingerprint(model: nn.Module, pairs: tuple[Pair, ...]) -> Fingerprint:
-    """Class and a digest of the weights of every pair."""
+    """Class and a digest of the weights of every pair; no digests of weights without data."""
 
     def digest(pair: Pair) -> str:
         sha256 = hashlib.sha256()
-        for side in pair.sides:
-            for parameter in model.get_submodule(side.module).parameters():
+        for linear in _layers(model, pair):
+            for parameter in linear.parameters().values():
+                if parameter.is_meta:
+                    return "meta"
                 sha256.update(_bytes(parameter))
         return sha256.hexdigest()[:16]
 
@@ -139,6 +225,10 @@ def fingerprint(model: nn.Module, pairs: tuple[Pair, ...]) -> Fingerprint:
         return Fingerprint(
             type(model).__name__, {p.name: d for p, d in zip(pairs, digests, strict=True)}
         )
+
+
+def _layers(model: nn.Module, pair: Pair) -> list[LinearMap]:
+    return [linear_map(model, path) for path in dict.fromkeys(s.module for s in pair.sides)]
 
 
 def _bytes(tensor: Tensor) -> Any:

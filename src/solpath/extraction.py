@@ -1,20 +1,32 @@
 """Cut a model to a plan: a new model with really smaller matrices."""
 
 import copy
-from typing import TypeVar
+from collections import defaultdict
+from typing import Any, TypeVar, overload
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from solpath.arch import lookup
-from solpath.discover import EXTRACTED, find_pairs, fingerprint
+from solpath.discover import EXTRACTED, Site, find_attentions, find_pairs, fingerprint
 from solpath.errors import FingerprintError
+from solpath.nn.attention import slim_class
+from solpath.pair import Pair, Side
 from solpath.plan import Plan
-from solpath.slicing import slice_linear
+from solpath.pretrained import Name, as_model
+from solpath.slicing import cut_linear, linear_map, refit_
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def extract(model: Model, plan: Plan, *, check: bool = True) -> Model:
+@overload
+def extract(model: Model, plan: Plan, *, check: bool = True) -> Model: ...
+
+
+@overload
+def extract(model: Name, plan: Plan, *, check: bool = True) -> nn.Module: ...
+
+
+def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Module:
     """A copy of `model` that keeps only the units of `plan`.
 
     The copy has the class behaviour of the original: forward signature, outputs, `config`,
@@ -22,7 +34,8 @@ def extract(model: Model, plan: Plan, *, check: bool = True) -> Model:
     ``solpath_plan`` is the plan. `model` is left untouched.
 
     Args:
-        model: the dense model the plan was made for.
+        model: the dense model the plan was made for, or its folder or hub id, which is loaded on
+            the CPU.
         plan: from `SolutionPath.plan`.
         check: compare the model's weights with the plan's fingerprint first.
 
@@ -33,31 +46,56 @@ def extract(model: Model, plan: Plan, *, check: bool = True) -> Model:
     Example:
         >>> small = solpath.extract(model, path.plan(sparsity=0.5))  # doctest: +SKIP
     """
+    model = as_model(model)
     pairs = find_pairs(model)
     if check:
         difference = plan.fingerprint.differences(fingerprint(model, pairs))
         if difference:
             raise FingerprintError(f"the plan is for another model: {difference}.")
 
-    # The copy finds the cut layers in `memo`, so a dense layer that is cut is never copied whole.
-    memo: dict[int, object] = {}
-    cut: set[str] = set()
-    for pair in pairs:
-        kept = plan.kept[pair.name]
-        if kept.shape[1] == pair.width:
-            continue
-        cut.add(pair.name)
-        for side in pair.sides:
-            linear = model.get_submodule(side.module)
-            assert isinstance(linear, nn.Linear)
-            memo[id(linear)] = slice_linear(linear, pair.channel_index(side, kept), side.axis)
+    # The copy finds the cut parameters in `memo`, so what is cut is never copied whole.
+    cut = {pair.name for pair in pairs if plan.kept[pair.name].shape[1] < pair.width}
+    memo: dict[int, Any] = {}
+    layers = _sides_of_layers(pairs, cut)
+    for path, sides in layers.items():
+        index = torch.cat([pair.channel_index(side, plan.kept[pair.name]) for pair, side in sides])
+        memo |= cut_linear(linear_map(model, path), index, sides[0][1].axis)
+    sites = find_attentions(model)
     result = copy.deepcopy(model, memo)
-
-    architecture = lookup(getattr(model.config, "model_type", None))
-    for qk, vo, mlp in zip(pairs[::3], pairs[1::3], pairs[2::3], strict=True):
-        if cut & {qk.name, vo.name}:
-            block = mlp.name.removesuffix(".mlp")
-            attention = result.get_submodule(f"{block}.{architecture.attention.module}")
-            architecture.slim_(attention, plan.kept[qk.name])
+    for path in layers:
+        refit_(result.get_submodule(path))
+    for site in sites:
+        if cut & {site.qk.name, site.vo.name}:
+            _slim_(result, site, plan)
     setattr(result, EXTRACTED, plan)
     return result
+
+
+def _sides_of_layers(pairs: tuple[Pair, ...], cut: set[str]) -> dict[str, list[tuple[Pair, Side]]]:
+    """Every layer that a cut pair touches, with all that shares it, in the order of its rows."""
+    layers: dict[str, list[tuple[Pair, Side]]] = defaultdict(list)
+    for pair in pairs:
+        for side in pair.sides:
+            layers[side.module].append((pair, side))
+    return {
+        path: sorted(sides, key=lambda owner: owner[1].offset)
+        for path, sides in layers.items()
+        if any(pair.name in cut for pair, _ in sides)
+    }
+
+
+def _slim_(model: nn.Module, site: Site, plan: Plan) -> None:
+    """Give an attention whose projections were cut the `forward` that runs with their widths."""
+    if site.table.forward is None:
+        return
+    attention = model.get_submodule(site.path)
+    device = next(attention.parameters()).device
+    buffers: dict[str, Tensor] = {}
+    if site.table.rotary:
+        buffers["couples"] = plan.kept[site.qk.name]
+    if site.qk.norms:
+        buffers["gain"] = plan.gains[site.qk.name].flatten()
+    for name, value in buffers.items():
+        value = value if device.type == "meta" else value.to(device)
+        attention.register_buffer(name, value, persistent=False)
+    attention.__class__ = slim_class(type(attention), site.table.forward)

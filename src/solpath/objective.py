@@ -28,7 +28,7 @@ def run(model: nn.Module, batch: Batch, *, labels: bool) -> Any:
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """The output that is compared: logits if the model has them, else the last hidden state.
+    """The output that is compared, see `output_tensor`.
 
     Returns:
         ``[batch, classes]``, ``[batch, tokens, classes]`` or ``[batch, tokens, features]``.
@@ -37,15 +37,22 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def output_tensor(outputs: Any) -> Tensor:
-    """Logits or last hidden state of a transformers output; a bare tensor is itself."""
-    for name in ("logits", "last_hidden_state"):
-        value = getattr(outputs, name, None)
-        if isinstance(value, Tensor):
-            return value
+    """What is compared of a transformers output; a bare tensor is itself.
+
+    Logits; else the embeddings of image and text, end to end where there are both; else the last
+    hidden state.
+    """
     if isinstance(outputs, Tensor):
         return outputs
+    names = (("logits",), ("image_embeds", "text_embeds"), ("last_hidden_state",))
+    for group in names:
+        found = [getattr(outputs, name, None) for name in group]
+        tensors = [value for value in found if isinstance(value, Tensor)]
+        if tensors:
+            return tensors[0] if len(tensors) == 1 else torch.cat(tensors, -1)
     raise BatchError(
-        f"{type(outputs).__name__} has neither logits nor last_hidden_state; pass your own loss."
+        f"{type(outputs).__name__} has no logits, embeddings or last_hidden_state; "
+        "pass your own loss."
     )
 
 
@@ -55,8 +62,14 @@ def has_logits(outputs: Any) -> bool:
 
 
 def token_mask(batch: Batch, output: Tensor) -> Tensor | None:
-    """Which tokens count. bool ``[batch, tokens]`` from ``attention_mask``, or None for all."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    """Which tokens count. bool ``[batch, tokens]`` from the batch, or None for all.
+
+    ``decoder_attention_mask`` where there is a decoder input, else ``attention_mask``.
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    side = "decoder_" if "decoder_input_ids" in batch else ""
+    mask = batch.get(f"{side}attention_mask")
     if not isinstance(mask, Tensor) or output.dim() != 3 or mask.shape != output.shape[:2]:
         return None
     return mask.bool()

@@ -18,14 +18,29 @@ class Side:
     ``[heads, repeat, channels, width]`` with `heads`, `channels`, `width` from the pair.
 
     Attributes:
-        module: dotted path of the `nn.Linear` in the model.
-        axis: 0 when a unit is rows of the weight (and bias), 1 when it is columns.
+        module: dotted path of the layer in the model.
+        axis: 0 when a unit is outputs of the layer (with their bias), 1 when it is inputs.
         repeat: heads of this layer per head of the pair (query heads per key-value head).
+        offset: first of its channels in the layer; above 0 in fused query-key-value projections.
     """
 
     module: str
     axis: Literal[0, 1]
     repeat: int = 1
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm over every head of the queries or of the keys.
+
+    Attributes:
+        module: dotted path in the model.
+        heads_dim: the dimension of its input that runs over heads, -2 or -3.
+    """
+
+    module: str
+    heads_dim: int
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,8 @@ class Pair:
         right: the layer after it (output; fc2). For ``qk`` it is the key projection.
         cost: parameters, biases included, that removing one unit removes.
         channels: inner channels per unit and head: 2 for a rotary couple, otherwise 1.
+        cache: elements of the key-value cache, per token, that one unit takes.
+        norms: the norm of the query and that of the key between projection and logits, if any.
     """
 
     name: str
@@ -51,6 +68,8 @@ class Pair:
     right: Side
     cost: int
     channels: int = 1
+    cache: int = 0
+    norms: tuple[Norm, ...] = ()
 
     @property
     def units(self) -> int:
@@ -77,9 +96,9 @@ class Pair:
         Returns:
             int64 ``[heads * repeat * channels * r]``, in the layout of the smaller layer.
         """
-        offset = torch.arange(self.heads * side.repeat * self.channels) * self.width
-        offset = offset.view(self.heads, side.repeat, self.channels, 1)
-        return (offset + kept.view(self.heads, 1, 1, -1)).flatten()
+        first = torch.arange(self.heads * side.repeat * self.channels) * self.width + side.offset
+        first = first.view(self.heads, side.repeat, self.channels, 1)
+        return (first + kept.view(self.heads, 1, 1, -1)).flatten()
 
     def unit_of_channel(self, side: Side) -> Tensor:
         """For every inner channel of `side`, the flat index of its unit. int64 ``[channels]``."""
@@ -94,7 +113,8 @@ class Pair:
     def from_dict(cls, value: Mapping[str, Any]) -> "Pair":
         """Inverse of `to_dict`. Raises `KeyError` or `TypeError` on anything else."""
         left = tuple(Side(**side) for side in value["left"])
-        return cls(**{**value, "left": left, "right": Side(**value["right"])})
+        right, norms = Side(**value["right"]), tuple(Norm(**norm) for norm in value["norms"])
+        return cls(**{**value, "left": left, "right": right, "norms": norms})
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,9 @@ class SolutionPath:
         config: its settings.
         fingerprint: the model the order belongs to.
         history: float64 ``[2, steps]``: loss and expected share kept at every step.
+        energy: for pairs with norms between projection and logits, pair name to float64
+            ``[heads, query heads per head + 1, width]``: sums of squares of each unit of the
+            queries, then of the key, over some tokens.
     """
 
     pairs: tuple[Pair, ...]
@@ -55,6 +58,7 @@ class SolutionPath:
     config: Mapping[str, Any]
     fingerprint: Fingerprint
     history: Tensor = field(default_factory=lambda: torch.zeros(2, 0, dtype=torch.float64))
+    energy: Mapping[str, Tensor] = field(default_factory=dict)
 
     def order(self) -> Tensor:
         """All units, most important first. int64 ``[units]`` into the pairs laid end to end."""
@@ -66,6 +70,7 @@ class SolutionPath:
         sparsity: float | None = None,
         params: float | None = None,
         macs: float | None = None,
+        cache: float | None = None,
         multiple_of: int = 1,
         min_width: int = 0,
         protect: Sequence[str] = (),
@@ -76,6 +81,7 @@ class SolutionPath:
             sparsity: share of the prunable parameters to remove, in [0, 1).
             params: parameters to keep in the whole model: a share in (0, 1], or a count.
             macs: multiply-accumulates to keep, likewise.
+            cache: elements of the key-value cache per token to keep, likewise.
             multiple_of: every head keeps a multiple of this many units (or all of them).
             min_width: units every head keeps at least.
             protect: shell patterns of pair names that stay dense, e.g. ``"*layer.0.*"``.
@@ -93,9 +99,11 @@ class SolutionPath:
             self.score,
             self.costs,
             self.fingerprint,
+            self.energy,
             sparsity=sparsity,
             params=params,
             macs=macs,
+            cache=cache,
             multiple_of=multiple_of,
             min_width=min_width,
             protect=protect,
@@ -162,6 +170,7 @@ class SolutionPath:
             "entry_time": flatten(self.pairs, self.entry_time),
             "history": self.history.contiguous(),
         }
+        tensors |= {f"energy.{name}": value.contiguous() for name, value in self.energy.items()}
         header = {
             "format": "solpath.path",
             "version": FORMAT_VERSION,
@@ -200,15 +209,17 @@ class SolutionPath:
             costs.prunable(pairs)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise FileError(f"{file}: {type(error).__name__} in field {error}.") from error
-        tensors = read_tensors(
-            Path(path) / "path.safetensors",
-            {
-                "score": (torch.float64, (units,)),
-                "entry_time": (torch.float64, (units,)),
-                "history": (torch.float64, (2, steps)),
-            },
-        )
-        for name in ("score", "entry_time"):
+        expected = {
+            "score": (torch.float64, (units,)),
+            "entry_time": (torch.float64, (units,)),
+            "history": (torch.float64, (2, steps)),
+        }
+        normed = [pair for pair in pairs if pair.norms]
+        for pair in normed:
+            shape = (pair.heads, pair.left[0].repeat + 1, pair.width)
+            expected[f"energy.{pair.name}"] = (torch.float64, shape)
+        tensors = read_tensors(Path(path) / "path.safetensors", expected)
+        for name in expected.keys() - {"history"}:
             if not torch.isfinite(tensors[name]).all():
                 raise FileError(f"{Path(path) / 'path.safetensors'}: {name} is not finite.")
         return cls(
@@ -220,6 +231,7 @@ class SolutionPath:
             config,
             fingerprint,
             tensors["history"],
+            {pair.name: tensors[f"energy.{pair.name}"] for pair in normed},
         )
 
 

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class Plan:
         asked: the budget and its options.
         achieved: size under every measure.
         fingerprint: the model the plan is for.
+        gains: for pairs with norms, pair name to float64 ``[heads, query heads per head]``: what
+            the normed query is multiplied by, see `norm_gain`.
     """
 
     pairs: tuple[Pair, ...]
@@ -32,6 +34,7 @@ class Plan:
     asked: Mapping[str, Any]
     achieved: Achieved
     fingerprint: Fingerprint
+    gains: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -40,11 +43,7 @@ class Plan:
 
     def masks(self) -> dict[str, Tensor]:
         """The same choice as 0/1 masks: pair name to float32 ``[heads * width]``."""
-        masks = {}
-        for pair in self.pairs:
-            mask = torch.zeros(pair.heads, pair.width)
-            masks[pair.name] = mask.scatter_(1, self.kept[pair.name], 1.0).flatten()
-        return masks
+        return {pair.name: _mask(pair, self.kept[pair.name]).flatten() for pair in self.pairs}
 
     def __repr__(self) -> str:
         size = self.achieved
@@ -61,6 +60,7 @@ class Plan:
             "asked": dict(self.asked),
             "achieved": asdict(self.achieved),
             "fingerprint": asdict(self.fingerprint),
+            "gains": {name: gain.tolist() for name, gain in self.gains.items()},
         }
 
     @classmethod
@@ -77,11 +77,16 @@ class Plan:
                 asked=dict(value["asked"]),
                 achieved=Achieved(**value["achieved"]),
                 fingerprint=Fingerprint(**value["fingerprint"]),
+                gains={pair.name: _gain(pair, value["gains"]) for pair in pairs if pair.norms},
             )
         except KeyError as error:
             raise ValueError(f"{error.args[0]}: is missing") from error
         except (TypeError, AttributeError) as error:
             raise ValueError(f"plan has a value of the wrong type ({error})") from error
+
+
+def _mask(pair: Pair, kept: Tensor) -> Tensor:
+    return torch.zeros(pair.heads, pair.width).scatter_(1, kept, 1.0)
 
 
 def _index(pair: Pair, rows: Any) -> Tensor:
@@ -99,15 +104,46 @@ def _index(pair: Pair, rows: Any) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).view(pair.heads, -1)
 
 
+def _gain(pair: Pair, gains: Mapping[str, Any]) -> Tensor:
+    gain = torch.tensor(gains[pair.name], dtype=torch.float64)
+    shape = (pair.heads, pair.left[0].repeat)
+    if gain.shape != shape or not gain.isfinite().all():
+        raise ValueError(f"gains[{pair.name!r}]: expected finite numbers of shape {shape}")
+    return gain
+
+
+def norm_gain(mask: Tensor, energy: Tensor) -> Tensor:
+    """What makes up for channels that a norm over the head no longer sees.
+
+    A norm over the kept channels alone, with the sum of squares divided by the dense width, blows
+    them up to the dense energy. Multiplied by the root of the share of the energy that they had,
+    queries and keys keep their size on average.
+
+    Args:
+        mask: ``[..., heads, width]``.
+        energy: ``[heads, query heads per head + 1, width]``, sums of squares of every unit of
+            the queries, then of the key.
+
+    Returns:
+        ``[..., heads, query heads per head]``, the product of the factors of query and key.
+    """
+    energy = energy.to(mask)
+    share = (mask.unsqueeze(-2) * energy).sum(-1) / energy.sum(-1).clamp(min=1e-30)
+    root = share.clamp(min=1e-6).sqrt()
+    return root[..., :-1] * root[..., -1:]
+
+
 def make_plan(
     pairs: Sequence[Pair],
     score: Mapping[str, Tensor],
     costs: CostTable,
     fingerprint: Fingerprint,
+    energy: Mapping[str, Tensor],
     *,
     sparsity: float | None = None,
     params: float | None = None,
     macs: float | None = None,
+    cache: float | None = None,
     multiple_of: int = 1,
     min_width: int = 0,
     protect: Sequence[str] = (),
@@ -121,7 +157,8 @@ def make_plan(
     Args:
         score: pair name to ``[heads, width]``; higher stays longer.
     """
-    asked, target, unit = _target(pairs, costs, sparsity=sparsity, params=params, macs=macs)
+    budgets = {"sparsity": sparsity, "params": params, "macs": macs, "cache": cache}
+    asked, target, unit = _target(pairs, costs, budgets)
     if multiple_of < 1 or min_width < 0:
         raise ConfigError(
             f"multiple_of must be at least 1 and min_width at least 0, "
@@ -131,33 +168,58 @@ def make_plan(
     if unmatched:
         raise ConfigError(f"protect pattern {unmatched[0]!r} matches no pair.")
 
-    blocks: list[tuple[float, int, int, int]] = []  # mean score, -start, pair, start
-    for i, pair in enumerate(pairs):
-        if any(fnmatchcase(pair.name, pattern) for pattern in protect):
-            continue
-        ranks = score[pair.name].double().sort(dim=1, descending=True).values.mean(dim=0)
-        for start in range(0, pair.width, multiple_of):
-            if start >= min_width:
-                blocks.append((ranks[start : start + multiple_of].mean().item(), -start, i, start))
-    blocks.sort(key=lambda block: block[:3])
+    owner, start, step = _departures(pairs, score, unit, multiple_of, min_width, protect)
+    width = torch.tensor([pair.width for pair in pairs])
 
-    widths = {pair.name: pair.width for pair in pairs}
-    steps = []
-    for _, _, i, start in blocks:
-        pair = pairs[i]
-        steps.append(pair.heads * (widths[pair.name] - start) * unit[pair.name])
-        widths[pair.name] = start
-    removed = [0, *accumulate(steps)]
-    count = min(range(len(removed)), key=lambda n: abs(removed[n] - target))
-    if removed[-1] < target and target - removed[-1] > 0.5 * max(steps, default=0):
-        raise BudgetError(_unreachable(asked, pairs, costs, widths))
+    def widths_after(count: int) -> dict[str, int]:
+        left = width.scatter_reduce(0, owner[:count], start[:count], "amin").tolist()
+        return dict(zip((pair.name for pair in pairs), left, strict=True))
 
-    widths = {pair.name: pair.width for pair in pairs}
-    for _, _, i, start in blocks[:count]:
-        widths[pairs[i].name] = start
+    removed = torch.cat([torch.zeros(1, dtype=torch.int64), step.cumsum(0)])
+    if removed[-1] < target and target - removed[-1] > 0.5 * max(step.tolist(), default=0):
+        raise BudgetError(_unreachable(asked, pairs, costs, widths_after(len(step))))
+    widths = widths_after(int((removed.double() - target).abs().numpy().argmin()))
     kept = {p.name: best_units(score[p.name], widths[p.name]) for p in pairs}
     asked |= {"multiple_of": multiple_of, "min_width": min_width, "protect": list(protect)}
-    return Plan(tuple(pairs), kept, asked, costs.achieved(pairs, widths), fingerprint)
+    gains = {
+        pair.name: norm_gain(_mask(pair, kept[pair.name]).double(), energy[pair.name])
+        for pair in pairs
+        if pair.norms
+    }
+    return Plan(tuple(pairs), kept, asked, costs.achieved(pairs, widths), fingerprint, gains)
+
+
+def _departures(
+    pairs: Sequence[Pair],
+    score: Mapping[str, Tensor],
+    unit: Mapping[str, int],
+    size: int,
+    min_width: int,
+    protect: Sequence[str],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks of `size` ranks in the order they leave, the least mean score first.
+
+    Returns:
+        Index of the pair, first rank, and cost of all heads together; int64 ``[blocks]`` each.
+    """
+    means, starts, owners, steps = [torch.zeros(0).double()], [], [], []
+    for i, pair in enumerate(pairs):
+        ranks = score[pair.name].double().sort(dim=1, descending=True).values.mean(dim=0)
+        start = torch.arange(0, pair.width, size)
+        if any(fnmatchcase(pair.name, pattern) for pattern in protect):
+            start = start[:0]
+        start = start[start >= min_width]
+        length = (pair.width - start).clamp(max=size)
+        total = torch.nn.functional.pad(ranks.cumsum(0), (1, 0))
+        mean = ranks[start] if size == 1 else (total[start + length] - total[start]) / length
+        means.append(mean.cummin(0).values)  # whatever rounding does, ranks leave from the end
+        starts.append(start)
+        owners.append(torch.full_like(start, i))
+        steps.append(pair.heads * unit[pair.name] * length)
+    mean, start, owner, step = (torch.cat(parts) for parts in (means, starts, owners, steps))
+    order = (-start).argsort(stable=True)  # of equals, the last rank leaves first
+    order = order[mean[order].argsort(stable=True)]
+    return owner[order], start[order], step[order]
 
 
 def best_units(score: Tensor, width: int) -> Tensor:
@@ -167,13 +229,13 @@ def best_units(score: Tensor, width: int) -> Tensor:
 
 
 def _target(
-    pairs: Sequence[Pair], costs: CostTable, **budgets: float | None
+    pairs: Sequence[Pair], costs: CostTable, budgets: Mapping[str, float | None]
 ) -> tuple[dict[str, Any], float, Mapping[str, int]]:
     """Turn the one budget given into what must be removed, and the unit cost it is counted in."""
     given = {name: value for name, value in budgets.items() if value is not None}
     if len(given) != 1:
         names = ", ".join(given) or "none"
-        raise BudgetError(f"give exactly one of sparsity, params, macs; got {names}.")
+        raise BudgetError(f"give exactly one of {', '.join(budgets)}; got {names}.")
     [(name, value)] = given.items()
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise BudgetError(f"{name} must be a finite number, got {value!r}.")
@@ -181,14 +243,15 @@ def _target(
         if not 0 <= value < 1:
             raise BudgetError(f"sparsity must be in [0, 1), got {value!r}: 0.4 removes 40 %.")
         return {name: value}, value * costs.prunable(pairs), costs.unit_params
-    dense = costs.params if name == "params" else costs.macs
+    dense = costs.dense(name)
+    if not dense:
+        raise BudgetError(f"{name} is no budget for this model: it has none.")
     if not 0 < value <= dense:
         raise BudgetError(
             f"{name} must be a share in (0, 1] or a count up to {dense:,}, got {value!r}."
         )
     kept = value * dense if value <= 1 else value
-    unit = costs.unit_params if name == "params" else costs.unit_macs
-    return {name: value}, dense - kept, unit
+    return {name: value}, dense - kept, costs.unit(name)
 
 
 def _unreachable(
@@ -198,12 +261,8 @@ def _unreachable(
     smallest = costs.achieved(pairs, widths)
     if name == "sparsity":
         return f"sparsity {value} is not reachable: 0 to {smallest.sparsity:.4f} are."
-    low, share = (
-        (smallest.params, smallest.params_share)
-        if name == "params"
-        else (smallest.macs, smallest.macs_share)
-    )
-    dense = costs.params if name == "params" else costs.macs
+    dense, low = costs.dense(name), getattr(smallest, name)
+    share = low / dense
     return (
         f"{name} {value} is not reachable: {low:,} to {dense:,} are "
         f"({share:.4f} to 1 as a share of the dense model)."

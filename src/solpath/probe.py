@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from solpath.data import BatchSource, batch_size, check_device, mix, share
 from solpath.errors import BatchError, NonFiniteLossError, UnsupportedModelError
-from solpath.masks import mask_hooks
+from solpath.masks import Masks, energy_hooks, mask_hooks
 from solpath.objective import (
     Batch,
     Loss,
@@ -24,6 +24,7 @@ from solpath.objective import (
 from solpath.pair import Pair
 
 _TARGET_CACHE_BYTES = 256 * 2**20
+_ENERGY_BATCHES = 4
 
 
 class Probe:
@@ -44,7 +45,7 @@ class Probe:
         model: nn.Module,
         pairs: Sequence[Pair],
         source: BatchSource,
-        masks: dict[str, Tensor],
+        masks: Masks,
         loss: Loss | None,
         seed: int,
     ) -> None:
@@ -91,8 +92,8 @@ class Probe:
         leaves = self._set(rows)
         outputs = run(self._model, batch, labels=self._loss is not None)
         loss = self._objective(outputs, batch, target)
-        gradients = torch.autograd.grad(loss * (high - low), leaves)
-        self._masks.clear()
+        gradients = _slopes(loss * (high - low), leaves)
+        self._masks.units.clear()
         value = self._sum(loss.detach().double().cpu().view(1) * ((high - low) / size)).item()
         if not torch.isfinite(torch.tensor(value)):
             raise NonFiniteLossError(f"the loss is {value} at step {step}.")
@@ -140,10 +141,10 @@ class Probe:
             if not torch.isfinite(loss):
                 raise NonFiniteLossError(f"the loss is {loss.item()} on batch {step}.")
             if target is None:
-                slope = torch.autograd.grad(loss, leaves)
+                slope = _slopes(loss, leaves)
                 jacobian = slope
             else:
-                slope = torch.autograd.grad(loss, leaves, retain_graph=True)
+                slope = _slopes(loss, leaves, keep=True)
                 output = output_tensor(outputs)
                 noise = torch.stack(
                     [
@@ -153,14 +154,34 @@ class Probe:
                 ).to(output.device)
                 keep = token_mask(batch, output)
                 draw = curvature_sketch(target[0], keep, noise, logits=target[1])
-                jacobian = torch.autograd.grad((draw * output.float()).sum(), leaves)
-            self._masks.clear()
+                jacobian = _slopes((draw * output.float()).sum(), leaves)
+            self._masks.units.clear()
             rows = torch.cat([j.double().cpu() for j in jacobian], 1)
             rows = rows.abs() if absolute else rows.square()
             first = torch.cat([s.double().cpu() for s in slope], 1)
             diagonal += self._sum(rows.sum(0)) / size
             gradient += self._sum(first.sum(0)) / size
         return diagonal / batches, gradient / batches
+
+    @property
+    def energy(self) -> dict[str, Tensor]:
+        """Sums of squares of normed queries and keys; see `SolutionPath.energy`."""
+        return {name: energy.double().cpu() for name, energy in self._masks.energy.items()}
+
+    def measure_energy(self, batches: int) -> None:
+        """Sums of squares of the units that a norm over the heads sees, on some batches."""
+        normed = [pair for pair in self._pairs if pair.norms]
+        if not normed:
+            return
+        totals = {p.name: torch.zeros(p.heads, p.left[0].repeat + 1, p.width) for p in normed}
+        totals = {name: total.double() for name, total in totals.items()}
+        for step in range(batches):
+            batch = self._local(step)[0]
+            with torch.no_grad(), energy_hooks(self._model, normed, batch) as energy:
+                run(self._model, batch, labels=False)
+            for name, total in totals.items():
+                total += energy[name]
+        self._masks.energy |= {n: self._sum(total).to(self._device) for n, total in totals.items()}
 
     def first_sample(self) -> Batch:
         """The first sample of the first batch, as a batch of one."""
@@ -184,7 +205,9 @@ class Probe:
     def _set(self, rows: Tensor) -> list[Tensor]:
         parts = torch.split(rows.to(self._device), [pair.units for pair in self._pairs], 1)
         leaves = [part.contiguous().requires_grad_() for part in parts]
-        self._masks.update({p.name: leaf for p, leaf in zip(self._pairs, leaves, strict=True)})
+        self._masks.units.update(
+            {p.name: leaf for p, leaf in zip(self._pairs, leaves, strict=True)}
+        )
         return leaves
 
     def _target(self, step: int, batch: Batch) -> tuple[Tensor, bool]:
@@ -245,8 +268,10 @@ def probing(
             model.eval()
             for p, _ in requires_grad:
                 p.requires_grad_(False)
+            probe = Probe(model, pairs, source, masks, loss, seed)
+            probe.measure_energy(_ENERGY_BATCHES)
             with torch.enable_grad():
-                yield Probe(model, pairs, source, masks, loss, seed)
+                yield probe
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -254,13 +279,20 @@ def probing(
             p.requires_grad_(flag)
 
 
+def _slopes(value: Tensor, leaves: list[Tensor], *, keep: bool = False) -> tuple[Tensor, ...]:
+    """Gradients by the masks; zeros for pairs that the batch did not reach."""
+    return torch.autograd.grad(
+        value, leaves, retain_graph=keep, allow_unused=True, materialize_grads=True
+    )
+
+
 def process() -> tuple[int, int]:
     """Rank and number of processes; starts the process group under ``accelerate launch``."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1
-    from accelerate import PartialState
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return 0, 1
+        from accelerate import PartialState
 
-    state = PartialState()
-    return state.process_index, state.num_processes
+        # Without an accelerator PartialState would start the group and still count one process.
+        PartialState(cpu=not torch.accelerator.is_available())
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -92,7 +92,8 @@ def build_skeleton(
     pairs = find_pairs(dense)
     if pairs != plan.pairs:
         raise SolpathError(f"plan: its pairs are not those of this {head['class']}.")
-    model = extract(dense, replace(plan, pairs=pairs), check=False)
+    with no_init_weights():
+        model = extract(dense, replace(plan, pairs=pairs), check=False)
     for path, module in model.named_modules():
         if stray := [key for key, v in vars(module).items() if isinstance(v, Tensor) and v.is_meta]:
             raise SolpathError(f"{path}.{stray[0]} is a tensor but no parameter or buffer.")

@@ -3,32 +3,62 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from solpath.errors import UnsupportedModelError
 
 _MODULES = {
     "bert": "bert",
     "camembert": "bert",
-    "electra": "bert",
-    "roberta": "bert",
-    "xlm-roberta": "bert",
+    "clip": "clip",
+    "clip_text_model": "clip",
+    "clip_vision_model": "clip",
     "deit": "vit",
-    "vit": "vit",
+    "dinov2": "vit",
+    "distilbert": "distilbert",
+    "electra": "bert",
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
+    "gpt2": "gpt2",
     "llama": "llama",
+    "mistral": "llama",
+    "opt": "opt",
+    "qwen2": "llama",
+    "qwen3": "qwen3",
+    "roberta": "bert",
+    "siglip": "siglip",
+    "siglip_text_model": "siglip",
+    "siglip_vision_model": "siglip",
+    "swin": "swin",
+    "t5": "t5",
+    "vit": "vit",
+    "whisper": "whisper",
+    "xlm-roberta": "bert",
 }
-_REGISTERED: dict[str, "Architecture"] = {}
+_REGISTERED: dict[str, tuple["Stack", ...]] = {}
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Where one block's attention is, relative to the block.
+    """Where one attention of a block is. Paths of layers are relative to the block.
 
     Attributes:
-        module: the attention module that `slim_` rewrites.
-        query, key, value, output: its linear layers.
+        module: the attention module, whose `forward` is replaced once its projections are cut.
+        query, key, value, output: its linear layers. A fused projection is named three times; its
+            outputs are those of the query, the key and the value, in this order.
+        forward: takes the place of the module's own `forward` after cutting; None when that reads
+            all widths from the layers.
+        heads: attribute of the attention module that counts its heads, dots allowed.
+        kv_heads: likewise for its key-value heads; empty when there are as many as heads.
         rotary: whether queries and keys are rotated (half-split couples).
+        norms: modules that norm each head of the query and of the key, if there are any.
+        norm_dim: the dimension of their input that runs over heads, -2 or -3.
+        identity: modules of the attention that must be `nn.Identity`, because cutting would
+            change what they do.
+        cached: whether generation caches its keys and values, one per generated token.
+        name: what its pairs are called, after the name of the block.
     """
 
     module: str
@@ -36,7 +66,15 @@ class Attention:
     key: str
     value: str
     output: str
+    forward: Callable[..., Any] | None = None
+    heads: str = "num_attention_heads"
+    kv_heads: str = ""
     rotary: bool = False
+    norms: tuple[str, ...] = ()
+    norm_dim: int = -2
+    identity: tuple[str, ...] = ()
+    cached: bool = False
+    name: str = "attention"
 
 
 @dataclass(frozen=True)
@@ -53,26 +91,31 @@ class Mlp:
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """Everything solpath knows of a family of models.
+class Stack:
+    """One list of equal blocks in a model.
 
     Attributes:
-        blocks: path of the list of blocks, relative to the base model.
-        attention: where the attention is in a block.
-        mlp: where the MLP is in a block.
-        slim_: ``slim_(attention, kept_qk)`` lets an attention module whose projections were cut
-            run with unequal widths, in place. `kept_qk` is int64 ``[heads, r]``.
+        blocks: path of the list, or of a single block, relative to the base model; ``*`` stands
+            for every index of a list of lists.
+        attentions: the attentions of a block, in the order they run.
+        mlps: its MLP. Where a family has several forms of it, one entry each: the form whose
+            layers a block has is taken.
     """
 
     blocks: str
-    attention: Attention
-    mlp: Mlp
-    slim_: Callable[[nn.Module, Tensor], None]
+    attentions: tuple[Attention, ...]
+    mlps: tuple[Mlp, ...]
 
 
-def register(model_type: str, architecture: Architecture) -> None:
-    """Add or replace the table of one ``config.model_type``."""
-    _REGISTERED[model_type] = architecture
+def register(model_type: str, *stacks: Stack) -> None:
+    """Add or replace the table of one ``config.model_type``.
+
+    Args:
+        model_type: of the models' configuration.
+        stacks: where the prunable layers are. A stack that a model does not have is skipped
+            (a head without the decoder, one tower of two), but it must have one of them.
+    """
+    _REGISTERED[model_type] = stacks
 
 
 def known_model_types() -> list[str]:
@@ -80,8 +123,13 @@ def known_model_types() -> list[str]:
     return sorted({*_MODULES, *_REGISTERED})
 
 
-def lookup(model_type: str | None) -> Architecture:
-    """The table of a model type.
+def type_of(model: nn.Module) -> Any:
+    """The type of a model that its table is listed under; None if it has none."""
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def lookup(model_type: str | None) -> tuple[Stack, ...]:
+    """The table of one type of model, see `type_of`.
 
     Raises:
         UnsupportedModelError: unknown type; the message lists the known ones.
@@ -93,6 +141,6 @@ def lookup(model_type: str | None) -> Architecture:
             f"model_type {model_type!r} is not known; known: {', '.join(known_model_types())}. "
             "solpath.arch.register adds one."
         )
-    architecture = import_module(f"solpath.arch.{_MODULES[model_type]}").ARCHITECTURE
-    assert isinstance(architecture, Architecture)
-    return architecture
+    tables = import_module(f"solpath.arch.{_MODULES[model_type]}").TABLES
+    stacks: tuple[Stack, ...] = tables[model_type]
+    return stacks

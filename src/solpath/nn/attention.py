@@ -2,22 +2,43 @@
 
 import sys
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+Forward = Callable[..., Any]
 
-def split_heads(linear: nn.Linear, hidden: Tensor, heads: int) -> Tensor:
-    """Project and split. ``[batch, tokens, features] -> [batch, heads, tokens, width]``.
 
-    A projection of width 0 gives one column of zeros, which changes no logit and no output.
+def split_heads(linear: nn.Module, hidden: Tensor, heads: int) -> Tensor:
+    """Project and split. ``[batch, tokens, features] -> [batch, heads, tokens, width]``."""
+    return by_head(linear(hidden), heads)
+
+
+def by_head(states: Tensor, heads: int) -> Tensor:
+    """``[batch, tokens, heads * width] -> [batch, heads, tokens, width]``; `width` may be 0."""
+    shape = (*states.shape[:-1], heads, states.shape[-1] // heads)
+    return states.view(shape).transpose(1, 2)
+
+
+def split_fused(states: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split the output of a fused projection into queries, keys and values.
+
+    Args:
+        states: ``[batch, tokens, features]``: queries, keys, values of all heads one after the
+            other.
+        width: value-output width per head; the rest is shared by queries and keys.
+
+    Returns:
+        Three tensors ``[batch, heads, tokens, width]``, of two widths.
     """
-    if linear.out_features == 0:
-        return hidden.new_zeros(hidden.shape[0], heads, hidden.shape[1], 1)
-    states: Tensor = linear(hidden)
-    return states.view(*states.shape[:-1], heads, -1).transpose(1, 2)
+    shared = (states.shape[-1] // heads - width) // 2
+    sizes = [heads * shared, heads * shared, heads * width]
+    query, key, value = (by_head(part, heads) for part in torch.split(states, sizes, dim=-1))
+    return query, key, value
 
 
 def attend(
@@ -27,14 +48,14 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    width: int,
+    scaling: float,
     dropout: float,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the attention function the model is configured for.
 
-    The scale is the dense model's (`module.scaling`). Query and key, or value, are padded with
-    zeros to equal widths, which changes nothing and lets fused kernels run.
+    Query and key, or value, are padded with zeros to equal widths, which changes nothing and lets
+    fused kernels run.
 
     Args:
         module: the attention module, with the attributes its stock class has.
@@ -42,22 +63,20 @@ def attend(
         key: ``[batch, kv_heads, keys, qk]``.
         value: ``[batch, kv_heads, keys, vo]``.
         attention_mask: as the stock module gets it.
-        width: value-output width per head; 0 when `value` is a placeholder.
+        scaling: of the logits; that of the dense head.
         dropout: probability while training.
 
     Returns:
-        ``[batch, tokens, heads * width]`` and the attention probabilities, if they are computed.
+        ``[batch, tokens, heads * vo]`` and the attention probabilities, if they are computed.
     """
     eager = sys.modules[_stock(module).__module__].eager_attention_forward
     config: Any = module.config
     function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
         config._attn_implementation, eager
     )
-    gap = query.shape[-1] - value.shape[-1]
-    if gap > 0:
-        value = nn.functional.pad(value, (0, gap))
-    elif gap < 0:
-        query, key = nn.functional.pad(query, (0, -gap)), nn.functional.pad(key, (0, -gap))
+    width = value.shape[-1]
+    common = max(key.shape[-1], width, 1)
+    query, key, value = (pad_to(states, common) for states in (query, key, value))
     output, weights = function(
         module,
         query,
@@ -65,22 +84,159 @@ def attend(
         value,
         attention_mask,
         dropout=dropout if module.training else 0.0,
-        scaling=module.scaling,
+        scaling=scaling,
         **kwargs,
     )
     return output[..., :width].flatten(2), weights
 
 
-def slim_class(stock: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
-    """A subclass of a stock attention class that only replaces `forward`.
+def pad_to(states: Tensor, width: int) -> Tensor:
+    """Add zeros behind the last dimension until it is `width`."""
+    gap = width - states.shape[-1]
+    return nn.functional.pad(states, (0, gap)) if gap else states
 
-    It stays an instance of the stock class, so output recording and attention backends find it.
+
+def cached_states(
+    module: nn.Module,
+    project: Callable[[Tensor], tuple[Tensor, Tensor]],
+    source: Tensor,
+    cache: Any,
+    *,
+    cross: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of `source`, behind those in the cache; or those in the cache alone.
+
+    Args:
+        module: has `layer_idx`.
+        project: ``source -> key, value``.
+        source: hidden states of the sequence that is attended to.
+        cache: a transformers cache or None.
+        cross: `source` is the output of an encoder and is projected once only.
     """
-    return type(f"Slim{stock.__name__}", (stock,), {"forward": forward})
+    index: Any = module.layer_idx if cache is not None else None
+    if isinstance(cache, EncoderDecoderCache):
+        known = cache.is_updated.get(index)
+        pair, cache = cache, cache.cross_attention_cache if cross else cache.self_attention_cache
+        if cross and known:
+            return cache.layers[index].keys, cache.layers[index].values
+        if cross:
+            pair.is_updated[index] = True
+    key, value = project(source)
+    if cache is None:
+        return key, value
+    # A cache takes keys without channels for an empty sequence.
+    updated: tuple[Tensor, Tensor] = cache.update(pad_to(key, max(key.shape[-1], 1)), value, index)
+    return updated
 
 
-def _stock(module: nn.Module) -> type:
-    return type(module).__mro__[1]
+def separate(
+    query: str,
+    key: str,
+    value: str,
+    output: str = "",
+    *,
+    heads: str = "num_attention_heads",
+    scaling: str = "scaling",
+    dropout: str = "attention_dropout",
+) -> Forward:
+    """The `forward` of an attention with separate projections and nothing between them.
+
+    Args:
+        query, key, value: attributes of the module.
+        output: likewise; empty when the output is projected outside the module.
+        heads, scaling, dropout: attributes that hold these numbers, dots allowed.
+    """
+    count, scale, drop = attrgetter(heads), attrgetter(scaling), attrgetter(dropout)
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        def project(source: Tensor) -> tuple[Tensor, Tensor]:
+            keys = split_heads(getattr(self, key), source, count(self))
+            return keys, split_heads(getattr(self, value), source, count(self))
+
+        queries = split_heads(getattr(self, query), hidden_states, count(self))
+        states, weights = attend(
+            self,
+            queries,
+            *cached_states(self, project, hidden_states, past_key_values),
+            attention_mask,
+            scaling=scale(self),
+            dropout=drop(self),
+            **kwargs,
+        )
+        return getattr(self, output)(states) if output else states, weights
+
+    return forward
+
+
+def rotary(sliding_window: str = "") -> Forward:
+    """The `forward` of LLaMA's attention and its relatives: rotary couples, grouped queries.
+
+    With norms over the heads, the module has `q_norm` and `k_norm`, which run on the kept channels
+    among zeros, and the query is multiplied by the buffer ``gain``, ``[heads]``.
+
+    Args:
+        sliding_window: attribute that holds the window, dots allowed; empty when there is none.
+    """
+    window = attrgetter(sliding_window) if sliding_window else None
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        heads, groups = self.config.num_attention_heads, self.num_key_value_groups
+        query = split_heads(self.q_proj, hidden_states, heads)
+        key = split_heads(self.k_proj, hidden_states, heads // groups)
+        value = split_heads(self.v_proj, hidden_states, heads // groups)
+        if self.couples.numel():
+            if "gain" in self._buffers:
+                query = _norm(self.q_norm, query, self.couples, self.head_dim)
+                query = query * self.gain.to(query.dtype).view(-1, 1, 1)
+                key = _norm(self.k_norm, key, self.couples, self.head_dim)
+            # [batch, tokens, head_dim] -> [batch, kv_heads, tokens, couples]: kept frequencies.
+            cos, sin = (table[..., self.couples].transpose(1, 2) for table in position_embeddings)
+            key = rotate(key, cos, sin)
+            query = rotate(
+                query, cos.repeat_interleave(groups, dim=1), sin.repeat_interleave(groups, dim=1)
+            )
+        if window is not None:
+            kwargs["sliding_window"] = window(self)
+        states, weights = attend(
+            self,
+            query,
+            *cached_states(self, lambda _: (key, value), hidden_states, past_key_values),
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attention_dropout,
+            **kwargs,
+        )
+        return self.o_proj(states), weights
+
+    return forward
+
+
+def _norm(norm: nn.Module, states: Tensor, couples: Tensor, width: int) -> Tensor:
+    """Norm over the kept channels among zeros. ``[batch, heads, tokens, 2 * couples]`` both ways.
+
+    Args:
+        couples: int64 ``[kv_heads, couples]``.
+        width: of the dense head.
+    """
+    channels = torch.cat((couples, couples + width // 2), dim=-1)
+    channels = channels.repeat_interleave(states.shape[1] // len(couples), 0)
+    index = channels.unsqueeze(1).expand(states.shape)
+    whole = states.new_zeros(*states.shape[:-1], width).scatter(-1, index, states)
+    normed: Tensor = norm(whole).gather(-1, index)
+    return normed
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -93,3 +249,15 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = states.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def slim_class(stock: type[nn.Module], forward: Forward) -> type[nn.Module]:
+    """A subclass of a stock attention class that only replaces `forward`.
+
+    It stays an instance of the stock class, so output recording and attention backends find it.
+    """
+    return type(f"Slim{stock.__name__}", (stock,), {"forward": forward})
+
+
+def _stock(module: nn.Module) -> type:
+    return type(module).__mro__[1]

@@ -1,0 +1,38 @@
+"""SigLIP: both towers with the attention that pools the image, or either tower alone.
+
+The pooling head of a vision tower alone stays dense: there the last hidden states are compared,
+which it comes after.
+"""
+
+from solpath.arch.clip import MLP, tower
+from solpath.arch.table import Attention, Stack
+from solpath.nn.pooling import pooling_forward
+
+
+def _head(path: str) -> Stack:
+    return Stack(
+        blocks=path,
+        attentions=(
+            Attention(
+                module="attention",
+                query="attention",
+                key="attention",
+                value="attention",
+                output="attention.out_proj",
+                forward=pooling_forward,
+                heads="num_heads",
+            ),
+        ),
+        mlps=(MLP,),
+    )
+
+
+TABLES = {
+    "siglip": (
+        tower("vision_model.encoder.layers"),
+        _head("vision_model.head"),
+        tower("text_model.encoder.layers"),
+    ),
+    "siglip_text_model": (tower("encoder.layers"),),
+    "siglip_vision_model": (tower("encoder.layers"),),
+}

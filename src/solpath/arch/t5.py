@@ -1,0 +1,93 @@
+"""T5: relative position bias, no scaling, plain or gated MLP, self and cross attention."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solpath.arch.table import Attention, Mlp, Stack
+from solpath.nn.attention import attend, cached_states, split_heads
+
+
+def _forward(
+    self: Any,
+    hidden_states: Tensor,
+    mask: Tensor | None = None,
+    key_value_states: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    cross = key_value_states is not None
+    past = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
+    past = past.clone() if isinstance(past, Tensor) else past
+
+    def project(source: Tensor) -> tuple[Tensor, Tensor]:
+        return split_heads(self.k, source, self.n_heads), split_heads(self.v, source, self.n_heads)
+
+    source = hidden_states if key_value_states is None else key_value_states
+    key, value = cached_states(self, project, source, past_key_values, cross=cross)
+    if position_bias is None:
+        tokens, keys = hidden_states.shape[1], key.shape[-2]
+        if self.has_relative_attention_bias:
+            position_bias = self.compute_bias(
+                tokens, keys, device=hidden_states.device, past_seen_tokens=past
+            )
+        else:
+            position_bias = torch.zeros(
+                (1, self.n_heads, tokens, keys),
+                device=hidden_states.device,
+                dtype=hidden_states.dtype,
+            )
+    states, weights = attend(
+        self,
+        split_heads(self.q, hidden_states, self.n_heads),
+        key,
+        value,
+        mask,
+        scaling=self.scaling,
+        dropout=self.dropout,
+        position_bias=position_bias,
+        **kwargs,
+    )
+    return self.o(states), position_bias, weights
+
+
+def _attention(layer: str, name: str, cached: bool) -> Attention:
+    return Attention(
+        module=layer,
+        query=f"{layer}.q",
+        key=f"{layer}.k",
+        value=f"{layer}.v",
+        output=f"{layer}.o",
+        forward=_forward,
+        heads="n_heads",
+        cached=cached,
+        name=name,
+    )
+
+
+def _mlps(layer: str) -> tuple[Mlp, Mlp]:
+    return (
+        Mlp(left=(f"{layer}.wi",), right=f"{layer}.wo"),
+        Mlp(left=(f"{layer}.wi_0", f"{layer}.wi_1"), right=f"{layer}.wo"),
+    )
+
+
+TABLES = {
+    "t5": (
+        Stack(
+            blocks="encoder.block",
+            attentions=(_attention("layer.0.SelfAttention", "self_attention", False),),
+            mlps=_mlps("layer.1.DenseReluDense"),
+        ),
+        Stack(
+            blocks="decoder.block",
+            attentions=(
+                _attention("layer.0.SelfAttention", "self_attention", True),
+                _attention("layer.1.EncDecAttention", "cross_attention", False),
+            ),
+            mlps=_mlps("layer.2.DenseReluDense"),
+        ),
+    )
+}

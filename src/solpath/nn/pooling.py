@@ -1,0 +1,59 @@
+"""`nn.MultiheadAttention` step by step, so that its inner dimensions can be masked and cut."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from solpath.nn.attention import by_head, pad_to, slim_class
+
+
+def pooling_forward(
+    self: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Takes the place of the `forward` of a batch-first `nn.MultiheadAttention` without masks.
+
+    Args:
+        query: ``[batch, queries, features]``.
+        key: ``[batch, tokens, features]``.
+        value: likewise.
+
+    Returns:
+        ``[batch, queries, features]`` and None.
+    """
+    heads = self.num_heads
+    width = self.out_proj.in_features // heads
+    shared = (len(self.in_proj_weight) // heads - width) // 2
+    sizes = [heads * shared, heads * shared, heads * width]
+    states = [
+        linear(source, weight, bias)
+        for source, weight, bias in zip(
+            (query, key, value),
+            self.in_proj_weight.split(sizes),
+            self.in_proj_bias.split(sizes),
+            strict=True,
+        )
+    ]
+    hook: Callable[[Tensor], Tensor] | None = vars(self).get("on_query")
+    if hook is not None:
+        states[0] = hook(states[0])
+    common = max(shared, width, 1)
+    queries, keys, values = (pad_to(by_head(part, heads), common) for part in states)
+    inner = scaled_dot_product_attention(queries, keys, values, scale=self.head_dim**-0.5)
+    return self.out_proj(inner[..., :width].transpose(1, 2).flatten(2)), None
+
+
+class QueryHook:
+    """Runs a function on the projected queries of a `nn.MultiheadAttention` until removed."""
+
+    def __init__(self, module: nn.MultiheadAttention, hook: Callable[[Tensor], Tensor]) -> None:
+        self._module, self._stock = module, type(module)
+        slim: Any = slim_class(self._stock, pooling_forward)
+        module.__class__ = slim
+        vars(module)["on_query"] = hook
+
+    def remove(self) -> None:
+        """Give the module its own `forward` back."""
+        del vars(self._module)["on_query"]
+        self._module.__class__ = self._stock
