@@ -22,6 +22,12 @@ ABLATION = {
     "spp_constant_pull": "constant pull instead of a growing one",
     "inclusion": "the paper's inclusion, V as the order",
 }
+NORMS = {
+    "folded": "folded into the query",
+    "plain": "norm over what is left, as the stock module has it",
+    "dense_width": "sum over what is left, divided by the dense width",
+    "dense_norm": "dense norm, not extractable",
+}
 Runs = dict[str, list[dict[str, Any]]]
 
 

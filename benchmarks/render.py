@@ -12,7 +12,18 @@ from typing import Annotated, Any
 
 import typer
 
-from quality_runs import ABLATION, NAMES, Runs, fidelity, headline, keeps, means, read_runs, values
+from quality_runs import (
+    ABLATION,
+    NAMES,
+    NORMS,
+    Runs,
+    fidelity,
+    headline,
+    keeps,
+    means,
+    read_runs,
+    values,
+)
 from record import RESULTS
 from solpath.figures import spread
 from zoo_page import zoo_page, zoo_table
@@ -49,12 +60,15 @@ def table(name: str) -> str:
 
     `name` is a model, for its headline metric, or ``<model>_fidelity``: a row per method, the mean
     over seeds of every size. ``zoo`` and ``zoo_fidelity`` have a row per model, ``ablation`` one
-    per part that is switched off, ``costs`` one per cost, ``checkpoints`` one per size.
+    per part that is switched off, ``costs`` one per cost, ``checkpoints`` one per
+    measure, ``qk_norm`` one per way to treat the norms.
     """
     if name == "costs":
         return _markdown([("what", "measured", "against", "aim", "script"), *costs()])
     if name == "checkpoints":
         return _markdown([*checkpoints()])
+    if name == "qk_norm":
+        return _markdown([*qk_norm()])
     if name in ("zoo", "zoo_fidelity"):
         return zoo_table("task" if name == "zoo" else "fidelity")
     if name == "ablation":
@@ -118,6 +132,16 @@ def costs() -> Iterator[tuple[str, str, str, str, str]]:
     over, help_ = (f"{imports[key]:.2f} s" for key in ("import_over_torch", "help"))
     yield "`import solpath`", over, "`import torch`", "≤ 0.3 s", "import_time"
     yield "`solpath --help`", help_, "", "≤ 0.5 s", "import_time"
+
+
+def qk_norm() -> Iterator[list[str]]:
+    """Ways to treat norms over the heads."""
+    results = _results("qk_norm")
+    dense = results.pop("dense")["1.0"]
+    first = next(iter(results.values()))
+    yield [f"kept (dense {dense:.3f})", *(f"{float(keep):.0%}" for keep in first)]
+    for way, sizes in results.items():
+        yield [NORMS[way], *(f"{bits:.3f}" for bits in sizes.values())]
 
 
 def checkpoints() -> Iterator[list[str]]:

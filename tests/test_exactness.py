@@ -11,38 +11,12 @@ from hypothesis import strategies as st
 
 import solpath
 from conftest import CASES, batches, build, inputs
+from plans import plan_of, random_plan
 from solpath.counting import count_costs
 from solpath.discover import find_pairs, fingerprint
 from solpath.objective import forward, run
-from solpath.plan import Plan, best_units
+from solpath.plan import Plan
 from solpath.slicing import linear_map
-
-
-def random_plan(model, fractions, seed=0) -> Plan:
-    """A plan with the given share of each pair's width, its own random units in every head."""
-    widths = [
-        round(p.width * fractions[i % len(fractions)]) for i, p in enumerate(find_pairs(model))
-    ]
-    return plan_of(model, widths, seed)
-
-
-def plan_of(model, widths, seed=0) -> Plan:
-    """A plan with the given width of every pair."""
-    pairs = find_pairs(model)
-    costs = count_costs(model, pairs, inputs(model, samples=1))
-    generator = torch.Generator().manual_seed(seed)
-    kept = {
-        p.name: best_units(torch.rand(p.heads, p.width, generator=generator), width)
-        for p, width in zip(pairs, widths, strict=True)
-    }
-    widths = {name: index.shape[1] for name, index in kept.items()}
-    gains = {
-        p.name: torch.rand(p.heads, p.left[0].repeat, generator=generator).double() + 0.5
-        for p in pairs
-        if p.norms
-    }
-    achieved = costs.achieved(pairs, widths)
-    return Plan(pairs, kept, {}, achieved, fingerprint(model, pairs), gains)
 
 
 def both(model, plan, batch):

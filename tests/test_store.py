@@ -99,13 +99,21 @@ def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
     assert_same(small, loaded)
 
 
-def test_model_without_pooler(tmp_path):
+@pytest.mark.parametrize("name", ["bert", "roberta", "vit", "deit", "swin"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_models_with_and_without_optional_parts(name, masked, tmp_path):
     torch.manual_seed(0)
-    dense = transformers.BertModel(build("bert").config, add_pooling_layer=False).eval()
-    small = shrink(dense)
+    config = build(name).config
+    base = transformers.AutoModel.from_config(config).__class__
+    options = {"add_pooling_layer": False}
+    if name in ("vit", "deit", "swin"):
+        options["use_mask_token"] = masked
+    small = shrink(base(config, **options).eval())
     solpath.save(small, tmp_path / "out")
     loaded = solpath.load(tmp_path / "out")
     assert loaded.pooler is None
+    if "use_mask_token" in options:
+        assert (loaded.embeddings.mask_token is not None) == masked
     assert_same(small, loaded)
 
 
@@ -131,7 +139,7 @@ def test_generation_settings_are_kept(tmp_path):
 def test_shards(model, tmp_path):
     small = shrink(model)
     solpath.save(small, tmp_path / "one")
-    solpath.save(small, tmp_path / "many", max_shard_size="20KB")
+    solpath.save(small, tmp_path / "many", max_shard_size="10KB")
     assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 1
     assert not (tmp_path / "many" / "model.safetensors").exists()
     assert_same(solpath.load(tmp_path / "one"), solpath.load(tmp_path / "many"))
@@ -303,7 +311,7 @@ def saved(tmp_path_factory):
     """A folder that is only read: a sharded LLaMA, so that every kind of file is there."""
     folder = tmp_path_factory.mktemp("saved") / "out"
     small = shrink(build("llama"))
-    solpath.save(small, folder, max_shard_size="20KB")
+    solpath.save(small, folder, max_shard_size="10KB")
     return folder, small
 
 

@@ -118,6 +118,7 @@ OPT = Recipe(
         num_hidden_layers=5,
         num_attention_heads=4,
         max_position_embeddings=128,
+        init_std=0.06,
         dropout=0.0,
         pad_token_id=None,
         bos_token_id=None,
@@ -125,5 +126,5 @@ OPT = Recipe(
     ),
     loss=next_byte_loss,
     scores=scores,
-    **TRAINING | {"steps": 2500},
+    **TRAINING | {"learning_rate": 1.5e-3},
 )

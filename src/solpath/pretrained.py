@@ -1,6 +1,5 @@
 """Load dense models and their processors by folder or hub id, through transformers' own loaders."""
 
-import importlib.util
 import logging
 import os
 import re
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from solpath.arch import lookup
-from solpath.errors import ConfigError, FileError, SolpathError, UnsupportedModelError
+from solpath.arch import TIMM_WRAPPER, lookup, timm
+from solpath.errors import FileError, SolpathError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +20,6 @@ Name: TypeAlias = str | os.PathLike[str]
 """A folder, or the id of a Hub repository."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
-_TIMM = "timm_wrapper"
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError)
 
 
@@ -46,7 +44,8 @@ def from_pretrained(
         UnsupportedModelError: unknown ``model_type`` (the message lists the known ones), or a
             model that was already extracted. Both before any weights are read.
         FileError: nothing there, no safetensors, or weights that are not all in the files.
-        ConfigError: the extra ``timm`` is not installed.
+        ConfigError: the extra ``timm`` is not installed, or the folder asks timm for more than a
+            model.
 
     Example:
         >>> model = from_pretrained("facebook/deit-small-patch16-224")  # doctest: +SKIP
@@ -63,10 +62,10 @@ def from_pretrained(
         options: dict[str, Any] = {"local_files_only": local}
         found = transformers.PreTrainedConfig.get_config_dict(str(name), **options)[0]
         model_type = found.get("model_type")
-        if model_type != _TIMM:
+        if model_type == TIMM_WRAPPER:
+            timm.check_settings(found)
+        else:
             lookup(model_type)
-        elif importlib.util.find_spec("timm") is None:
-            raise ConfigError(f"{name} needs timm; install it with: pip install 'solpath[timm]'.")
         config = transformers.AutoConfig.from_pretrained(
             str(name), trust_remote_code=False, **options
         )
@@ -148,7 +147,7 @@ def _class_of(config: Any) -> Any:
     """The class a configuration names, if transformers has it for that type, or the plain one."""
     import transformers
 
-    if config.model_type == _TIMM:
+    if config.model_type == TIMM_WRAPPER:
         kind = "TimmWrapperForImageClassification" if config.num_labels else "TimmWrapperModel"
         return getattr(transformers, kind)
     for architecture in config.architectures or ():

@@ -14,6 +14,7 @@ from solpath.masks import Masks, energy_hooks, mask_hooks
 from solpath.objective import (
     Batch,
     Loss,
+    at_least_float,
     curvature_sketch,
     divergence,
     has_logits,
@@ -154,7 +155,7 @@ class Probe:
                 ).to(output.device)
                 keep = token_mask(batch, output)
                 draw = curvature_sketch(target[0], keep, noise, logits=target[1])
-                jacobian = _slopes((draw * output.float()).sum(), leaves)
+                jacobian = _slopes((draw * at_least_float(output)).sum(), leaves)
             self._masks.units.clear()
             rows = torch.cat([j.double().cpu() for j in jacobian], 1)
             rows = rows.abs() if absolute else rows.square()

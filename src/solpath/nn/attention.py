@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -146,7 +145,7 @@ def separate(
         output: likewise; empty when the output is projected outside the module.
         heads, scaling, dropout: attributes that hold these numbers, dots allowed.
     """
-    count, scale, drop = attrgetter(heads), attrgetter(scaling), attrgetter(dropout)
+    count, scale, drop = _getter(heads), _getter(scaling), _getter(dropout)
 
     def forward(
         self: Any,
@@ -174,6 +173,18 @@ def separate(
     return forward
 
 
+def _getter(path: str) -> Callable[[Any], Any]:
+    """`operator.attrgetter` that `torch.compile` can look into."""
+    names = path.split(".")
+
+    def get(value: Any) -> Any:
+        for name in names:
+            value = getattr(value, name)
+        return value
+
+    return get
+
+
 def rotary(sliding_window: str = "") -> Forward:
     """The `forward` of LLaMA's attention and its relatives: rotary couples, grouped queries.
 
@@ -183,7 +194,7 @@ def rotary(sliding_window: str = "") -> Forward:
     Args:
         sliding_window: attribute that holds the window, dots allowed; empty when there is none.
     """
-    window = attrgetter(sliding_window) if sliding_window else None
+    window = _getter(sliding_window) if sliding_window else None
 
     def forward(
         self: Any,
