@@ -71,7 +71,7 @@ def minilm(checkpoint: Path | None, heldout: int | None) -> Workload:
     return Workload(
         name="minilm",
         model=AutoModel.from_pretrained(folder, add_pooling_layer=False).eval(),
-        keeps=(0.8, 0.6, 0.4, 0.25, 0.15),
+        keeps=(0.8, 0.6, 0.4, 0.25),
         batches=batches,
         batch_size=16,
         heldout=list(text_batches(texts, tokenizer, batch_size=64, length=64, seed=None)),
