@@ -35,7 +35,7 @@ KEEPS = (0.8, 0.6, 0.4, 0.25)
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="Training steps of the model.")] = 1500,
+    steps: Annotated[int, typer.Option(help="Training steps of the model.")] = 1000,
     heldout: Annotated[int, typer.Option(help="Held-out stretches of 128 bytes.")] = 256,
     out: Annotated[Path, typer.Option(help="JSON to write.")] = RESULTS / "qk_norm.json",
 ) -> None:
