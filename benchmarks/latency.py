@@ -28,7 +28,7 @@ def main(
     size: Annotated[int, typer.Option(help="Samples per batch.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens per sample.")] = 128,
     repeats: Annotated[int, typer.Option(help="Timed passes of each model.")] = 60,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     steps: Annotated[int, typer.Option(help="Search steps without --path.")] = 60,
     out: Annotated[Path, typer.Option(help="JSON to write.")] = RESULTS / "latency.json",
 ) -> None:

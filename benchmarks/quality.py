@@ -3,10 +3,12 @@
     python benchmarks/quality.py --model minilm --seeds 0,1,2
 
 Every run of one method with one seed is added to the JSON as soon as it ends; runs that are there
-already are not repeated, so the command can be interrupted and started again.
+already are not repeated, so the command can be interrupted and started again. Runs of a dense model
+that scores otherwise (weights trained on another machine) are replaced.
 """
 
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -25,7 +27,7 @@ from solpath.masks import masked
 from solpath.measurement import provenance
 from solpath.path import SolutionPath
 from solpath.searching import search
-from workloads import Workload, workload
+from workloads import WORKLOADS, Workload, workload
 
 SEARCHES: dict[str, tuple[type, dict[str, Any]]] = {
     "spp": (SearchConfig, {}),
@@ -44,7 +46,7 @@ SMOKE = {
 
 
 def main(
-    model: Annotated[str, typer.Option(help="minilm, digits or llama.")],
+    model: Annotated[str, typer.Option(help=f"{', '.join(WORKLOADS)}.")],
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
     methods: Annotated[str, typer.Option(help="Comma-separated; also the ablations.")] = DEFAULT,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder of the dense model.")] = None,
@@ -78,7 +80,8 @@ def main(
     for seed in (int(seed) for seed in seeds.split(",")):
         batches = work.batches(seed, settings["batch_count"], settings["batch_size"])
         for name in names:
-            if not force and any(_same(run, name, seed, settings) for run in _read(out)):
+            known = [run for run in _read(out) if _same(run, name, seed, settings)]
+            if not force and any(_current(run, work, dense) for run in known):
                 continue
             run = _run(work, name, seed, batches, cached, settings)
             _add(out, {**run, "dense": dict(dense), "settings": settings})
@@ -135,6 +138,13 @@ def _same(run: dict[str, Any], name: str, seed: int, settings: dict[str, Any]) -
     return (run["method"], run["seed"], run["settings"]) == (name, seed, settings)
 
 
+def _current(run: dict[str, Any], work: Workload, dense: Any) -> bool:
+    """Whether a run has today's sizes and is of this dense model (not of one trained elsewhere)."""
+    keeps = tuple(size["keep"] for size in run["sizes"])
+    expected = dense[work.headline]
+    return keeps == work.keeps and math.isclose(run["dense"][work.headline], expected, rel_tol=1e-3)
+
+
 def _read(out: Path) -> list[dict[str, Any]]:
     return json.loads(out.read_text())["runs"] if out.exists() else []
 
@@ -150,10 +160,10 @@ def _table(
     work: Workload, settings: dict[str, Any], dense: Any, runs: list[dict[str, Any]]
 ) -> None:
     """Mean over seeds (and half the range) per method and size; SPP against the best rival."""
-    runs = [run for run in runs if run["settings"] == settings]
-    metrics = [work.headline] + (["kl"] if work.headline == "task" else [])
-    for metric in metrics:
-        higher = work.higher_is_better and metric != "kl"
+    runs = [r for r in runs if r["settings"] == settings and _current(r, work, dense)]
+    fidelity = "kl" if "kl" in dense else "cosine"
+    for metric in dict.fromkeys([work.headline, fidelity]):
+        higher = metric == "cosine" or (metric == work.headline and work.higher_is_better)
         means: dict[str, list[float]] = {}
         rows = []
         for name in dict.fromkeys(run["method"] for run in runs):

@@ -6,27 +6,32 @@ python benchmarks/render.py --check    # fail if a page does not show what the f
 
 import json
 import re
-import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from quality_runs import (
+    ABLATION,
+    NAMES,
+    NORMS,
+    Runs,
+    fidelity,
+    headline,
+    keeps,
+    means,
+    read_runs,
+    values,
+)
 from record import RESULTS
+from solpath.figures import spread
+from zoo_page import zoo_page, zoo_table
 
 ROOT = RESULTS.parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"]
-NAMES = {
-    "spp": "**solpath**",
-    "iterative": "iterative, with gradient",
-    "iterative_curvature": "iterative",
-    "gauss_newton": "one-shot Gauss-Newton",
-    "taylor": "Taylor",
-    "magnitude": "magnitude",
-    "random": "random",
-    "released": "released rule",
-}
-METRIC = {"minilm": "cosine", "digits": "task", "digits_kl": "kl", "llama": "task"}
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("benchmarks", "zoo"))]
+STRONG = {"color": "#0b6e99", "linewidth": 2.6, "markersize": 5}
+WEAK = {"color": "#68727b", "linewidth": 1.2, "markersize": 3}
 
 
 def main(
@@ -43,6 +48,7 @@ def main(
         page.write_text(new)
     if not check:
         picture(ROOT / "docs" / "quality.svg")
+        zoo_page(ROOT / "docs" / "zoo.svg")
 
 
 def _fill(match: re.Match[str]) -> str:
@@ -50,63 +56,115 @@ def _fill(match: re.Match[str]) -> str:
 
 
 def table(name: str) -> str:
-    """One markdown table: a row per method, the mean over seeds of every size; or the costs."""
+    """One markdown table.
+
+    `name` is a model, for its headline metric, or ``<model>_fidelity``: a row per method, the mean
+    over seeds of every size. ``zoo`` and ``zoo_fidelity`` have a row per model, ``ablation`` one
+    per part that is switched off, ``costs`` one per cost, ``checkpoints`` one per
+    measure, ``qk_norm`` one per way to treat the norms.
+    """
     if name == "costs":
-        return costs()
-    runs = _runs(name)
-    keeps = [size["keep"] for size in runs["spp"][0]["sizes"]]
-    lines = ["| kept | " + " | ".join(f"{keep:.0%}" for keep in keeps) + " |"]
-    lines.append("|---|" + "---|" * len(keeps))
-    for method, label in NAMES.items():
+        return _markdown([("what", "measured", "against", "aim", "script"), *costs()])
+    if name == "checkpoints":
+        return _markdown([*checkpoints()])
+    if name == "qk_norm":
+        return _markdown([*qk_norm()])
+    if name in ("zoo", "zoo_fidelity"):
+        return zoo_table("task" if name == "zoo" else "fidelity")
+    if name == "ablation":
+        return _quality(read_runs("digits", "ablation"), "kl", ABLATION)
+    model = name.removesuffix("_fidelity")
+    runs = read_runs(model)
+    if "spp" not in runs:
+        return f"Not measured: `python benchmarks/quality.py --model {model}`."
+    return _quality(runs, headline(runs) if name == model else fidelity(runs), NAMES)
+
+
+def _quality(runs: Runs, metric: str, labels: dict[str, str]) -> str:
+    digits = 4 if metric == "kl" else 3
+    rows = [["kept", *(f"{keep:.0%}" for keep in keeps(runs))]]
+    for method, label in labels.items():
         if method not in runs:
             continue
-        columns = [_values(runs[method], METRIC[name], i) for i in range(len(keeps))]
-        cells = [f"{statistics.fmean(column):.3f}" for column in columns]
-        if method == "spp":
-            cells = [f"**{cell}**" for cell in cells]
-            spread = [f"{min(c):.3f}-{max(c):.3f}" for c in columns]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    lines.insert(3, "| … over seeds | " + " | ".join(spread) + " |")
-    return "\n".join(lines)
+        cells = [f"{mean:.{digits}f}" for mean in means(runs[method], metric)]
+        if method != "spp":
+            rows.append([label, *cells])
+            continue
+        columns = [values(runs[method], metric, i) for i in range(len(cells))]
+        extent = [f"{min(column):.{digits}f}-{max(column):.{digits}f}" for column in columns]
+        rows += [[label, *(f"**{cell}**" for cell in cells)], ["… over seeds", *extent]]
+    return _markdown(rows)
 
 
-def costs() -> str:
-    """What the search, the files and the smaller models cost, as ratios."""
-    rows = [("what", "measured", "against", "script")]
+def costs() -> Iterator[tuple[str, str, str, str, str]]:
+    """What the search, the files and the smaller models cost, mostly as ratios."""
+    floor = "forward + backward to activations"
     for entry in _results("search_step"):
-        shape = f"{entry['batch_size']} × {entry['length']} tokens"
-        floor = "forward + backward to activations"
-        for mode, time in entry["time"].items():
-            rows.append(
-                (f"search step, {shape}, {mode} targets", _x(time["ratio"]), floor, "search_step")
-            )
-        peak = entry["memory"]["resident"]
-        for mode in ("cached", "fresh"):
-            label = f"peak memory of the process, {shape}, {mode} targets"
-            rows.append((label, _x(peak[mode] / peak["floor"]), floor, "search_step"))
-        live = entry["memory"]["tensors"]["ratios_with_weights"]["step"]
-        rows.append((f"live tensors with weights, {shape}", _x(live), floor, "search_step"))
+        shape = f"{entry['size']} × {entry['length']} tokens"
+        time, memory = entry["time"], entry["memory"]
+        peak, live = memory["resident"], memory["tensors"]["ratios_with_weights"]
+        ratios = {
+            f"search step, {shape}, cached targets": (time["cached"]["ratio"], "≤ 1.10 ×"),
+            "… fresh targets": (time["fresh"]["ratio"], ""),
+            "… peak memory of the process": (peak["cached"] / peak["floor"], "≤ 1.15 ×"),
+            "… peak of live tensors and weights": (live["step"], ""),
+        }
+        for label, (ratio, aim) in ratios.items():
+            yield label, _x(ratio), floor, aim, "search_step"
     family = _results("family_cost")
-    rows.append(
-        ("5 sizes from one search", _x(family["ratio"]), "5 runs of iterative", "family_cost")
-    )
+    rival = f"{len(family['iterative'])} runs of iterative"
+    yield "5 sizes from one search", _x(family["ratio"]), rival, "≤ 0.30 ×", "family_cost"
     for name, entry in _results("latency").items():
         if name != "dense":
-            ratio = entry["latency_ratio"]
-            label = f"latency, {name}, 8 × 128 tokens"
-            rows.append((label, _x(ratio), f"dense (MACs {entry['macs_ratio']:.2f} ×)", "latency"))
-    store = json.loads((RESULTS / "store_speed.json").read_text())["ratios"]
-    against = {"copy": "copying the same bytes, with fsync", "read": "reading the same bytes"}
-    for name, spread in store.items():
-        action, base = name.split("/")
-        label = action.replace("_", " ")
-        rows.append((label, _x(spread["median"]), against[base], "store_speed"))
+            macs = entry["macs_ratio"]
+            against, aim = f"dense, with {macs:.2f} × its MACs", f"≤ {_x(1.15 * macs)}"
+            label = f"latency of 8 × 128 tokens, {name}"
+            yield label, _x(entry["latency_ratio"]), against, aim, "latency"
+    ratios = _results("store_speed")["ratios"]
+    for name, label, against, aim in (
+        ("extract_save/copy", "extract and save", "copying the files, with fsync", "≤ 2.0 ×"),
+        ("save/copy", "save", "copying the files, with fsync", ""),
+        ("load/read", "load", "reading the files", "≤ 1.5 ×"),
+        ("load_verified/read", "`load(verify=True)`", "reading the files", ""),
+    ):
+        yield label, _x(ratios[name]["median"]), against, aim, "store_speed"
     imports = _results("import_time")
-    over = f"{imports['import_over_torch']:.2f} s"
-    rows.append(("`import solpath`", over, "over `import torch`", "import_time"))
-    rows.append(("`solpath --help`", f"{imports['help']:.2f} s", "", "import_time"))
+    over, help_ = (f"{imports[key]:.2f} s" for key in ("import_over_torch", "help"))
+    yield "`import solpath`", over, "`import torch`", "≤ 0.3 s", "import_time"
+    yield "`solpath --help`", help_, "", "≤ 0.5 s", "import_time"
+
+
+def qk_norm() -> Iterator[list[str]]:
+    """Ways to treat norms over the heads."""
+    results = _results("qk_norm")
+    dense = results.pop("dense")["1.0"]
+    first = next(iter(results.values()))
+    yield [f"kept (dense {dense:.3f})", *(f"{float(keep):.0%}" for keep in first)]
+    for way, sizes in results.items():
+        yield [NORMS[way], *(f"{bits:.3f}" for bits in sizes.values())]
+
+
+def checkpoints() -> Iterator[list[str]]:
+    """Sizes of well-known checkpoints: parameters, MACs and key-value cache at each."""
+    record = json.loads((RESULTS / "checkpoints.json").read_text())
+    removed = [f"{share:.0%} removed" for share in record["settings"]["sparsity"][1:]]
+    yield ["checkpoint", "", "dense", *removed]
+    for name, entry in record["results"].items():
+        for measure, label, unit in (
+            ("params", "parameters, M", 1e6),
+            ("macs", "MACs, G", 1e9),
+            ("cache", "cache, KiB a token", 512),
+        ):
+            numbers = [size[measure] / unit for size in entry["sizes"]]
+            if any(numbers):
+                yield [name, label, *(f"{n:,.0f}" if n >= 100 else f"{n:.1f}" for n in numbers)]
+                name = ""
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """The first row is the header."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---|---|---|---|", *lines[1:]])
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def _results(name: str) -> Any:
@@ -117,60 +175,32 @@ def _x(ratio: float) -> str:
     return f"{ratio:.2f} ×"
 
 
-def _runs(name: str) -> dict[str, list[dict[str, Any]]]:
-    file = RESULTS / f"quality_{name.removesuffix('_kl')}.json"
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for run in json.loads(file.read_text())["runs"]:
-        runs.setdefault(run["method"], []).append(run)
-    return runs
-
-
-def _values(runs: list[dict[str, Any]], metric: str, index: int) -> list[float]:
-    return [run["sizes"][index]["metrics"][metric] for run in runs]
-
-
 def picture(file: Path) -> None:
-    """Quality against size on the real model, all methods."""
+    """Quality against size on the real model, all methods, as SVG."""
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "solpath"
-    runs = _runs("minilm")
-    figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+    figure = Figure(figsize=(7.2, 3.9), layout="constrained", facecolor="white")
     axes = figure.subplots()
+    ends = []
+    runs = read_runs("minilm")
+    x = [100.0, *(100 * keep for keep in keeps(runs))]
     for method, label in reversed(NAMES.items()):
-        if method not in runs:
-            continue
-        sizes = runs[method][0]["sizes"]
-        x = [100.0] + [100 * size["keep"] for size in sizes]
-        y = [1.0] + [
-            statistics.fmean(_values(runs[method], "cosine", i)) for i in range(len(sizes))
-        ]
-        strong = method == "spp"
-        axes.plot(
-            x,
-            y,
-            color="#0b6e99" if strong else "#9aa3ab",
-            linewidth=2.6 if strong else 1.3,
-            marker="o",
-            markersize=5 if strong else 3,
-        )
-        axes.annotate(
-            label.strip("*"),
-            (x[-1], y[-1]),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=10 if strong else 8,
-            fontweight="bold" if strong else "normal",
-            color="#0b6e99" if strong else "#5b646c",
-        )
-    axes.invert_xaxis()
-    axes.set_xlim(101, 8)
-    axes.set_xticks([100, 80, 60, 40, 25])
+        if method in runs:
+            y = [1.0, *means(runs[method], "cosine")]
+            style = STRONG if method == "spp" else WEAK
+            axes.plot(x, y, marker="o", **style)
+            ends.append((y[-1], label.strip("*"), style["color"]))
     axes.set(xlabel="prunable parameters kept (%)", ylabel="cosine to the dense embedding")
+    axes.set(xlim=(101, 1), ylim=(0.15, 1.02), xticks=x)
+    ends.sort()
+    places = spread([end for end, _, _ in ends], 0.047, *axes.get_ylim())
+    for (end, label, colour), place in zip(ends, places, strict=True):
+        axes.plot([x[-1], 22], [end, place], color=colour, linewidth=0.4)
+        weight = "bold" if colour == STRONG["color"] else "normal"
+        axes.text(21.5, place, label, color=colour, va="center", fontsize=8.5, fontweight=weight)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.patch.set_facecolor("white")
     figure.savefig(file, metadata={"Date": None})
 
 

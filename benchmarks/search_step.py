@@ -7,7 +7,8 @@ embeddings, with the same objective and a target that is known. Every step of th
 from outside, by the moments at which it asks for its batch, and a floor pass is run just before
 it, so both see the same machine; the ratio is the median over those couples. "cached" repeats a
 few batches, whose dense outputs the search remembers; "fresh" brings a new batch every step, so
-each step also runs the dense model once.
+each step also runs the dense model once. Time is that of the processor, so that other work on the
+machine counts for neither.
 
 Memory is measured twice: the most bytes of live tensors, and the peak resident size of a process
 that does nothing else.
@@ -17,10 +18,10 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
+from time import process_time
 from typing import Annotated, Any
 
 import torch
@@ -100,7 +101,7 @@ def settings(steps: int) -> SearchConfig:
 
 
 def time_steps(model: nn.Module, batches: list[Batch], steps: int) -> dict[str, list[float]]:
-    """Seconds of every step of one search, and of the floor between them."""
+    """Processor seconds of every step of one search, and of the floor between them."""
     floor = Floor(deepcopy(model))
     floor.prepare(batches)
     times: dict[str, list[float]] = {"step": [], "floor": []}
@@ -109,11 +110,11 @@ def time_steps(model: nn.Module, batches: list[Batch], steps: int) -> dict[str, 
     def watch(index: int) -> None:
         nonlocal start
         if start is not None:
-            times["step"].append(time.perf_counter() - start)
-        before = time.perf_counter()
+            times["step"].append(process_time() - start)
+        before = process_time()
         floor(batches[index])
-        times["floor"].append(time.perf_counter() - before)
-        start = time.perf_counter()
+        times["floor"].append(process_time() - before)
+        start = process_time()
 
     search(model, Watched(batches, watch), settings(steps), progress=False)
     first = CACHED + WARM_UP if len(batches) == CACHED else WARM_UP
@@ -174,7 +175,7 @@ def main(
     size: Annotated[int, typer.Option(help="Samples per batch.")] = 16,
     length: Annotated[str, typer.Option(help="Tokens per sample, comma-separated.")] = "32,128",
     steps: Annotated[int, typer.Option(help="Search steps that are timed.")] = 40,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     out: Annotated[Path, typer.Option(help="JSON to write.")] = RESULTS / "search_step.json",
     worker: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:

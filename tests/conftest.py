@@ -116,24 +116,55 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "xlm-roberta": ("XLMRobertaModel", SIZES | TEXT),
 }  # fmt: skip
 
+# Likewise for timm, which need not be installed: name of a model, and its sizes.
+VIT: dict[str, object] = {"img_size": 16, "patch_size": 4, "in_chans": 1, "num_classes": 5}
+VIT |= {"embed_dim": 24, "depth": 2, "num_heads": 3, "mlp_ratio": 1.8}
+# 8 x 8 patches, then 4 x 4, in windows of 3: padded, and shifted in every second block.
+WINDOWS: dict[str, object] = {"img_size": 16, "patch_size": 2, "in_chans": 1, "num_classes": 5}
+WINDOWS |= {"embed_dim": 12, "depths": [2, 2], "num_heads": [2, 3], "window_size": 3}
+WINDOWS |= {"mlp_ratio": 1.7}
+TIMM_CASES: dict[str, tuple[str, dict[str, object]]] = {
+    "timm/SwinTransformer": ("swin_tiny_patch4_window7_224", WINDOWS),
+    "timm/SwinTransformer wide heads": (
+        "swin_tiny_patch4_window7_224",
+        WINDOWS | {"depths": [2, 1], "head_dim": 7, "qkv_bias": False, "strict_img_size": False},
+    ),
+    "timm/VisionTransformer": ("vit_tiny_patch16_224", VIT),
+    "timm/VisionTransformer registers": (
+        "vit_small_patch16_224",
+        VIT | {"num_heads": 2, "qkv_bias": False, "proj_bias": False, "class_token": False,
+               "reg_tokens": 2, "init_values": 0.1, "global_pool": "avg"},
+    ),
+    "timm/VisionTransformerDistilled": ("deit_tiny_distilled_patch16_224", VIT),
+}  # fmt: skip
+
 
 def build(label: str, *, seed: int = 0, **changes: object) -> nn.Module:
     """A tiny random model in eval mode. All weights, biases too, are of order one."""
     name, sizes = CASES[label]
     cls = getattr(transformers, name)
     torch.manual_seed(seed)
-    model = cls(cls.config_class(**copy.deepcopy(sizes) | changes)).eval()
+    return randomise_(cls(cls.config_class(**copy.deepcopy(sizes) | changes)).eval())
+
+
+def randomise_(model: nn.Module) -> nn.Module:
+    """Draw all parameters, biases too."""
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.15 if parameter.dim() > 1 else 0.5)
     return model
 
 
-def inputs(model: nn.Module, *, samples: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
+def inputs(
+    model: nn.Module, *, samples: int = 4, seed: int = 0
+) -> dict[str, torch.Tensor] | torch.Tensor:
     """One batch; texts are padded to different lengths."""
     generator = torch.Generator().manual_seed(seed)
-    dtype, kind = next(model.parameters()).dtype, model.config.model_type
-    size = 16 if kind == "swin" else 8
+    dtype = next(model.parameters()).dtype
+    kind = model.config.model_type if hasattr(model, "config") else "timm"
+    size = 16 if kind in ("swin", "timm", "timm_wrapper") else 8
     images = {"pixel_values": torch.randn(samples, 1, size, size, generator=generator).to(dtype)}
+    if kind == "timm":  # a bare model, which takes a tensor
+        return images["pixel_values"]
     if kind == "whisper":
         sound = {"input_features": torch.randn(samples, 6, 14, generator=generator).to(dtype)}
         return sound | {"decoder_input_ids": _tokens(samples, generator)["input_ids"]}
@@ -159,7 +190,7 @@ def _tokens(samples: int, generator: torch.Generator) -> dict[str, torch.Tensor]
     return {"input_ids": tokens * mask, "attention_mask": mask}
 
 
-def batches(model: nn.Module, count: int = 3, samples: int = 4) -> list[dict[str, torch.Tensor]]:
+def batches(model: nn.Module, count: int = 3, samples: int = 4) -> list:
     """A few different batches."""
     return [inputs(model, samples=samples, seed=i) for i in range(count)]
 

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from transformers import ViTImageProcessor
 
 import solpath
 from conftest import build
@@ -65,6 +67,24 @@ def test_search_plan_extract_eval_bench(path, texts, tmp_path, capsys):
     assert figures[small]["params"] == made["params"] < figures[model]["params"]
 
 
+def test_tune(path, texts, tmp_path, capsys):
+    model, small = str(installed_model()), str(tmp_path / "small")
+    assert run(["extract", model, str(path), "--out", small, "--sparsity", "0.5"]) == 0
+    capsys.readouterr()
+    arguments = ["tune", small, model, "--text", str(texts), "--steps", "3", "--json"]
+    arguments += ["--lora-rank", "2", "--checkpoint", str(tmp_path / "state")]
+    assert run([*arguments, "--out", str(tmp_path / "tuned")]) == 0
+    found = out_of(capsys)
+    assert (found["config"]["steps"], found["config"]["lora_rank"]) == (3, 2)
+    assert found["after"]["relative_error"] < found["before"]["relative_error"]
+    start, tuned = solpath.load(small), solpath.load(tmp_path / "tuned")
+    assert [(n, t.shape) for n, t in start.state_dict().items()] == [
+        (n, t.shape) for n, t in tuned.state_dict().items()
+    ]
+    assert (tmp_path / "tuned" / "tokenizer.json").exists()
+    assert (tmp_path / "state" / "tune.safetensors").exists()
+
+
 def test_a_short_search_goes_on_from_its_checkpoint(texts, tmp_path, capsys):
     arguments = ["search", str(installed_model()), "--steps", "2", "--text", str(texts), "--json"]
     checkpoint = ["--checkpoint", str(tmp_path / "state")]
@@ -91,6 +111,8 @@ def test_a_short_search_goes_on_from_its_checkpoint(texts, tmp_path, capsys):
         (["search", "{model}"], "--out"),
         (["demo", "--out", "{path}"], "is not empty"),
         (["report", "{tmp}"], "family.json"),
+        (["tune", "{model}", "{model}", "--out", "{tmp}/t"], "solpath.json"),
+        (["tune", "{tmp}", "{model}", "--out", "{tmp}/t", "--lora-rank", "0"], "lora_rank must be"),
         (["dance"], "dance"),
     ],
 )
@@ -120,6 +142,38 @@ def test_interrupt_exits_130_with_a_hint(texts, tmp_path, monkeypatch, capsys):
     arguments += ["--out", str(tmp_path / "path"), "--checkpoint", str(tmp_path / "state")]
     assert run(arguments) == 130
     assert str(tmp_path / "state") in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory) -> Path:
+    """A tiny ViT with its image processor, and a folder of images."""
+    folder = tmp_path_factory.mktemp("vit")
+    build("vit", num_channels=3).save_pretrained(folder / "model")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder / "model")
+    (folder / "images").mkdir()
+    for i in range(6):
+        Image.new("RGB", (10, 10), (40 * i, 0, 200)).save(folder / "images" / f"{i}.png")
+    return folder
+
+
+def test_a_model_of_images(vit, tmp_path, capsys):
+    model, images = str(vit / "model"), ["--images", str(vit / "images")]
+    path, small = str(tmp_path / "path"), str(tmp_path / "small")
+    assert run(["search", model, *images, "--steps", "3", "--out", path, "--json"]) == 0
+    assert out_of(capsys)["method"] == "spp"
+    assert run(["extract", model, path, "--sparsity", "0.4", "--out", small, "--json"]) == 0
+    assert (tmp_path / "small" / "preprocessor_config.json").exists()
+    capsys.readouterr()
+    assert run(["eval", small, "--reference", model, *images, "--json"]) == 0
+    assert 0 < out_of(capsys)["metrics"]["kl"] < 10
+
+
+def test_a_model_takes_what_it_takes(vit, texts, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "path")]
+    assert run(["search", str(vit / "model"), "--text", str(texts), *out]) == 2
+    assert "takes images; give a folder of them with --images" in capsys.readouterr().err
+    assert run(["search", str(installed_model()), "--images", str(vit / "images"), *out]) == 2
+    assert "takes text, not images" in capsys.readouterr().err
 
 
 def test_a_path_of_another_model_is_refused(path, tmp_path, capsys):

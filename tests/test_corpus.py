@@ -7,11 +7,9 @@ import torch
 
 from solpath.corpus import (
     docstring_pairs,
-    installed_model,
     read_corpus,
     retrieval_accuracy,
     split_of,
-    text_batches,
     texts_of,
 )
 
@@ -53,15 +51,6 @@ def test_code_is_read_and_never_run(tmp_path: Path):
     assert rest.startswith("It goes on")
     file.write_text("def broken(:\n")
     assert docstring_pairs(file) == []
-
-
-def test_batches_have_one_shape(corpus):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(installed_model())
-    batches = text_batches(tokenizer, texts_of(corpus.search), size=16, length=32)
-    assert len(batches) == 7
-    assert all(batch["input_ids"].shape == (16, 32) for batch in batches)
 
 
 def test_retrieval_accuracy_of_a_perfect_and_a_blind_embedding(corpus):

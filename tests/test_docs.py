@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import solpath
+from solpath.arch import table
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
@@ -23,6 +24,7 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _use_the_installed_model(monkeypatch)
     _search_briefly(monkeypatch)
+    _forget_registered_types(monkeypatch)
     torch.manual_seed(0)
     exec(compile("\n".join(blocks), page, "exec"), {"__name__": page})
 
@@ -49,6 +51,11 @@ def _search_briefly(monkeypatch):
         return real(model, batches, config, **options | {"progress": False})
 
     monkeypatch.setattr(solpath, "search", search)
+
+
+def _forget_registered_types(monkeypatch):
+    """Architectures that a page registers are known on that page only."""
+    monkeypatch.setattr(table, "_REGISTERED", dict(table._REGISTERED))
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from conftest import CASES, build, inputs
+from conftest import CASES, TIMM_CASES, build, inputs
 from solpath.arch import known_model_types, lookup, register
 from solpath.arch.table import _REGISTERED
 from solpath.counting import count_costs
@@ -18,7 +18,7 @@ from solpath.slicing import cut_linear, linear_map, refit_
 
 
 def test_every_known_type_has_a_case():
-    assert {label.split()[0] for label in CASES} == set(known_model_types())
+    assert {label.split()[0] for label in CASES | TIMM_CASES} == set(known_model_types())
 
 
 def test_every_linear_layer_of_the_blocks_is_in_a_pair(model):
@@ -114,7 +114,7 @@ def test_cut_linear(axis, kind):
 def test_registering_a_type_is_enough_to_prune_it():
     """A BERT under another name. docs/how-to.md writes a table from nothing."""
     model = build("bert")
-    stacks = lookup(model)
+    stacks = lookup("bert")
     model.config.model_type = "toy"
     try:
         register("toy", *stacks)

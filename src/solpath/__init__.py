@@ -7,7 +7,8 @@ from solpath.errors import SolpathError
 
 if TYPE_CHECKING:
     from solpath import baselines
-    from solpath.config import InclusionConfig, SearchConfig
+    from solpath.batching import image_batches, image_text_batches, text_batches
+    from solpath.config import InclusionConfig, SearchConfig, TuneConfig
     from solpath.discover import find_pairs
     from solpath.evaluation import evaluate
     from solpath.extraction import extract
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from solpath.plan import Plan
     from solpath.searching import search
     from solpath.store import load, push_to_hub, save
+    from solpath.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -26,16 +28,21 @@ _HOME = {
     "Plan": "plan",
     "SearchConfig": "config",
     "SolutionPath": "path",
+    "TuneConfig": "config",
     "baselines": "",
     "evaluate": "evaluation",
     "extract": "extraction",
     "find_pairs": "discover",
+    "image_batches": "batching",
+    "image_text_batches": "batching",
     "load": "store",
     "masked": "masks",
     "measure": "measurement",
     "push_to_hub": "store",
     "save": "store",
     "search": "searching",
+    "text_batches": "batching",
+    "tune": "tuning",
 }
 
 __all__ = [
@@ -44,16 +51,21 @@ __all__ = [
     "SearchConfig",
     "SolpathError",
     "SolutionPath",
+    "TuneConfig",
     "baselines",
     "evaluate",
     "extract",
     "find_pairs",
+    "image_batches",
+    "image_text_batches",
     "load",
     "masked",
     "measure",
     "push_to_hub",
     "save",
     "search",
+    "text_batches",
+    "tune",
 ]
 
 

@@ -13,21 +13,22 @@ from solpath.dynamics import sparse_copy
 from solpath.objective import Loss
 from solpath.pair import Pair, Side
 from solpath.path import SolutionPath, unflatten
+from solpath.pretrained import Name, for_batches
 from solpath.probe import Probe, probing
 from solpath.slicing import linear_map
 
 
 def random(
-    model: nn.Module, batches: Iterable[Any], *, seed: int = 0, loss: Loss | None = None
+    model: nn.Module | Name, batches: Iterable[Any], *, seed: int = 0, loss: Loss | None = None
 ) -> SolutionPath:
     """A random order: the floor any method must beat."""
-    with _probe(model, batches, loss, seed) as (pairs, probe):
+    with _probe(model, batches, loss, seed) as (model, pairs, probe):
         score = torch.rand(probe.units, generator=probe.generator("random"), dtype=torch.float64)
         return _path(model, pairs, probe, "random", score, {"seed": seed})
 
 
 def magnitude(
-    model: nn.Module, batches: Iterable[Any], *, seed: int = 0, loss: Loss | None = None
+    model: nn.Module | Name, batches: Iterable[Any], *, seed: int = 0, loss: Loss | None = None
 ) -> SolutionPath:
     """Norm of a unit's weights before the inner dimension times the norm after it.
 
@@ -35,7 +36,7 @@ def magnitude(
     mean over the pair, so that layers can be compared. `batches` only gives the sample that MACs
     are counted on.
     """
-    with _probe(model, batches, loss, seed) as (pairs, probe):
+    with _probe(model, batches, loss, seed) as (model, pairs, probe):
         parts = []
         for pair in pairs:
             left = sum(_norms(model, pair, side) for side in pair.left)
@@ -45,7 +46,7 @@ def magnitude(
 
 
 def taylor(
-    model: nn.Module,
+    model: nn.Module | Name,
     batches: Iterable[Any],
     *,
     seed: int = 0,
@@ -57,14 +58,14 @@ def taylor(
     With a user's loss the derivative is that of the loss; without one, where it is exactly 0 at
     the dense model, that of a random projection of the output with the loss's curvature.
     """
-    with _probe(model, batches, loss, seed) as (pairs, probe):
+    with _probe(model, batches, loss, seed) as (model, pairs, probe):
         score = probe.curvature(scale_batches, absolute=True)[0] / probe.cost
         config = {"seed": seed, "scale_batches": scale_batches}
         return _path(model, pairs, probe, "taylor", score, config)
 
 
 def gauss_newton(
-    model: nn.Module,
+    model: nn.Module | Name,
     batches: Iterable[Any],
     *,
     seed: int = 0,
@@ -72,7 +73,7 @@ def gauss_newton(
     scale_batches: int = 16,
 ) -> SolutionPath:
     """Expected loss of removing a unit from the dense model, to second order, per parameter."""
-    with _probe(model, batches, loss, seed) as (pairs, probe):
+    with _probe(model, batches, loss, seed) as (model, pairs, probe):
         diagonal, slope = probe.curvature(scale_batches)
         score = (diagonal / 2 - slope) / probe.cost
         config = {"seed": seed, "scale_batches": scale_batches}
@@ -80,7 +81,7 @@ def gauss_newton(
 
 
 def iterative(
-    model: nn.Module,
+    model: nn.Module | Name,
     batches: Iterable[Any],
     *,
     seed: int = 0,
@@ -98,7 +99,7 @@ def iterative(
         scale_batches: batches for each, different at every stage.
         first_order: use the gradient at the current size as well as the curvature.
     """
-    with _probe(model, batches, loss, seed) as (pairs, probe):
+    with _probe(model, batches, loss, seed) as (model, pairs, probe):
         mask = torch.ones(probe.units, dtype=torch.float64)
         score = torch.zeros_like(mask)
         removed = 0
@@ -126,7 +127,7 @@ def iterative(
 
 
 def iterative_curvature(
-    model: nn.Module,
+    model: nn.Module | Name,
     batches: Iterable[Any],
     *,
     seed: int = 0,
@@ -149,7 +150,7 @@ def iterative_curvature(
 
 
 def released(
-    model: nn.Module,
+    model: nn.Module | Name,
     batches: Iterable[Any],
     *,
     seed: int = 0,
@@ -164,7 +165,7 @@ def released(
     by V, which is finer than the published count of logged steps with Γ > 0; every head has its
     own mask, where the published code shares one.
     """
-    with _probe(model, batches, loss, seed) as (pairs, probe):
+    with _probe(model, batches, loss, seed) as (model, pairs, probe):
         mask = torch.ones(probe.units, dtype=torch.float64, requires_grad=True)
         adam = torch.optim.AdamW([mask], lr=learning_rate, eps=1e-4, weight_decay=0)
         dual = torch.zeros(probe.units, dtype=torch.float64)
@@ -192,11 +193,12 @@ METHODS: Mapping[str, Callable[..., SolutionPath]] = {
 
 @contextmanager
 def _probe(
-    model: nn.Module, batches: Iterable[Any], loss: Loss | None, seed: int
-) -> Iterator[tuple[tuple[Pair, ...], Probe]]:
+    model: nn.Module | Name, batches: Iterable[Any], loss: Loss | None, seed: int
+) -> Iterator[tuple[nn.Module, tuple[Pair, ...], Probe]]:
+    model, batches = for_batches(model, batches)
     pairs = find_pairs(model)
     with probing(model, pairs, batches, loss=loss, seed=seed) as probe:
-        yield pairs, probe
+        yield model, pairs, probe
 
 
 def _path(

@@ -1,4 +1,4 @@
-"""The state of a search on disk: one safetensors file, replaced atomically."""
+"""The state of a search or a tuning on disk: one safetensors file, replaced atomically."""
 
 import json
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ from solpath.files import write_file
 
 State = dict[str, Tensor]
 
-_KEY = "solpath.search"
+_KEY = "solpath.checkpoint"
 
 
 def write_checkpoint(file: Path, header: Mapping[str, Any], state: State) -> None:
-    """Replace `file` by `state`; `header` says which search it belongs to."""
+    """Replace `file` by `state`; `header` says which run it belongs to."""
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     write_file(file, save(tensors, {_KEY: json.dumps(header)}))
 
@@ -37,12 +37,12 @@ def read_checkpoint(file: Path, header: Mapping[str, Any]) -> State | None:
             found = _fields(json.loads(stream.metadata()[_KEY]))
             state = {name: stream.get_tensor(name) for name in stream.offset_keys()}
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise FileError(f"{file} is not a checkpoint of a search: {error}.") from error
+        raise FileError(f"{file} is not a checkpoint: {error}.") from error
     for name, ours in _fields(header).items():
         if found.get(name) != ours:
             detail = "" if name == "digests" else f": {found.get(name)!r}, not {ours!r}"
             raise FingerprintError(
-                f"{file} holds another search; it differs in {name}{detail}. "
+                f"{file} holds another run; it differs in {name}{detail}. "
                 "Use another folder, or remove that file to start again."
             )
     return state
@@ -50,5 +50,5 @@ def read_checkpoint(file: Path, header: Mapping[str, Any]) -> State | None:
 
 def _fields(header: Mapping[str, Any]) -> dict[str, Any]:
     """The header without its nesting."""
-    rest = {name: header[name] for name in ("version", "kind", "loss")}
+    rest = {name: value for name, value in header.items() if name not in ("config", "fingerprint")}
     return {**rest, **header["config"], **header["fingerprint"]}

@@ -43,6 +43,9 @@ Protect = Annotated[
 Text = Annotated[
     Path | None, typer.Option(help="File with one text per line; default: installed docstrings.")
 ]
+Images = Annotated[
+    Path | None, typer.Option(help="Folder of images, for a model that takes images.")
+]
 
 # Bad arguments of any kind; typer exports only this subclass of it.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
@@ -89,13 +92,13 @@ def demo(
 @app.command()
 def inspect(model: ModelName, as_json: Json = False) -> None:
     """List what can be pruned in a model."""
-    from solpath.demo import load_model
     from solpath.discover import find_pairs
+    from solpath.pretrained import from_pretrained
 
-    loaded = load_model(model)[0]
+    loaded = from_pretrained(model, device="meta")
     total = sum(parameter.numel() for parameter in loaded.parameters())
     pairs = find_pairs(loaded)
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "pair": pair.name,
             "kind": pair.kind,
@@ -122,6 +125,7 @@ def search(
     model: ModelName,
     out: Annotated[Path, typer.Option(help="Folder for the path, new or empty.")],
     text: Text = None,
+    images: Images = None,
     steps: Annotated[int, typer.Option(help="Of the search.")] = 200,
     seed: Annotated[int, typer.Option(help="Same seed, same path.")] = 0,
     method: Annotated[
@@ -135,7 +139,6 @@ def search(
     """Put all units of a model in order, once."""
     from solpath import baselines
     from solpath.config import InclusionConfig, SearchConfig
-    from solpath.demo import load_model
     from solpath.files import check_output
     from solpath.searching import search as search_path
 
@@ -145,9 +148,8 @@ def search(
         raise ConfigError(f"method must be one of {names}; got {method!r}.")
     config = configs.get(method, SearchConfig)(steps=steps, seed=seed)
     check_output(out)
-    texts = _read_texts(text)
-    loaded, tokenizer, _ = load_model(model)
-    batches = _batches(tokenizer, texts, seed)
+    loaded = _load(model)
+    batches = _batches(model, loaded, text, images, seed)
     if method in configs:
         if checkpoint is not None:
             _state["hint"] = f"{checkpoint}; run the same command again to go on"
@@ -201,19 +203,78 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Cut a model to a budget and save it."""
-    from solpath.demo import load_model
     from solpath.extraction import extract as cut
     from solpath.files import check_output
+    from solpath.pretrained import load_processor
     from solpath.store import save
 
     check_output(out)
     made = _plan(path, sparsity, params, macs, multiple_of, min_width, protect)
-    loaded, tokenizer, _ = load_model(model)
-    save(cut(loaded, made), out, tokenizer=tokenizer)
+    small = cut(_load(model), made)
+    try:
+        processor = load_processor(model)
+    except FileError as error:
+        _say(f"no tokenizer or image processor is saved with it: {error}")
+        processor = None
+    save(small, out, tokenizer=processor)
     if as_json:
         summary = made.to_dict()
         return _print_json({"out": str(out), "asked": summary["asked"], **summary["achieved"]})
     print(f"{made!r}\nwritten to {out}")
+
+
+@app.command()
+def tune(
+    small: Annotated[str, typer.Argument(help="Folder of an extracted model.")],
+    dense: ModelName,
+    out: Annotated[Path, typer.Option(help="Folder for the tuned model, new or empty.")],
+    text: Text = None,
+    images: Images = None,
+    steps: Annotated[int, typer.Option(help="Updates.")] = 500,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train adapters of this rank, merged; default: all weights.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak; default: a tested one.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of texts and of the adapters.")] = 0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder for the state, so that tuning can go on.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train an extracted model to give the outputs of the dense one."""
+    from solpath.config import TuneConfig
+    from solpath.evaluation import evaluate
+    from solpath.files import check_output
+    from solpath.pretrained import load_processor
+    from solpath.store import save
+    from solpath.tuning import tune as train
+
+    config = TuneConfig(steps=steps, seed=seed, learning_rate=learning_rate, lora_rank=lora_rank)
+    check_output(out)
+    start, teacher = _load(small), _load(dense)
+    batches, heldout = _split_batches(dense, teacher, text, images, seed)
+    if checkpoint is not None:
+        _state["hint"] = f"{checkpoint}; run the same command again to go on"
+    tuned = train(
+        start,
+        teacher,
+        batches,
+        config,
+        heldout=heldout,
+        checkpoint=checkpoint,
+        progress=not as_json,
+    )
+    save(tuned, out, tokenizer=load_processor(dense))
+    before, after = (dict(evaluate(m, teacher, heldout).metrics) for m in (start, tuned))
+    if as_json:
+        return _print_json(
+            {"out": str(out), "config": config.to_dict(), "before": before, "after": after}
+        )
+    rows = [(name, f"{before[name]:.4f}", f"{after[name]:.4f}") for name in before]
+    _print_table(("held-out metric", "before", "after"), rows)
+    print(f"written to {out}")
 
 
 @app.command(name="eval")
@@ -221,30 +282,24 @@ def evaluate_(
     model: Annotated[str, typer.Argument(help="Folder of an extracted or dense model.")],
     reference: Annotated[str, typer.Option(help="Folder or hub id of the dense model.")],
     text: Text = None,
+    images: Images = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a model with the dense one on held-out text."""
-    from solpath.corpus import (
-        embedder,
-        read_corpus,
-        retrieval_accuracy,
-        text_batches,
-        texts_of,
-    )
-    from solpath.demo import load_model
+    """Compare a model with the dense one on held-out text or images."""
+    from solpath.corpus import embedder, read_corpus, retrieval_accuracy, texts_of
     from solpath.evaluation import evaluate
+    from solpath.pretrained import load_processor
 
-    texts = _read_texts(text)
-    small = load_model(model)[0]
-    dense, tokenizer, _ = load_model(reference)
-    if texts is None:
+    small, dense = _load(model), _load(reference)
+    if text is None and images is None and _takes(dense) == {"text"}:
+        tokenizer = load_processor(reference)
         pairs = read_corpus(search=0, calibration=0).test
-        batches = text_batches(tokenizer, texts_of(pairs))
+        batches = _text_batches(dense, tokenizer, texts_of(pairs))
         result = evaluate(
             small, dense, batches, task=lambda m: retrieval_accuracy(embedder(m, tokenizer), pairs)
         )
     else:
-        result = evaluate(small, dense, text_batches(tokenizer, texts))
+        result = evaluate(small, dense, _batches(reference, dense, text, images, 0))
     if as_json:
         return _print_json(result.to_dict())
     names = {"task": "retrieval accuracy@1"}
@@ -266,10 +321,9 @@ def bench(
     """Measure size, memory and latency of several models in one run."""
     import torch
 
-    from solpath.demo import load_model
     from solpath.measurement import measure, provenance
 
-    models = {name: load_model(name)[0] for name in dict.fromkeys([dense, *small])}
+    models = {name: _load(name) for name in dict.fromkeys([dense, *small])}
     shape = (samples, tokens)
     limit = getattr(models[dense].config, "max_position_embeddings", tokens)
     if tokens > limit:
@@ -382,23 +436,70 @@ def _plan(
     )
 
 
-def _read_texts(file: Path | None) -> list[str] | None:
-    """Lines of a text file that are not empty; None without a file."""
-    if file is None:
-        return None
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"cannot read {file}: {error}.") from error
-    texts = [line for line in lines if line]
-    if not texts:
-        raise FileError(f"{file} has no text; give one text per line.")
-    return texts
+def _load(name: str) -> Any:
+    """A dense or extracted model."""
+    from solpath.pretrained import from_pretrained, quiet_transformers
+    from solpath.store import load
+
+    quiet_transformers()
+    return load(name) if (Path(name) / "solpath.json").is_file() else from_pretrained(name)
 
 
-def _batches(tokenizer: Any, texts: list[str] | None, seed: int) -> list[dict[str, Any]]:
-    from solpath.corpus import read_corpus, text_batches, texts_of
+def _batches(name: str, model: Any, text: Path | None, images: Path | None, seed: int) -> Any:
+    """Batches of the images, of the text, or of installed docstrings."""
+    from solpath.batching import image_batches
+    from solpath.corpus import read_corpus, texts_of
+    from solpath.pretrained import load_processor
 
-    if texts is None:
-        texts = texts_of(read_corpus(calibration=0, test=0).search, seed=seed)
-    return text_batches(tokenizer, texts)
+    takes = _takes(model)
+    if takes == {"image"}:
+        if images is None or text is not None:
+            raise ConfigError(f"{name} takes images; give a folder of them with --images.")
+        return image_batches(images, load_processor(name), seed=seed)
+    if takes != {"text"}:
+        raise ConfigError(
+            f"{name} takes {' and '.join(sorted(takes))}; search it from Python with "
+            "solpath.search and your own batches."
+        )
+    if images is not None:
+        raise ConfigError(f"{name} takes text, not images; give a file with --text.")
+    if text is None:
+        known = texts_of(read_corpus(calibration=0, test=0).search, seed=seed)
+        return _text_batches(model, load_processor(name), known)
+    return _text_batches(model, load_processor(name), text, length=128, seed=seed)
+
+
+def _takes(model: Any) -> set[str]:
+    """What a model takes: ``"text"``, ``"image"``, or several."""
+    kinds = model.input_modalities
+    return {kinds} if isinstance(kinds, str) else set(kinds)
+
+
+def _text_batches(
+    model: Any, tokenizer: Any, source: Any, *, length: int = 32, seed: int | None = None
+) -> Any:
+    """Decoders get full blocks, other models one text a row; no longer than the model allows."""
+    from solpath.batching import text_batches
+
+    config = model.config
+    longest = getattr(config, "max_position_embeddings", None) or length
+    pack = model.can_generate() and not config.is_encoder_decoder
+    return list(text_batches(source, tokenizer, length=min(length, longest), seed=seed, pack=pack))
+
+
+def _split_batches(
+    name: str, model: Any, text: Path | None, images: Path | None, seed: int
+) -> tuple[list[Any], list[Any]]:
+    """Batches to train on and to judge by: docstrings of other files, or the last tenth of both."""
+    from solpath.corpus import read_corpus, texts_of
+    from solpath.pretrained import load_processor
+
+    if text is None and images is None and _takes(model) == {"text"}:
+        corpus, tokenizer = read_corpus(search=2048, test=0), load_processor(name)
+        held = _text_batches(model, tokenizer, texts_of(corpus.calibration))
+        return _text_batches(model, tokenizer, texts_of(corpus.search, seed=seed)), held
+    batches = list(_batches(name, model, text, images, seed))
+    count = max(1, len(batches) // 10)
+    if len(batches) == count:
+        raise ConfigError("there is one batch of data; give more: a tenth of it is held out.")
+    return batches[:-count], batches[-count:]

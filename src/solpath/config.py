@@ -1,4 +1,4 @@
-"""Settings of a search: frozen, plain values, checked where they are built."""
+"""Settings of a search or a tuning: frozen, plain values, checked where they are built."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,6 +9,11 @@ from solpath.errors import ConfigError
 def _check(field: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ConfigError(f"{field} must be between {low:g} and {high:g}, got {value!r}.")
+
+
+def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{field} must be one of {', '.join(choices)}; got {value!r}.")
 
 
 def _check_count(field: str, value: int, low: int) -> None:
@@ -99,6 +104,59 @@ class InclusionConfig:
             _check("nu", self.nu, 1e-12, 1e12)
         if self.lam is not None:
             _check("lam", self.lam, 1e-6, 1e12)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Training of a smaller model against the dense one: AdamW, warmup, one schedule.
+
+    Attributes:
+        steps: updates, one batch each.
+        seed: of the adapters' start and of a shuffling `DataLoader`.
+        learning_rate: peak; None takes 5e-4 for all weights and 5e-3 for adapters.
+        warmup: share of `steps` in which the learning rate grows from 0 to its peak.
+        schedule: after that: ``cosine`` or ``linear`` to 0, or ``constant``.
+        weight_decay: of the matrices, not of biases and norms.
+        max_grad_norm: longer gradients are scaled down to this norm.
+        evaluate_every: steps between looks at the held-out batches.
+        patience: looks without a new best after which tuning stops early; None never does.
+        lora_rank: train low-rank adapters of this rank and merge them; None trains all weights.
+        lora_alpha: the adapters' product is scaled by ``lora_alpha / lora_rank``.
+        mixed_precision: ``no``, or ``bf16`` for autocast; the weights stay in their dtype.
+    """
+
+    steps: int = 500
+    seed: int = 0
+    learning_rate: float | None = None
+    warmup: float = 0.05
+    schedule: str = "cosine"
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    evaluate_every: int = 50
+    patience: int | None = None
+    lora_rank: int | None = None
+    lora_alpha: float = 16.0
+    mixed_precision: str = "no"
+
+    def __post_init__(self) -> None:
+        _check_count("steps", self.steps, 1)
+        _check_count("seed", self.seed, 0)
+        _check_count("evaluate_every", self.evaluate_every, 1)
+        for field in ("patience", "lora_rank"):
+            if getattr(self, field) is not None:
+                _check_count(field, getattr(self, field), 1)
+        if self.learning_rate is not None:
+            _check("learning_rate", self.learning_rate, 1e-12, 1e3)
+        _check("warmup", self.warmup, 0, 1)
+        _check("weight_decay", self.weight_decay, 0, 1e3)
+        _check("max_grad_norm", self.max_grad_norm, 1e-12, 1e12)
+        _check("lora_alpha", self.lora_alpha, 1e-6, 1e6)
+        _check_choice("schedule", self.schedule, ("cosine", "linear", "constant"))
+        _check_choice("mixed_precision", self.mixed_precision, ("no", "bf16"))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

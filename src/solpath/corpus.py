@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from solpath.batching import text_batches
 from solpath.errors import FileError
 
 Split = Literal["search", "calibration", "test"]
@@ -221,34 +222,6 @@ def texts_of(pairs: Sequence[TextPair], *, seed: int = 0) -> list[str]:
     return texts
 
 
-def text_batches(
-    tokenizer: Any, texts: Sequence[str], *, size: int = 16, length: int = 32
-) -> list[dict[str, Tensor]]:
-    """Tokenise texts into batches of one shape.
-
-    Args:
-        tokenizer: a transformers tokenizer; one without padding token pads with its end token.
-        texts: at least one.
-        size: texts per batch; a short last batch is dropped when there are others.
-        length: tokens per text; longer text is cut, shorter text is padded and masked.
-
-    Returns:
-        Dicts of int64 ``[size, length]``: what the model takes.
-    """
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    batches: list[dict[str, Tensor]] = []
-    for start in range(0, len(texts), size):
-        part = list(texts[start : start + size])
-        if batches and len(part) < size:
-            break
-        encoded = tokenizer(
-            part, truncation=True, max_length=length, padding="max_length", return_tensors="pt"
-        )
-        batches.append(dict(encoded))
-    return batches
-
-
 def embedder(model: nn.Module, tokenizer: Any, *, size: int = 32, length: int = 32) -> Embed:
     """A function from texts to unit embeddings ``[texts, width]``: last hidden states, averaged.
 
@@ -261,11 +234,14 @@ def embedder(model: nn.Module, tokenizer: Any, *, size: int = 32, length: int = 
         model.eval()
         device = next(model.parameters()).device
         with torch.inference_mode():
-            for start in range(0, len(texts), size):
-                [batch] = text_batches(
-                    tokenizer, texts[start : start + size], size=size, length=length
-                )
-                batch = {name: value.to(device) for name, value in batch.items()}
+            for batch in text_batches(
+                texts,
+                tokenizer,
+                batch_size=size,
+                length=length,
+                seed=None,
+                device=device,
+            ):
                 parts.append(mean_pool(_last_hidden(model, batch), batch["attention_mask"]))
         model.train(training)
         return nn.functional.normalize(torch.cat(parts), dim=-1)

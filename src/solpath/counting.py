@@ -1,10 +1,12 @@
 """Count the multiply-accumulates of a model on one sample, and what each unit takes part in."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,6 +41,7 @@ def count_costs(model: nn.Module, pairs: Sequence[Pair], sample: Any) -> CostTab
         # The plain attention kernel, because the counter knows no formula for some fused ones.
         with (
             torch.no_grad(),
+            _without_data(model),
             sdpa_kernel(SDPBackend.MATH),
             FlopCounterMode(display=False) as counter,
         ):
@@ -55,6 +58,13 @@ def count_costs(model: nn.Module, pairs: Sequence[Pair], sample: Any) -> CostTab
         unit_macs={pair.name: _unit_macs(model, pair, shapes) for pair in pairs},
         unit_cache={pair.name: pair.cache for pair in pairs},
     )
+
+
+def _without_data(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """On the meta device, fake tensors: models know these and do not look at values."""
+    if next(model.parameters()).is_meta:
+        return FakeTensorMode(allow_non_fake_inputs=True)
+    return contextlib.nullcontext()
 
 
 def _unit_macs(model: nn.Module, pair: Pair, shapes: Mapping[str, list[torch.Size]]) -> int:

@@ -1,6 +1,5 @@
 """The demo: one search over a real model, a family of smaller ones, baselines, and a report."""
 
-import logging
 import os
 import shutil
 import time
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from solpath import baselines, store
+from solpath.batching import text_batches
 from solpath.config import SearchConfig
 from solpath.corpus import (
     Corpus,
@@ -21,15 +21,14 @@ from solpath.corpus import (
     installed_model,
     read_corpus,
     retrieval_accuracy,
-    text_batches,
     texts_of,
 )
-from solpath.errors import ConfigError, FileError
 from solpath.extraction import extract
 from solpath.files import check_output, write_file
 from solpath.masks import masked
 from solpath.measurement import Measurement, measure, provenance
 from solpath.path import SolutionPath
+from solpath.pretrained import from_pretrained, load_processor, quiet_transformers
 from solpath.report import FORMAT_VERSION, check_installed, write_report
 from solpath.searching import search
 
@@ -100,9 +99,12 @@ def run_demo(
     resumed = (folder / CHECKPOINT).is_dir()
     check_output(folder, overwrite=resumed)
     check_installed()
-    dense, tokenizer, source = load_model(model)
+    quiet_transformers()
+    name = installed_model() if model is None else model
+    dense, tokenizer = from_pretrained(name), load_processor(name)
     corpus = read_corpus(test=scale.test)
-    batches = text_batches(tokenizer, texts_of(corpus.search, seed=seed))
+    texts = texts_of(corpus.search, seed=seed)
+    batches = list(text_batches(texts, tokenizer, length=32, seed=None))
     say(f"searching {type(dense).__name__} in {config.steps} steps")
     start = time.perf_counter()
     path = search(dense, batches, config, checkpoint=folder / CHECKPOINT, progress=progress)
@@ -137,15 +139,15 @@ def run_demo(
 
     say("measuring latency")
     long = [" ".join(pair) for pair in corpus.search[:8]]
-    [batch] = text_batches(tokenizer, long, size=8, length=scale.tokens)
+    [batch] = text_batches(long, tokenizer, batch_size=8, length=scale.tokens, seed=None)
     measured = measure({"dense": dense, **small}, batch, repeats=scale.repeats)
     family = {
         "format": "solpath.family",
         "version": FORMAT_VERSION,
         "model": {
-            "name": source["name"],
+            "name": "all-MiniLM-L6-v2" if model is None else Path(model).name,
             "class": type(dense).__name__,
-            "sha256": source["sha256"],
+            "sha256": _sha256(Path(name)),
             "units": sum(pair.units for pair in path.pairs),
             "prunable": path.costs.prunable(path.pairs),
         },
@@ -223,74 +225,6 @@ def store_json(value: Mapping[str, Any]) -> bytes:
     import json
 
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
-
-
-def load_model(name: str | None) -> tuple[Any, Any, dict[str, Any]]:
-    """A dense or extracted text model, its tokenizer, and where they come from.
-
-    Weights are read from safetensors only and no code from the folder is run.
-
-    Args:
-        name: a folder or a hub id; None means the model of the ``demo`` extra.
-
-    Returns:
-        model in eval mode, tokenizer, ``{"name", "sha256"}``.
-
-    Raises:
-        FileError: no such folder, or it cannot be read.
-        ConfigError: a model whose class or tokenizer is not known to transformers.
-    """
-    quiet_transformers()
-    import transformers
-
-    if name is None:
-        folder = str(installed_model())
-        source = {"name": "all-MiniLM-L6-v2", "sha256": _sha256(Path(folder))}
-    else:
-        folder = name
-        source = {"name": Path(name).name, "sha256": _sha256(Path(name))}
-        if not Path(name).is_dir() and (Path(name).exists() or not _is_hub_id(name)):
-            raise FileError(f"{name}: no such folder, and not a hub id such as owner/name.")
-    local: dict[str, Any] = {"local_files_only": Path(folder).is_dir(), "trust_remote_code": False}
-    try:
-        if (Path(folder) / "solpath.json").is_file():
-            model: Any = store.load(folder)
-        else:
-            config = transformers.AutoConfig.from_pretrained(folder, **local)
-            [known] = (config.architectures or ["AutoModel"])[:1]
-            kind = getattr(transformers, known, None)
-            if kind is None:
-                raise ConfigError(f"{name}: class {known!r} is not in transformers.")
-            if known != "AutoModel":
-                local.pop("trust_remote_code")
-            model = kind.from_pretrained(folder, use_safetensors=True, **local)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=Path(folder).is_dir(), trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise FileError(f"cannot load {folder}: {reason}") from error
-    return model.eval(), tokenizer, source
-
-
-def quiet_transformers() -> None:
-    """Keep loading bars and warnings of transformers off the terminal."""
-    import transformers
-
-    messages: Any = transformers.utils.logging
-    messages.set_verbosity_error()
-    messages.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
-def _is_hub_id(name: str) -> bool:
-    parts = name.split("/")
-    return len(parts) <= 2 and all(
-        part and part[0].isalnum() and set(part) <= _HUB_CHARACTERS for part in parts
-    )
-
-
-_HUB_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
 def _sha256(folder: Path) -> str | None:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from solpath.arch import Attention, Mlp, Stack, lookup
+from solpath.arch import Attention, Mlp, Stack, lookup, type_of
 from solpath.errors import UnsupportedModelError
 from solpath.pair import Fingerprint, Norm, Pair, Side
+from solpath.pretrained import Name, as_model
 from solpath.slicing import LinearMap, linear_map
 
 EXTRACTED = "solpath_plan"
@@ -35,19 +36,20 @@ class Site:
     vo: Pair
 
 
-def find_pairs(model: nn.Module) -> tuple[Pair, ...]:
+def find_pairs(model: nn.Module | Name) -> tuple[Pair, ...]:
     """Every inner dimension of every attention head and every MLP neuron, block by block.
 
     Args:
-        model: a transformers model; it is only looked at.
+        model: a model of transformers or timm, or its folder or hub id; it is only looked at, and
+            weights are not read.
 
     Returns:
         Per block the ``qk`` and ``vo`` pairs of its attentions, then the ``mlp`` pair.
 
     Raises:
-        UnsupportedModelError: unknown ``config.model_type`` (the message lists the known ones),
-            an already extracted model, a quantised or wrapped layer, or weights shared with
-            another module.
+        UnsupportedModelError: unknown type of model (the message lists the known ones), blocks of
+            another form than the table's, an already extracted model, a quantised or wrapped layer,
+            or weights shared with another module.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -57,7 +59,7 @@ def find_pairs(model: nn.Module) -> tuple[Pair, ...]:
         [('qk', 2, 16), ('vo', 2, 16), ('mlp', 1, 64)]
     """
     pairs: list[Pair] = []
-    for found in _find(model):
+    for found in _find(as_model(model, device="meta")):
         pairs += (found.qk, found.vo) if isinstance(found, Site) else (found,)
     return tuple(pairs)
 
@@ -74,7 +76,7 @@ def _find(model: nn.Module) -> list[Site | Pair]:
             f"this {type(model).__name__} was already extracted ({getattr(model, EXTRACTED)!r}); "
             "plan every size from the dense model."
         )
-    stacks = lookup(model)
+    stacks = lookup(type_of(model))
     base = getattr(model, "base_model", model)
     [prefix] = [name for name, module in model.named_modules() if module is base]
     found: list[Site | Pair] = []
@@ -95,7 +97,7 @@ def _blocks(model: nn.Module, path: str) -> Iterator[str]:
     if not _has(model, head):
         return
     module = model.get_submodule(head)
-    if not isinstance(module, nn.ModuleList):
+    if not isinstance(module, nn.ModuleList | nn.Sequential):
         yield head
         return
     for i in range(len(module)):
@@ -115,10 +117,13 @@ def _has(model: nn.Module, path: str) -> bool:
 
 def _site(model: nn.Module, block: str, table: Attention) -> Site:
     path = f"{block}.{table.module}"
+    if not _has(model, path):
+        kind = type(model.get_submodule(block)).__name__
+        raise UnsupportedModelError(f"{block} is a {kind} without {table.module}.")
     module: Any = model.get_submodule(path)
-    for name in table.identity:
-        if not isinstance(module.get_submodule(name), nn.Identity):
-            raise UnsupportedModelError(f"{path}.{name} is not supported: no table knows it.")
+    if table.kind not in ("", type(module).__name__):
+        raise UnsupportedModelError(f"{path} is a {type(module).__name__}, not a {table.kind}.")
+    _check_identity(model, path, table.identity)
     heads = attrgetter(table.heads)(module)
     kv_heads = attrgetter(table.kv_heads)(module) if table.kv_heads else heads
     repeat, channels = heads // kv_heads, 2 if table.rotary else 1
@@ -178,8 +183,24 @@ def _mlp(model: nn.Module, block: str, stack: Stack) -> Pair:
     [form] = forms
     left = tuple(Side(f"{block}.{layer}", 0) for layer in form.left)
     right = Side(f"{block}.{form.right}", 1)
-    width = linear_map(model, left[0].module).out_features
+    _check_identity(model, block, form.identity)
+    width = linear_map(model, right.module).in_features
+    for side in left:
+        outputs = linear_map(model, side.module).out_features
+        if outputs != width:
+            raise UnsupportedModelError(
+                f"{side.module} has {outputs} outputs for the {width} inputs of {right.module}."
+            )
     return Pair(f"{block}.mlp", "mlp", 1, width, left, right, _unit_cost(model, *left, right))
+
+
+def _check_identity(model: nn.Module, parent: str, names: tuple[str, ...]) -> None:
+    for path in (f"{parent}.{name}" for name in names):
+        if _has(model, path) and not isinstance(model.get_submodule(path), nn.Identity):
+            kind = type(model.get_submodule(path)).__name__
+            raise UnsupportedModelError(
+                f"{path} is a {kind}, which cutting would change; only models without it work."
+            )
 
 
 def _unit_cost(model: nn.Module, *sides: Side) -> int:

@@ -16,7 +16,7 @@ from solpath.cost import Achieved
 from solpath.discover import EXTRACTED
 from solpath.errors import BatchError
 from solpath.measurement import evaluating, provenance
-from solpath.objective import forward, has_logits, output_tensor, run, token_mask
+from solpath.objective import at_least_float, forward, has_logits, output_tensor, run, token_mask
 from solpath.plan import Plan
 
 
@@ -163,7 +163,7 @@ def _check(index: int, output: Tensor, target: Tensor) -> None:
 def _compare_logits(output: Tensor, target: Tensor, mask: Tensor | None) -> dict[str, float]:
     """Sums over positions. ``[B, ..., C]`` twice, mask ``[B, T]`` or None."""
     classes = output.shape[-1]
-    y, t = (_at_least_float(value).reshape(-1, classes) for value in (output, target))
+    y, t = (at_least_float(value).reshape(-1, classes) for value in (output, target))
     if mask is not None:
         y, t = y[mask.flatten()], t[mask.flatten()]
     log_y, log_t = y.log_softmax(-1), t.log_softmax(-1)
@@ -180,7 +180,7 @@ def _compare_logits(output: Tensor, target: Tensor, mask: Tensor | None) -> dict
 def _compare_hidden(output: Tensor, target: Tensor, mask: Tensor | None) -> dict[str, float]:
     """Sums over samples. ``[B, ..., D]`` twice, mask ``[B, T]`` or None."""
     batch, width = output.shape[0], output.shape[-1]
-    y, t = (_at_least_float(value).reshape(batch, -1, width) for value in (output, target))
+    y, t = (at_least_float(value).reshape(batch, -1, width) for value in (output, target))
     if mask is None:
         mask = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device)
     weight = mask.unsqueeze(-1).to(y.dtype)
@@ -193,10 +193,6 @@ def _compare_hidden(output: Tensor, target: Tensor, mask: Tensor | None) -> dict
         "relative_error": (error / size).sum().item(),
         "count": batch,
     }
-
-
-def _at_least_float(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float64 else value.float()
 
 
 def _tiny(value: Tensor) -> float:

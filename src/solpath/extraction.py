@@ -2,7 +2,7 @@
 
 import copy
 from collections import defaultdict
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,21 @@ from solpath.errors import FingerprintError
 from solpath.nn.attention import slim_class
 from solpath.pair import Pair, Side
 from solpath.plan import Plan
+from solpath.pretrained import Name, as_model
 from solpath.slicing import cut_linear, linear_map, refit_
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def extract(model: Model, plan: Plan, *, check: bool = True) -> Model:
+@overload
+def extract(model: Model, plan: Plan, *, check: bool = True) -> Model: ...
+
+
+@overload
+def extract(model: Name, plan: Plan, *, check: bool = True) -> nn.Module: ...
+
+
+def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Module:
     """A copy of `model` that keeps only the units of `plan`.
 
     The copy has the class behaviour of the original: forward signature, outputs, `config`,
@@ -25,7 +34,8 @@ def extract(model: Model, plan: Plan, *, check: bool = True) -> Model:
     ``solpath_plan`` is the plan. `model` is left untouched.
 
     Args:
-        model: the dense model the plan was made for.
+        model: the dense model the plan was made for, or its folder or hub id, which is loaded on
+            the CPU.
         plan: from `SolutionPath.plan`.
         check: compare the model's weights with the plan's fingerprint first.
 
@@ -36,6 +46,7 @@ def extract(model: Model, plan: Plan, *, check: bool = True) -> Model:
     Example:
         >>> small = solpath.extract(model, path.plan(sparsity=0.5))  # doctest: +SKIP
     """
+    model = as_model(model)
     pairs = find_pairs(model)
     if check:
         difference = plan.fingerprint.differences(fingerprint(model, pairs))

@@ -89,7 +89,7 @@ def divergence(output: Tensor, target: Tensor, mask: Tensor | None, *, logits: b
     Returns:
         ``[batch]``.
     """
-    output, target = output.float(), target.float()
+    output, target = at_least_float(output), at_least_float(target)
     if logits:
         goal = target.log_softmax(-1)
         return _token_mean((goal.exp() * (goal - output.log_softmax(-1))).sum(-1), mask)
@@ -109,7 +109,7 @@ def curvature_sketch(target: Tensor, mask: Tensor | None, noise: Tensor, *, logi
         mask: bool ``[batch, tokens]`` or None.
         noise: same shape as `target`, standard normal.
     """
-    target = target.float()
+    target = at_least_float(target)
     if logits:
         probability = target.softmax(-1)
         root = noise * probability.sqrt()
@@ -123,6 +123,11 @@ def curvature_sketch(target: Tensor, mask: Tensor | None, noise: Tensor, *, logi
         scale = (2 / _total(norm if mask is None else norm * mask)).sqrt()
     draw = draw * scale.view(-1, *[1] * (draw.dim() - 1))
     return draw if mask is None else draw * mask.unsqueeze(-1)
+
+
+def at_least_float(value: Tensor) -> Tensor:
+    """Half precision to float32; float32 and float64 as they are."""
+    return value if value.dtype == torch.float64 else value.float()
 
 
 def _total(values: Tensor) -> Tensor:

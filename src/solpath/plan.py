@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -168,30 +168,17 @@ def make_plan(
     if unmatched:
         raise ConfigError(f"protect pattern {unmatched[0]!r} matches no pair.")
 
-    blocks: list[tuple[float, int, int, int]] = []  # mean score, -start, pair, start
-    for i, pair in enumerate(pairs):
-        if any(fnmatchcase(pair.name, pattern) for pattern in protect):
-            continue
-        ranks = score[pair.name].double().sort(dim=1, descending=True).values.mean(dim=0)
-        for start in range(0, pair.width, multiple_of):
-            if start >= min_width:
-                blocks.append((ranks[start : start + multiple_of].mean().item(), -start, i, start))
-    blocks.sort(key=lambda block: block[:3])
+    owner, start, step = _departures(pairs, score, unit, multiple_of, min_width, protect)
+    width = torch.tensor([pair.width for pair in pairs])
 
-    widths = {pair.name: pair.width for pair in pairs}
-    steps = []
-    for _, _, i, start in blocks:
-        pair = pairs[i]
-        steps.append(pair.heads * (widths[pair.name] - start) * unit[pair.name])
-        widths[pair.name] = start
-    removed = [0, *accumulate(steps)]
-    count = min(range(len(removed)), key=lambda n: abs(removed[n] - target))
-    if removed[-1] < target and target - removed[-1] > 0.5 * max(steps, default=0):
-        raise BudgetError(_unreachable(asked, pairs, costs, widths))
+    def widths_after(count: int) -> dict[str, int]:
+        left = width.scatter_reduce(0, owner[:count], start[:count], "amin").tolist()
+        return dict(zip((pair.name for pair in pairs), left, strict=True))
 
-    widths = {pair.name: pair.width for pair in pairs}
-    for _, _, i, start in blocks[:count]:
-        widths[pairs[i].name] = start
+    removed = torch.cat([torch.zeros(1, dtype=torch.int64), step.cumsum(0)])
+    if removed[-1] < target and target - removed[-1] > 0.5 * max(step.tolist(), default=0):
+        raise BudgetError(_unreachable(asked, pairs, costs, widths_after(len(step))))
+    widths = widths_after(int((removed.double() - target).abs().numpy().argmin()))
     kept = {p.name: best_units(score[p.name], widths[p.name]) for p in pairs}
     asked |= {"multiple_of": multiple_of, "min_width": min_width, "protect": list(protect)}
     gains = {
@@ -200,6 +187,39 @@ def make_plan(
         if pair.norms
     }
     return Plan(tuple(pairs), kept, asked, costs.achieved(pairs, widths), fingerprint, gains)
+
+
+def _departures(
+    pairs: Sequence[Pair],
+    score: Mapping[str, Tensor],
+    unit: Mapping[str, int],
+    size: int,
+    min_width: int,
+    protect: Sequence[str],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks of `size` ranks in the order they leave, the least mean score first.
+
+    Returns:
+        Index of the pair, first rank, and cost of all heads together; int64 ``[blocks]`` each.
+    """
+    means, starts, owners, steps = [torch.zeros(0).double()], [], [], []
+    for i, pair in enumerate(pairs):
+        ranks = score[pair.name].double().sort(dim=1, descending=True).values.mean(dim=0)
+        start = torch.arange(0, pair.width, size)
+        if any(fnmatchcase(pair.name, pattern) for pattern in protect):
+            start = start[:0]
+        start = start[start >= min_width]
+        length = (pair.width - start).clamp(max=size)
+        total = torch.nn.functional.pad(ranks.cumsum(0), (1, 0))
+        mean = ranks[start] if size == 1 else (total[start + length] - total[start]) / length
+        means.append(mean.cummin(0).values)  # whatever rounding does, ranks leave from the end
+        starts.append(start)
+        owners.append(torch.full_like(start, i))
+        steps.append(pair.heads * unit[pair.name] * length)
+    mean, start, owner, step = (torch.cat(parts) for parts in (means, starts, owners, steps))
+    order = (-start).argsort(stable=True)  # of equals, the last rank leaves first
+    order = order[mean[order].argsort(stable=True)]
+    return owner[order], start[order], step[order]
 
 
 def best_units(score: Tensor, width: int) -> Tensor:

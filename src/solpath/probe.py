@@ -14,6 +14,7 @@ from solpath.masks import Masks, energy_hooks, mask_hooks
 from solpath.objective import (
     Batch,
     Loss,
+    at_least_float,
     curvature_sketch,
     divergence,
     has_logits,
@@ -154,7 +155,7 @@ class Probe:
                 ).to(output.device)
                 keep = token_mask(batch, output)
                 draw = curvature_sketch(target[0], keep, noise, logits=target[1])
-                jacobian = _slopes((draw * output.float()).sum(), leaves)
+                jacobian = _slopes((draw * at_least_float(output)).sum(), leaves)
             self._masks.units.clear()
             rows = torch.cat([j.double().cpu() for j in jacobian], 1)
             rows = rows.abs() if absolute else rows.square()
@@ -288,11 +289,11 @@ def _slopes(value: Tensor, leaves: list[Tensor], *, keep: bool = False) -> tuple
 
 def process() -> tuple[int, int]:
     """Rank and number of processes; starts the process group under ``accelerate launch``."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1
-    from accelerate import PartialState
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return 0, 1
+        from accelerate import PartialState
 
-    state = PartialState()
-    return state.process_index, state.num_processes
+        # Without an accelerator PartialState would start the group and still count one process.
+        PartialState(cpu=not torch.accelerator.is_available())
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()

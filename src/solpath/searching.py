@@ -1,8 +1,7 @@
 """One search over a model; its result is an order that gives every size."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,15 @@ from solpath.errors import NonFiniteLossError
 from solpath.objective import Loss
 from solpath.pair import Fingerprint, Pair
 from solpath.path import SolutionPath, unflatten
+from solpath.pretrained import Name, for_batches
 from solpath.probe import Probe, probing, process
+from solpath.progress import Report, progress_bar
 
-Report = Callable[[float, float], None]
+_FIGURES = "loss {task.fields[loss]:.4f}  size {task.fields[size]:.0%}"
 
 
 def search(
-    model: nn.Module,
+    model: nn.Module | Name,
     batches: Iterable[Any],
     config: SearchConfig | InclusionConfig | None = None,
     *,
@@ -50,7 +51,8 @@ def search(
     other numbers of threads or processes change sums of floats in their last bits.
 
     Args:
-        model: a transformers model; see `find_pairs`. The search runs where the model is.
+        model: a transformers model; see `find_pairs`. The search runs where the model is. A folder
+            or hub id is loaded by `from_pretrained`, to where the batches are.
         batches: iterable of what the model takes (dicts or tensors on the model's device),
             repeated when shorter than the search; 8 to 64 samples each.
         config: `SearchConfig` (default) or `InclusionConfig`.
@@ -66,6 +68,7 @@ def search(
 
     Raises:
         UnsupportedModelError: see `find_pairs`; or half precision on a CPU.
+        FileError: see `from_pretrained`.
         BatchError: empty batches, or on another device.
         NonFiniteLossError: the loss became NaN or infinite; the last checkpoint is kept.
         FingerprintError: the checkpoint belongs to another model or other settings.
@@ -74,6 +77,7 @@ def search(
         >>> path = solpath.search(model, batches)  # doctest: +SKIP
         >>> small = solpath.extract(model, path.plan(sparsity=0.5))  # doctest: +SKIP
     """
+    model, batches = for_batches(model, batches)
     config = config or SearchConfig()
     pairs = find_pairs(model)
     identity = fingerprint(model, pairs)
@@ -90,8 +94,10 @@ def search(
     with probing(model, pairs, batches, loss=loss, seed=config.seed) as probe:
         costs = count_costs(model, pairs, probe.first_sample())
         state = state or _start(probe, config)
-        show = progress and process()[0] == 0
-        with _progress(config.steps, state["history"].shape[1], show) as report:
+        show, done = progress and process()[0] == 0, state["history"].shape[1]
+        with progress_bar(
+            "search", _FIGURES, config.steps, done, show=show, loss=0.0, size=1.0
+        ) as report:
             state = _run(probe, config, state, file, header, checkpoint_every, report)
         return _path(pairs, config, state, costs, identity, probe.energy)
 
@@ -125,7 +131,8 @@ def _run(
                 state = _equilibrium(probe, config, state, k)
             else:
                 state = _inclusion(probe, config, state, k)
-            report(*state["history"][:, -1].tolist())
+            loss, size = state["history"][:, -1].tolist()
+            report(loss=loss, size=size)
             if (k + 1) % every == 0 or k + 1 == config.steps:
                 saved = _save(file, header, state)
     except NonFiniteLossError as error:
@@ -239,29 +246,3 @@ def _path(
         history=state["history"],
         energy=energy,
     )
-
-
-@contextmanager
-def _progress(steps: int, done: int, show: bool) -> Iterator[Report]:
-    """A bar with loss, expected size and time left; yields ``report(loss, share)``."""
-    if not show:
-        yield lambda loss, keep: None
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("search"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  size {task.fields[size]:.0%}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as bar:
-        task = bar.add_task("search", total=steps, completed=done, loss=0.0, size=1.0)
-        yield lambda loss, keep: bar.update(task, advance=1, loss=loss, size=keep)

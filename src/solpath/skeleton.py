@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from solpath.arch import known_model_types
+from solpath.arch import TIMM_WRAPPER, known_model_types, timm
 from solpath.discover import find_pairs
 from solpath.errors import SolpathError
 from solpath.extraction import extract
@@ -25,6 +25,7 @@ OPTIONS = {
 }
 # Settings that are not sizes of anything that is built, and may be large.
 _NOT_A_SIZE = {"rope_theta", "max_position_embeddings", "original_max_position_embeddings"}
+_DEPTHS = {"depth", "depths"}
 _SMALL = 2**20
 
 
@@ -32,8 +33,9 @@ def resolve(name: str, model_type: str) -> type["PreTrainedModel"]:
     """The class `name` of transformers, if it is a model solpath can cut."""
     import transformers
 
-    if model_type not in known_model_types():
-        raise SolpathError(f"model_type {model_type!r} is not one of {known_model_types()}.")
+    known = [*known_model_types(), TIMM_WRAPPER]
+    if model_type not in known:
+        raise SolpathError(f"model_type {model_type!r} is not one of {known}.")
     found = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise SolpathError(f"class {name!r} is not a model of transformers.")
@@ -59,6 +61,10 @@ def check_sizes(config: Mapping[str, Any], headers: Collection[Header], model_cl
             left += value.items()
         elif isinstance(value, list):
             left += [(name, item) for item in value]
+        elif isinstance(value, int) and name in _DEPTHS and value > len(shapes):
+            raise SolpathError(
+                f"{name} is {value}, but the weight files hold {len(shapes)} tensors."
+            )
         elif isinstance(value, int) and abs(value) > largest and name not in _NOT_A_SIZE:
             raise SolpathError(
                 f"{name} is {value}, but no tensor in the weight files has a size above {largest}."
@@ -78,6 +84,8 @@ def build_skeleton(
     known = inspect.signature(model_class.__init__).parameters
     if unknown := set(head["options"]) - set(known):
         raise SolpathError(f"options has {unknown.pop()!r}, which {head['class']} does not take.")
+    if head["model_type"] == TIMM_WRAPPER:
+        timm.check_settings(config)
     settings = model_class.config_class.from_dict(copy.deepcopy(dict(config)))
     parts = [settings, *(getattr(settings, name) for name in settings.sub_configs)]
     dtypes = [(part, part.dtype) for part in parts if part is not None]
@@ -94,7 +102,8 @@ def build_skeleton(
     pairs = find_pairs(dense)
     if pairs != plan.pairs:
         raise SolpathError(f"plan: its pairs are not those of this {head['class']}.")
-    model = extract(dense, replace(plan, pairs=pairs), check=False)
+    with no_init_weights():
+        model = extract(dense, replace(plan, pairs=pairs), check=False)
     for path, module in model.named_modules():
         if stray := [key for key, v in vars(module).items() if isinstance(v, Tensor) and v.is_meta]:
             raise SolpathError(f"{path}.{stray[0]} is a tensor but no parameter or buffer.")

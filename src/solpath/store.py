@@ -254,11 +254,19 @@ class _Contents:
 
 
 def _contents(model: nn.Module) -> _Contents:
+    from transformers import PreTrainedModel
+
     plan = getattr(model, EXTRACTED, None)
     if not isinstance(plan, Plan):
         raise SolpathError(
             f"this {type(model).__name__} was not extracted; use model.save_pretrained(folder) for "
             "a dense model, or solpath.extract(model, plan) first."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise SolpathError(
+            f"{type(model).__name__} is not a model of transformers, so load has no configuration "
+            "to rebuild it from. Wrap a timm model in TimmWrapperForImageClassification or "
+            "TimmWrapperModel before the search; or keep state_dict() and extract again."
         )
     return _Contents(model, plan)
 

@@ -1,9 +1,27 @@
-"""Architectures: one table each, keyed by ``config.model_type``.
+"""Architectures: one table each, keyed by ``config.model_type``, or by the class for timm.
 
 To add one, describe where its layers are in `Stack`s, give its attention a `forward` that runs with
 unequal widths, and list the module in `_MODULES`. docs/how-to.md walks through a toy.
 """
 
-from solpath.arch.table import Attention, Mlp, Stack, known_model_types, lookup, register
+from solpath.arch.table import (
+    TIMM_WRAPPER,
+    Attention,
+    Mlp,
+    Stack,
+    known_model_types,
+    lookup,
+    register,
+    type_of,
+)
 
-__all__ = ["Attention", "Mlp", "Stack", "known_model_types", "lookup", "register"]
+__all__ = [
+    "TIMM_WRAPPER",
+    "Attention",
+    "Mlp",
+    "Stack",
+    "known_model_types",
+    "lookup",
+    "register",
+    "type_of",
+]

@@ -33,10 +33,16 @@ _MODULES = {
     "siglip_vision_model": "siglip",
     "swin": "swin",
     "t5": "t5",
+    "timm/SwinTransformer": "timm",
+    "timm/VisionTransformer": "timm",
+    "timm/VisionTransformerDistilled": "timm",
     "vit": "vit",
     "whisper": "whisper",
     "xlm-roberta": "bert",
 }
+TIMM_WRAPPER = "timm_wrapper"
+"""``config.model_type`` of the models of transformers that wrap any model of timm."""
+
 _REGISTERED: dict[str, tuple["Stack", ...]] = {}
 
 
@@ -55,8 +61,10 @@ class Attention:
         rotary: whether queries and keys are rotated (half-split couples).
         norms: modules that norm each head of the query and of the key, if there are any.
         norm_dim: the dimension of their input that runs over heads, -2 or -3.
-        identity: modules of the attention that must be `nn.Identity`, because cutting would
-            change what they do.
+        kind: name of the class the module must have, where a family has several with the same
+            layers; empty when it has one.
+        identity: modules of the attention that must be `nn.Identity`, None or absent, because
+            cutting would change what they do.
         cached: whether generation caches its keys and values, one per generated token.
         name: what its pairs are called, after the name of the block.
     """
@@ -72,6 +80,7 @@ class Attention:
     rotary: bool = False
     norms: tuple[str, ...] = ()
     norm_dim: int = -2
+    kind: str = ""
     identity: tuple[str, ...] = ()
     cached: bool = False
     name: str = "attention"
@@ -84,10 +93,13 @@ class Mlp:
     Attributes:
         left: fc1, or gate and up.
         right: fc2, or down.
+        identity: modules of the block that must be `nn.Identity`, None or absent, because cutting
+            would change what they do.
     """
 
     left: tuple[str, ...]
     right: str
+    identity: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,10 +120,10 @@ class Stack:
 
 
 def register(model_type: str, *stacks: Stack) -> None:
-    """Add or replace the table of one ``config.model_type``.
+    """Add or replace the table of one type of model.
 
     Args:
-        model_type: of the models' configuration.
+        model_type: of the models' configuration; for timm, ``timm/`` and the name of the class.
         stacks: where the prunable layers are. A stack that a model does not have is skipped
             (a head without the decoder, one tower of two), but it must have one of them.
     """
@@ -119,17 +131,27 @@ def register(model_type: str, *stacks: Stack) -> None:
 
 
 def known_model_types() -> list[str]:
-    """Every ``config.model_type`` that can be pruned, sorted."""
+    """Every ``config.model_type``, and every class of timm, that can be pruned, sorted."""
     return sorted({*_MODULES, *_REGISTERED})
 
 
-def lookup(model: nn.Module) -> tuple[Stack, ...]:
-    """The table for a model.
+def type_of(model: nn.Module) -> Any:
+    """The type of a model that its table is listed under; None if it has none.
+
+    It is ``config.model_type``, or for a model of timm, wrapped or not, ``timm/`` and its class.
+    """
+    inner = getattr(model, "timm_model", model)
+    if type(inner).__module__.partition(".")[0] == "timm":
+        return f"timm/{type(inner).__name__}"
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def lookup(model_type: str | None) -> tuple[Stack, ...]:
+    """The table of one type of model, see `type_of`.
 
     Raises:
         UnsupportedModelError: unknown type; the message lists the known ones.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in _REGISTERED:
         return _REGISTERED[model_type]
     if model_type not in _MODULES:

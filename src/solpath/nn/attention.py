@@ -140,6 +140,8 @@ def separate(
 ) -> Forward:
     """The `forward` of an attention with separate projections and nothing between them.
 
+    It attends to `hidden_states`, or to `key_value_states` as a cross attention.
+
     Args:
         query, key, value: attributes of the module.
         output: likewise; empty when the output is projected outside the module.
@@ -152,17 +154,19 @@ def separate(
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
+        key_value_states: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         def project(source: Tensor) -> tuple[Tensor, Tensor]:
             keys = split_heads(getattr(self, key), source, count(self))
             return keys, split_heads(getattr(self, value), source, count(self))
 
-        queries = split_heads(getattr(self, query), hidden_states, count(self))
+        cross = key_value_states is not None
+        source = hidden_states if key_value_states is None else key_value_states
         states, weights = attend(
             self,
-            queries,
-            *cached_states(self, project, hidden_states, past_key_values),
+            split_heads(getattr(self, query), hidden_states, count(self)),
+            *cached_states(self, project, source, past_key_values, cross=cross),
             attention_mask,
             scaling=scale(self),
             dropout=drop(self),

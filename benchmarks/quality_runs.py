@@ -1,0 +1,70 @@
+"""The results of quality.py, read back for the docs."""
+
+import json
+import statistics
+from typing import Any
+
+from record import RESULTS
+
+NAMES = {
+    "spp": "**solpath**",
+    "iterative": "iterative, with gradient",
+    "iterative_curvature": "iterative",
+    "gauss_newton": "one-shot Gauss-Newton",
+    "taylor": "Taylor",
+    "magnitude": "magnitude",
+    "random": "random",
+    "released": "released rule",
+}
+ABLATION = {
+    "spp": "**default**",
+    "spp_continuous": "continuous masks instead of binary ones",
+    "spp_constant_pull": "constant pull instead of a growing one",
+    "inclusion": "the paper's inclusion, V as the order",
+}
+NORMS = {
+    "folded": "folded into the query",
+    "plain": "norm over what is left, as the stock module has it",
+    "dense_width": "sum over what is left, divided by the dense width",
+    "dense_norm": "dense norm, not extractable",
+}
+Runs = dict[str, list[dict[str, Any]]]
+
+
+def read_runs(model: str, kind: str = "quality") -> Runs:
+    """The runs of every method in a result file, with the seeds that all of them have.
+
+    Empty if there is no ``<kind>_<model>.json``.
+    """
+    file = RESULTS / f"{kind}_{model}.json"
+    runs: Runs = {}
+    for run in json.loads(file.read_text())["runs"] if file.exists() else []:
+        runs.setdefault(run["method"], []).append(run)
+    seeds = [{run["seed"] for run in chosen} for chosen in runs.values()]
+    common = set.intersection(*seeds) if seeds else set()
+    return {m: [run for run in chosen if run["seed"] in common] for m, chosen in runs.items()}
+
+
+def keeps(runs: Runs) -> list[float]:
+    """The shares kept, largest first."""
+    return [size["keep"] for size in runs["spp"][0]["sizes"]]
+
+
+def values(runs: list[dict[str, Any]], metric: str, index: int) -> list[float]:
+    """One metric at one size, of every seed."""
+    return [run["sizes"][index]["metrics"][metric] for run in runs]
+
+
+def means(runs: list[dict[str, Any]], metric: str) -> list[float]:
+    """One metric at every size, averaged over seeds."""
+    return [statistics.fmean(values(runs, metric, i)) for i in range(len(runs[0]["sizes"]))]
+
+
+def headline(runs: Runs) -> str:
+    """The metric that judges a model: its task's, or cosine where it has none."""
+    return "task" if "task" in runs["spp"][0]["dense"] else "cosine"
+
+
+def fidelity(runs: Runs) -> str:
+    """The metric that compares with the dense model: ``kl`` with logits, else ``cosine``."""
+    return "kl" if "kl" in runs["spp"][0]["dense"] else "cosine"

@@ -1,0 +1,148 @@
+"""What tuning wins back: fidelity before, and after 1, 3 and 10 minutes of `solpath.tune`.
+
+    python benchmarks/tuning.py --model minilm
+
+The time of a step is measured first; each run then has as many steps as fit in its minutes, so that
+its schedule ends with its time. Searches, cuts and data are those of quality.py. Every run is added
+to the JSON as soon as it ends; runs that are there already are not repeated.
+"""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from record import RESULTS, show
+from solpath.config import SearchConfig, TuneConfig
+from solpath.evaluation import evaluate, reference_outputs
+from solpath.extraction import extract
+from solpath.files import write_file
+from solpath.measurement import provenance
+from solpath.searching import search
+from solpath.tuning import tune
+from workloads import Batch, Workload, workload
+
+HELDOUT_BATCHES = 16
+
+
+def main(
+    model: Annotated[str, typer.Option(help="minilm, digits or llama.")],
+    keeps: Annotated[str, typer.Option(help="Comma-separated shares.")] = "0.4,0.25",
+    minutes: Annotated[str, typer.Option(help="Comma-separated.")] = "1,3,10",
+    seed: Annotated[int, typer.Option(help="Of search, batches and tuning.")] = 0,
+    learning_rate: Annotated[float | None, typer.Option(help="Default of the library.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Default: all weights.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder of the dense model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON to add to.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    smoke: Annotated[bool, typer.Option(help="Tiny settings: does it run?")] = False,
+) -> None:
+    """Run what is missing and print the table of one model."""
+    torch.set_num_threads(threads)
+    out = out or RESULTS / f"tuning_{model}.json"
+    work = workload(model, checkpoint, heldout=32 if smoke else None)
+    search_config = SearchConfig(seed=seed, **({"steps": 4, "scale_batches": 1} if smoke else {}))
+    settings = {
+        "model": model,
+        "seed": seed,
+        "batch_size": work.batch_size,
+        "batch_count": 24 if smoke else 2048,
+        "threads": threads,
+        "learning_rate": learning_rate,
+        "lora_rank": lora_rank,
+        "smoke": smoke,
+        "data": work.data,
+    }
+    batches = work.batches(seed, settings["batch_count"], work.batch_size)
+    held, batches = batches[:HELDOUT_BATCHES], batches[HELDOUT_BATCHES:]
+    targets = reference_outputs(work.model, work.heldout)
+    dense = dict(evaluate(work.model, targets, work.heldout, task=work.task).metrics)
+    path = None
+    for keep in (float(keep) for keep in keeps.split(",")):
+        for limit in (0.02,) if smoke else (float(value) for value in minutes.split(",")):
+            key = {**settings, "keep": keep, "minutes": limit}
+            if any(run["settings"] == key for run in _read(out)):
+                continue
+            path = path or search(work.model, batches[:256], search_config, progress=False)
+            small = extract(work.model, path.plan(sparsity=1 - keep))
+            config = TuneConfig(seed=seed, learning_rate=learning_rate, lora_rank=lora_rank)
+            run = _run(work, small, config, batches, held, targets, limit)
+            run |= {"settings": key, "dense": dense, "search": dict(path.config)}
+            _add(out, run | {"share_won_back": _share_won_back(run, work.headline, dense)})
+    _table(work, settings, _read(out))
+
+
+def _run(
+    work: Workload,
+    small: nn.Module,
+    config: TuneConfig,
+    batches: list[Batch],
+    held: list[Batch],
+    targets: list[torch.Tensor],
+    minutes: float,
+) -> dict[str, Any]:
+    """Tune for about so many minutes; metrics on the test batches before and after."""
+    seconds = []
+    for steps in (8, 24):  # two runs of different length: start and checks cancel
+        start = time.perf_counter()
+        probe = replace(config, steps=steps, evaluate_every=steps)
+        tune(small, work.model, batches, probe, heldout=held, progress=False)
+        seconds.append(time.perf_counter() - start)
+    step = (seconds[1] - seconds[0]) / 16
+    fixed = seconds[0] - 8 * step
+    steps = max(8, round((60 * minutes - fixed) / (step + fixed / 2 / config.evaluate_every)))
+    start = time.perf_counter()
+    tuned = tune(small, work.model, batches, replace(config, steps=steps), heldout=held)
+    spent = time.perf_counter() - start
+    before, after = (
+        dict(evaluate(m, targets, work.heldout, task=work.task).metrics) for m in (small, tuned)
+    )
+    return {
+        "before": before,
+        "after": after,
+        "seconds": spent,
+        "config": replace(config, steps=steps).to_dict(),
+        "provenance": provenance(),
+    }
+
+
+def _share_won_back(run: dict[str, Any], metric: str, dense: dict[str, float]) -> float:
+    """1: as good as the dense model; 0: as before."""
+    before, after = run["before"][metric], run["after"][metric]
+    return (after - before) / (dense[metric] - before)
+
+
+def _read(out: Path) -> list[dict[str, Any]]:
+    return json.loads(out.read_text())["runs"] if out.exists() else []
+
+
+def _add(out: Path, run: dict[str, Any]) -> None:
+    value = {"runs": [*_read(out), run]}
+    write_file(out, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _table(work: Workload, settings: dict[str, Any], runs: list[dict[str, Any]]) -> None:
+    rows = [
+        (
+            f"keep {run['settings']['keep']:.2f}",
+            f"{run['settings']['minutes']:g}",
+            run["config"]["steps"],
+            f"{run['before'][work.headline]:.4f}",
+            f"{run['after'][work.headline]:.4f}",
+            f"{run['share_won_back']:.1%}",
+            f"{run['seconds']:.0f}",
+        )
+        for run in runs
+        if {k: v for k, v in run["settings"].items() if k not in ("keep", "minutes")} == settings
+    ]
+    title = f"{work.name}: {work.headline}"
+    show(title, ["size", "minutes", "steps", "before", "after", "won back", "seconds"], rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,74 @@
+"""Low-rank adapters (LoRA, by peft) on the linear layers of a model, and merging them."""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from solpath.errors import ConfigError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from peft import LoraModel
+
+
+def add_adapters_(model: nn.Module, rank: int, alpha: float) -> "LoraModel":
+    """Put an adapter on every linear layer of `model`; only adapters require gradients afterwards.
+
+    Left out: layers of width 0, frozen layers, and layers whose weight another module shares,
+    because a merge would change that module too. The new model computes what the old one did. The
+    adapters' start is drawn from torch's global generator.
+
+    Args:
+        model: changed in place.
+        rank: columns of the first factor.
+        alpha: the product of the factors is scaled by ``alpha / rank``.
+
+    Returns:
+        What merges the adapters; its attribute ``model`` is `model`.
+
+    Raises:
+        ConfigError: peft is not installed.
+        UnsupportedModelError: there is no layer to put an adapter on.
+    """
+    try:
+        from peft import LoraConfig, LoraModel
+    except ImportError as error:
+        raise ConfigError(
+            "lora_rank needs peft; install it with: pip install 'solpath[tune]'."
+        ) from error
+    layers = adaptable(model)
+    if not layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no linear layer for an adapter: all are empty, frozen or "
+            "shared. Use lora_rank=None."
+        )
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers)  # type: ignore[arg-type]
+    return LoraModel(model, config, "default")
+
+
+def adaptable(model: nn.Module) -> list[str]:
+    """Names of the linear layers that get an adapter."""
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear
+        and module.weight.numel()
+        and module.weight.requires_grad
+        and owners[id(module.weight)] == 1
+    ]
+
+
+def merge_adapters_(tuner: "LoraModel", adapters: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Set the factors to `adapters`, add them to the weights, and take them off the model.
+
+    Returns:
+        All parameters of the model by their name without adapters.
+    """
+    with torch.no_grad():
+        for name, parameter in tuner.model.named_parameters():
+            if name in adapters:
+                parameter.copy_(adapters[name])
+    return dict(tuner.merge_and_unload().named_parameters())

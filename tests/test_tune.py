@@ -1,0 +1,492 @@
+"""Tuning: what it promises about its inputs, its result, interruptions, processes and bad data."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import solpath
+from conftest import batches, build, inputs
+from solpath import SearchConfig, TuneConfig, baselines
+from solpath.adapters import adaptable
+from solpath.errors import (
+    BatchError,
+    ConfigError,
+    FileError,
+    FingerprintError,
+    NonFiniteLossError,
+    UnsupportedModelError,
+)
+from solpath.teacher import Lessons
+
+QUICK = TuneConfig(steps=6, evaluate_every=3, learning_rate=3e-3)
+LORA = TuneConfig(steps=6, evaluate_every=3, learning_rate=1e-2, lora_rank=3)
+
+
+def cut(model: nn.Module, sparsity: float = 0.5) -> nn.Module:
+    path = baselines.magnitude(model, batches(model))
+    return solpath.extract(model, path.plan(sparsity=sparsity))
+
+
+def heldout(model: nn.Module):
+    return [inputs(model, seed=100 + i) for i in range(2)]
+
+
+def run(small, dense, config=QUICK, data=None, **options):
+    data = batches(dense) if data is None else data
+    options = {"heldout": heldout(dense), "progress": False} | options
+    return solpath.tune(small, dense, data, config, **options)
+
+
+def error(small: nn.Module, dense: nn.Module) -> float:
+    metrics = solpath.evaluate(small, dense, heldout(dense)).metrics
+    return metrics.get("kl", metrics["relative_error"])
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def everything(model: nn.Module):
+    return (
+        copy.deepcopy(model.state_dict()),
+        [m.training for m in model.modules()],
+        [(p.requires_grad, p.grad) for p in model.parameters()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        [type(m) for m in model.modules()],
+        sorted(vars(model)),
+    )
+
+
+def assert_equal(a, b):
+    assert a[1:] == b[1:]
+    assert a[0].keys() == b[0].keys()
+    assert all(torch.equal(a[0][name], b[0][name]) for name in a[0])
+
+
+class Stops(list):
+    """Batches that raise when a given number of them has been read."""
+
+    def __init__(self, data, after, exception=KeyboardInterrupt):
+        super().__init__(data)
+        self.left, self.exception = after, exception
+
+    def __getitem__(self, index):
+        self.left -= 1
+        if self.left < 0:
+            raise self.exception()
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("config", [QUICK, LORA], ids=["full", "lora"])
+def test_a_tuned_model_is_a_better_one_of_the_same_kind(model, config, tmp_path):
+    small = cut(model)
+    small.train()
+    list(small.parameters())[2].requires_grad_(False)
+    before = everything(small), everything(model), torch.get_rng_state()
+    tuned = run(small, model, config)
+    assert_equal(everything(small), before[0])
+    assert_equal(everything(model), before[1])
+    assert torch.equal(torch.get_rng_state(), before[2])
+    assert not is_initialized()
+
+    assert error(tuned, model) < error(small, model)
+    assert everything(tuned)[1:] == before[0][1:]
+    assert tuned.solpath_plan is small.solpath_plan
+    shared = {p.data_ptr() for p in tuned.parameters() if p.numel()}
+    assert not shared & {p.data_ptr() for p in small.parameters()}
+    for a, b in zip(tuned.parameters(), small.parameters(), strict=True):
+        assert a.requires_grad or torch.equal(a, b)
+    solpath.save(tuned, tmp_path / "tuned")
+    assert same(solpath.load(tmp_path / "tuned"), tuned)
+
+
+def test_the_updates_are_those_of_a_plain_training_loop():
+    """KL of the logits, clipped, by AdamW; written out with functions of torch."""
+    dense = build("camembert")
+    small, data = cut(dense), batches(dense)
+    config = TuneConfig(
+        steps=4, warmup=0, schedule="constant", learning_rate=1e-3, weight_decay=0.1,
+        max_grad_norm=0.01, evaluate_every=4,
+    )  # fmt: skip
+    plain = copy.deepcopy(small)
+    weights = [p for p in plain.parameters() if p.dim() > 1]
+    rest = [p for p in plain.parameters() if p.dim() == 1]
+    groups = [{"params": weights, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    for step in range(4):
+        batch = data[step % len(data)]
+        optimizer.zero_grad()
+        log = plain(**batch).logits.log_softmax(-1)
+        goal = dense(**batch).logits.log_softmax(-1).detach()
+        nn.functional.kl_div(log, goal, log_target=True, reduction="batchmean").backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.01)
+        optimizer.step()
+    tuned = run(small, dense, config)
+    for a, b, start in zip(tuned.parameters(), plain.parameters(), small.parameters(), strict=True):
+        torch.testing.assert_close(a - start, b - start, rtol=1e-3, atol=2e-5)
+    assert not same(tuned, small)
+
+
+def test_the_learning_rate_follows_its_schedule(bert, monkeypatch):
+    """Plain gradient descent shows the rate of every step."""
+    rates = []
+    real = torch.optim.AdamW.step
+
+    def step(self, *args, **options):
+        rates.append([group["lr"] for group in self.param_groups])
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    small = cut(bert)
+    for schedule in ("linear", "cosine", "constant"):
+        rates.clear()
+        run(small, bert, TuneConfig(steps=10, warmup=0.2, schedule=schedule, learning_rate=1e-4))
+        first = [rate[0] for rate in rates]
+        assert len(first) == 10
+        assert all(len(set(rate)) == 1 and 0 < rate[0] <= 1e-4 for rate in rates)
+        assert first[0] == pytest.approx(0.25e-4)
+        if schedule == "constant":
+            assert first[2:] == [1e-4] * 8
+        else:
+            assert first[2:] == sorted(first[2:], reverse=True)
+            assert first[-1] < 0.1e-4
+
+
+def test_adapters_change_linear_layers_by_a_low_rank(bert):
+    small = cut(bert)
+    tuned = run(small, bert, LORA)
+    layers = adaptable(small)
+    assert len(layers) == 13  # two blocks of six, and the pooler
+    for name, weight in small.named_parameters():
+        difference = tuned.get_parameter(name) - weight
+        if name.removesuffix(".weight") in layers and "pooler" not in name:
+            assert 0 < torch.linalg.matrix_rank(difference, rtol=1e-4) <= 3
+        else:
+            assert not difference.any()
+
+
+@pytest.mark.parametrize("config", [QUICK, LORA], ids=["full", "lora"])
+def test_never_worse_than_at_the_start(bert, config):
+    """With a learning rate that destroys the model, the start itself comes back."""
+    small = cut(bert)
+    wild = TuneConfig(**config.to_dict() | {"learning_rate": 500.0, "warmup": 0.0})
+    assert same(run(small, bert, wild), small)
+    dense = run(bert, bert)
+    assert same(dense, bert)
+
+
+def test_the_best_look_wins_not_the_last(bert, monkeypatch):
+    """With looks that say 5, 3, 4, 6 the result is that of a run of one step."""
+    small = cut(bert)
+    options = {"schedule": "constant", "warmup": 0.0, "evaluate_every": 1}
+    expected = run(small, bert, TuneConfig(steps=1, **options))
+    looks = [5.0, 3.0, 4.0, 6.0]
+    monkeypatch.setattr(Lessons, "divergence", lambda self, model: looks.pop(0))
+    assert same(run(small, bert, TuneConfig(steps=3, **options)), expected)
+    assert not looks
+
+
+def test_patience_stops_early(bert):
+    options = {"schedule": "constant", "learning_rate": 500.0, "warmup": 0.0, "patience": 2}
+    data = Stops(batches(bert), after=6)
+    run(cut(bert), bert, TuneConfig(steps=100, evaluate_every=3, **options), data)
+    assert data.left == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "exception", "after"),
+    [(QUICK, KeyboardInterrupt, 0), (QUICK, KeyboardInterrupt, 3), (QUICK, KeyboardInterrupt, 5),
+     (QUICK, RuntimeError, 1), (QUICK, RuntimeError, 5), (LORA, KeyboardInterrupt, 4)],
+)  # fmt: skip
+def test_interrupt_and_resume(bert, tmp_path, config, exception, after):
+    small, data = cut(bert), batches(bert)
+    whole = run(small, bert, config, data)
+    stops = Stops(data, after, exception)
+    with pytest.raises(exception):
+        run(small, bert, config, stops, checkpoint=tmp_path, checkpoint_every=2)
+    again = Stops(data, after=100)
+    assert same(whole, run(small, bert, config, again, checkpoint=tmp_path, checkpoint_every=2))
+    done = after if exception is KeyboardInterrupt else after - after % 2
+    assert 100 - again.left == config.steps - done
+    finished = Stops(data, after=0)
+    assert same(whole, run(small, bert, config, finished, checkpoint=tmp_path))
+
+
+def test_kill_and_resume(bert, tmp_path):
+    """Another process is killed with SIGKILL before its fifth batch; this one goes on."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import os, signal, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import test_tune as t
+        def kill():
+            os.kill(os.getpid(), signal.SIGKILL)
+        dense = t.build("bert")
+        data = t.Stops(t.batches(dense), 4, kill)
+        t.run(t.cut(dense), dense, t.QUICK, data, checkpoint=sys.argv[1], checkpoint_every=3)
+        """)
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, script, tmp_path], env=environment)
+    assert done.returncode == -signal.SIGKILL
+    data = Stops(batches(bert), after=100)
+    assert same(run(cut(bert), bert, data=data, checkpoint=tmp_path), run(cut(bert), bert))
+    assert 100 - data.left == 3
+
+
+def test_two_processes_give_the_same_model(tmp_path):
+    """Batches of five samples, so that the shares differ; then with every parameter sharded.
+
+    accelerate shards on GPUs only, so the script does what it would do there.
+    """
+    script = tmp_path / "run.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import test_tune as t
+        from accelerate import Accelerator, PartialState
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        def prepare(self, model, optimizer):
+            mesh = init_device_mesh("cpu", (self.num_processes,))
+            names = {{id(p): name for name, p in model.named_parameters()}}
+            for module in (*model.encoder.layer, model):
+                fully_shard(module, mesh=mesh)
+            for group in optimizer.param_groups:
+                group["params"] = [model.get_parameter(names[id(p)]) for p in group["params"]]
+            return model, optimizer
+
+        folder = sys.argv[1]
+        for name, config in (("full", t.QUICK), ("lora", t.LORA), ("shards", t.QUICK)):
+            if name == "shards":
+                Accelerator.prepare = prepare
+            dense = t.build("bert").double()
+            data = t.batches(dense, samples=5)
+            small = t.solpath.load(folder + "/small")
+            options = {{"checkpoint": f"{{folder}}/state-{{name}}", "checkpoint_every": 2}}
+            try:
+                t.run(small, dense, config, t.Stops(data, 4, ValueError), **options)
+            except ValueError:
+                tuned = t.run(small, dense, config, data, **options)
+            state = PartialState()
+            print("process", state.process_index, state.num_processes)
+            if state.is_main_process:
+                t.solpath.save(tuned, f"{{folder}}/{{name}}")
+        """)
+    )
+    dense = build("bert").double()
+    small = cut(dense, 0.9)
+    solpath.save(small, tmp_path / "small")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launch, script, tmp_path], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "process 1 2" in done.stdout
+    for name, config in (("full", QUICK), ("lora", LORA), ("shards", QUICK)):
+        one = run(small, dense, config, batches(dense, samples=5))
+        two = solpath.load(tmp_path / name)
+        moved = max((a - b).abs().max() for a, b in zip(*map(_filled, (one, small)), strict=True))
+        for a, b in zip(*map(_filled, (one, two)), strict=True):
+            assert (a - b).abs().max() < 1e-4 * moved
+
+
+def _filled(model):
+    return [p.detach() for p in model.parameters() if p.numel()]
+
+
+@pytest.mark.parametrize("config", [QUICK, LORA], ids=["full", "lora"])
+def test_empty_and_tied_layers(config, tmp_path):
+    dense = build("roberta", tie_word_embeddings=True)
+    small = cut(dense, 0.97)
+    assert 0 in {p.numel() for p in small.parameters()}
+    tuned = run(small, dense, config, checkpoint=tmp_path)
+    assert error(tuned, dense) < error(small, dense)
+    assert tuned.lm_head.decoder.weight is tuned.roberta.embeddings.word_embeddings.weight
+    changed = not torch.equal(tuned.lm_head.decoder.weight, small.lm_head.decoder.weight)
+    assert changed == (config is QUICK)
+    assert same(tuned, run(small, dense, config, checkpoint=tmp_path))
+
+
+def test_any_two_modules_with_equal_outputs():
+    torch.manual_seed(0)
+    dense, small = nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 3))
+    data = [torch.randn(8, 4) for _ in range(20)]
+    tuned = solpath.tune(
+        small, dense, data, TuneConfig(steps=100, learning_rate=0.1), progress=False
+    )
+    before, after = (solpath.evaluate(m, dense, data[-2:]).metrics for m in (small, tuned))
+    assert after["relative_error"] < 0.5 * before["relative_error"]
+
+
+def test_what_has_no_influence(bert, tmp_path):
+    small, data = cut(bert), batches(bert)
+    whole = run(small, bert)
+    torch.manual_seed(99)
+    small.train()
+    assert same(whole, run(small, bert, progress=True))
+    for every in (1, 4):
+        state = tmp_path / str(every)
+        assert same(whole, run(small, bert, checkpoint=state, checkpoint_every=every))
+    assert same(whole, run(small, bert, data=iter(data), heldout=iter(heldout(bert))))
+    tokens = torch.cat([batch["input_ids"] for batch in data])
+    loader = DataLoader(TensorDataset(tokens), 4, shuffle=True, collate_fn=_stack)
+    first = run(small, bert, data=loader, heldout=loader)
+    torch.manual_seed(7)
+    assert same(first, run(small, bert, data=loader, heldout=loader))
+    assert not same(first, whole)
+
+
+def _stack(rows):
+    return torch.stack([row[0] for row in rows])
+
+
+def test_the_target_cache_has_no_influence(bert, monkeypatch):
+    small = cut(bert)
+    whole = run(small, bert)
+    monkeypatch.setattr("solpath.teacher._TARGET_CACHE_BYTES", 0)
+    assert same(whole, run(small, bert))
+
+
+def test_held_out_by_default(bert):
+    data = batches(bert, 20)
+    default = run(cut(bert), bert, data=data, heldout=None)
+    assert same(default, run(cut(bert), bert, data=data[:-2], heldout=data[-2:]))
+    with pytest.raises(BatchError, match="a tenth of 9 batches; pass heldout="):
+        run(cut(bert), bert, data=data[:9], heldout=None)
+    with pytest.raises(BatchError, match="of a DataLoader; pass heldout="):
+        run(cut(bert), bert, data=DataLoader(data), heldout=None)
+
+
+def test_mixed_precision(bert):
+    small = cut(bert)
+    low = run(small, bert, TuneConfig(**QUICK.to_dict() | {"mixed_precision": "bf16"}))
+    full = run(small, bert)
+    assert {p.dtype for p in low.parameters()} == {torch.float32}
+    assert not same(low, full)
+    assert error(low, bert) == pytest.approx(error(full, bert), rel=0.2)
+
+
+def test_half_precision_weights(bert):
+    small = cut(bert).bfloat16()
+    with pytest.raises(UnsupportedModelError, match=r"torch\.bfloat16.*lora_rank"):
+        run(small, bert)
+    tuned = run(small, bert, LORA)
+    assert {p.dtype for p in tuned.parameters()} == {torch.bfloat16}
+    assert error(tuned, bert) < error(small, bert)
+
+
+def test_a_checkpoint_of_another_tuning_is_refused(bert, tmp_path):
+    small = cut(bert)
+    run(small, bert, checkpoint=tmp_path)
+    longer = TuneConfig(**QUICK.to_dict() | {"steps": 7})
+    with pytest.raises(FingerprintError, match="differs in steps: 6, not 7"):
+        run(small, bert, longer, checkpoint=tmp_path)
+    with pytest.raises(FingerprintError, match="differs in small"):
+        run(cut(bert, 0.4), bert, checkpoint=tmp_path)
+    with pytest.raises(FingerprintError, match="differs in dense"):
+        run(small, build("bert", seed=1), checkpoint=tmp_path)
+    file = tmp_path / "tune.safetensors"
+    search = tmp_path / "search"
+    solpath.search(bert, batches(bert), SearchConfig(steps=2), checkpoint=search, progress=False)
+    (search / "search.safetensors").rename(search / "tune.safetensors")
+    with pytest.raises(FingerprintError, match="differs in kind"):
+        run(small, bert, checkpoint=search)
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(FileError, match=r"tune\.safetensors"):
+        run(small, bert, checkpoint=tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_tuning(bert, tmp_path):
+    small = cut(bert)
+    tokens = [batch["input_ids"] for batch in batches(bert)]
+    data = [{"inputs_embeds": bert.embeddings.word_embeddings(t).detach()} for t in tokens]
+    data[2] = {"inputs_embeds": data[2]["inputs_embeds"] * torch.nan}
+    options = {"checkpoint": tmp_path, "checkpoint_every": 1, "heldout": data[:1]}
+    with pytest.raises(NonFiniteLossError, match="nan at step 2; the checkpoint of step 2 is kept"):
+        run(small, bert, data=data, **options)
+    with pytest.raises(NonFiniteLossError, match="the held-out loss is nan at step 0"):
+        run(small, bert, data=data, heldout=data[2:])
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ([], "empty"),
+        (iter(()), "empty"),
+        ({"input_ids": torch.ones(1, 3)}, "wrap it in a list"),
+        ([{"input_ids": torch.ones(0, 3, dtype=torch.long)}], "no samples"),
+        ([{"input_ids": torch.ones(2, 3, dtype=torch.long, device="meta")}], "is on meta"),
+    ],
+)
+def test_bad_batches(bert, data, words):
+    small = cut(bert)
+    with pytest.raises(BatchError, match=words):
+        run(small, bert, data=data)
+    with pytest.raises(BatchError, match=words):
+        run(small, bert, heldout=data if isinstance(data, dict) else list(data))
+
+
+def test_models_that_cannot_be_tuned(bert, monkeypatch):
+    small = cut(bert)
+    other = build("bert", hidden_size=16)
+    with pytest.raises(BatchError, match=r"gives \[4, 9, 32\] and the dense one \[4, 9, 16\]"):
+        run(small, other, data=batches(bert), heldout=batches(bert))
+    with pytest.raises(UnsupportedModelError, match="no linear layer for an adapter"):
+        solpath.tune(nn.Embedding(5, 3), nn.Embedding(5, 3), [torch.ones(2, 2).long()] * 10, LORA)
+    with pytest.raises(UnsupportedModelError, match="no parameter of this BertModel"):
+        run(small.requires_grad_(False), bert)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"pip install 'solpath\[tune\]'"):
+        run(small.requires_grad_(True), bert, LORA)
+
+
+def test_what_accelerate_was_set_up_for(bert, monkeypatch):
+    small = cut(bert)
+    try:
+        Accelerator()
+        whole = run(small, bert)
+        assert is_initialized()
+    finally:
+        AcceleratorState._reset_state()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ConfigError, match="mixed_precision='bf16', the config says 'no'"):
+        run(small, bert)
+    assert not is_initialized()
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    assert same(whole, run(small, bert))
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    with pytest.raises(ConfigError, match=r"accelerate counts 2 processes, torch\.distributed 1"):
+        run(small, bert)
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ConfigError, match="fsdp_version 2"):
+        run(small, bert)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("steps", 0), ("steps", 2.5), ("seed", -1), ("evaluate_every", 0), ("patience", 0),
+     ("lora_rank", 0), ("lora_alpha", 0.0), ("learning_rate", 0.0), ("warmup", 1.5),
+     ("weight_decay", -1.0), ("max_grad_norm", 0.0), ("schedule", "step"),
+     ("mixed_precision", "fp16")],
+)  # fmt: skip
+def test_bad_settings(field, value):
+    with pytest.raises(ConfigError, match=field):
+        TuneConfig(**{field: value})
