@@ -165,26 +165,6 @@ def test_autocast_state_dict_and_copies(model):
     assert small.config.to_dict() == model.config.to_dict()
 
 
-@pytest.mark.parametrize("fractions", [(0.5, 0.25), (0.0, 0.5)])
-def test_llama_generates_with_its_cache(fractions):
-    model = build("llama")
-    small = solpath.extract(model, random_plan(model, fractions))
-    tokens = inputs(model, samples=2)["input_ids"].clamp(min=1)
-    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    fast = small.generate(tokens, use_cache=True, **options)
-    assert torch.equal(fast, small.generate(tokens, use_cache=False, **options))
-
-
-def test_compile():
-    model = build("bert")
-    small = solpath.extract(model, random_plan(model, (0.5, 0.25)))
-    compiled = torch.compile(small, backend="aot_eager", fullgraph=False)
-    with torch.no_grad():
-        expected = small(**inputs(model)).last_hidden_state
-        actual = compiled(**inputs(model)).last_hidden_state
-    torch.testing.assert_close(actual, expected)
-
-
 def test_family_from_a_real_search_is_nested_and_exact(model):
     path = solpath.search(model, batches(model), solpath.SearchConfig(steps=6), progress=False)
     larger = None
