@@ -31,6 +31,7 @@ from workloads import WORKLOADS, Workload, workload
 
 SEARCHES: dict[str, tuple[type, dict[str, Any]]] = {
     "spp": (SearchConfig, {}),
+    "spp_principal": (SearchConfig, {"basis": "principal"}),
     "spp_continuous": (SearchConfig, {"binary": False}),
     "spp_constant_pull": (SearchConfig, {"growing_pull": False}),
     "inclusion": (InclusionConfig, {}),

@@ -28,6 +28,7 @@ NORMS = {
     "dense_width": "sum over what is left, divided by the dense width",
     "dense_norm": "dense norm, not extractable",
 }
+BASES = {"spp": "channels as they are", "spp_principal": "principal axes"}
 Runs = dict[str, list[dict[str, Any]]]
 
 

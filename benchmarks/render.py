@@ -14,6 +14,7 @@ import typer
 
 from quality_runs import (
     ABLATION,
+    BASES,
     NAMES,
     NORMS,
     Runs,
@@ -73,6 +74,11 @@ def table(name: str) -> str:
         return zoo_table("task" if name == "zoo" else "fidelity")
     if name == "ablation":
         return _quality(read_runs("digits", "ablation"), "kl", ABLATION)
+    if name.startswith("basis_"):
+        model = name.removeprefix("basis_")
+        runs = read_runs(model, "basis")
+        runs = {"spp": read_runs(model)["spp"], **runs} if model == "minilm" else runs
+        return _quality(runs, fidelity(runs), BASES)
     model = name.removesuffix("_fidelity")
     runs = read_runs(model)
     if "spp" not in runs:

@@ -106,6 +106,12 @@ def test_a_short_search_goes_on_from_its_checkpoint(texts, tmp_path, capsys):
         (["extract", "{model}", "{path}", "--sparsity", "0.5", "--out", "{path}"], "is not empty"),
         (["inspect", "{tmp}/nothing"], "nothing"),
         (["search", "{model}", "--out", "{tmp}/p", "--method", "best"], "method must be one of"),
+        (["search", "{model}", "--out", "{tmp}/p", "--basis", "best"], "basis must be one of"),
+        (
+            ["search", "{model}", "--out", "{tmp}/p", "--method", "random", "--basis", "principal"],
+            "not of random",
+        ),
+        (["plan", "{path}", "--cache", "0.5"], "cache is no budget"),
         (["search", "{model}", "--out", "{tmp}/p", "--steps", "0"], "steps must be an integer"),
         (["search", "{model}", "--out", "{tmp}/p", "--text", "{tmp}/no.txt"], "no.txt"),
         (["search", "{model}"], "--out"),

@@ -35,6 +35,9 @@ Params = Annotated[
     float | None, typer.Option(help="Parameters to keep: a share in (0, 1], or a count.")
 ]
 Macs = Annotated[float | None, typer.Option(help="Multiply-accumulates to keep, likewise.")]
+Cache = Annotated[
+    float | None, typer.Option(help="Key-value cache elements per token to keep, likewise.")
+]
 MultipleOf = Annotated[int, typer.Option(help="Units every head keeps are a multiple of this.")]
 MinWidth = Annotated[int, typer.Option(help="Units every head keeps at least.")]
 Protect = Annotated[
@@ -131,6 +134,9 @@ def search(
     method: Annotated[
         str, typer.Option(help="spp, paper, or a baseline: random, magnitude, taylor, ...")
     ] = "spp",
+    basis: Annotated[
+        str, typer.Option(help="coordinate, or principal to turn attention first (spp only).")
+    ] = "coordinate",
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder for the state, so that a search can go on.")
     ] = None,
@@ -142,15 +148,19 @@ def search(
     from solpath.files import check_output
     from solpath.searching import search as search_path
 
-    configs = {"spp": SearchConfig, "paper": InclusionConfig}
-    if method not in configs and method not in baselines.METHODS:
-        names = ", ".join([*configs, *baselines.METHODS])
+    searches = ("spp", "paper")
+    if method not in searches and method not in baselines.METHODS:
+        names = ", ".join([*searches, *baselines.METHODS])
         raise ConfigError(f"method must be one of {names}; got {method!r}.")
-    config = configs.get(method, SearchConfig)(steps=steps, seed=seed)
+    if method != "spp" and basis != "coordinate":
+        raise ConfigError(f"basis is a setting of the method spp, not of {method}.")
+    config: SearchConfig | InclusionConfig = SearchConfig(steps=steps, seed=seed, basis=basis)
+    if method == "paper":
+        config = InclusionConfig(steps=steps, seed=seed)
     check_output(out)
     loaded = _load(model)
     batches = _batches(model, loaded, text, images, seed)
-    if method in configs:
+    if method in searches:
         if checkpoint is not None:
             _state["hint"] = f"{checkpoint}; run the same command again to go on"
         path = search_path(loaded, batches, config, checkpoint=checkpoint, progress=not as_json)
@@ -171,13 +181,14 @@ def plan(
     sparsity: Sparsity = None,
     params: Params = None,
     macs: Macs = None,
+    cache: Cache = None,
     multiple_of: MultipleOf = 1,
     min_width: MinWidth = 0,
     protect: Protect = None,
     as_json: Json = False,
 ) -> None:
     """Show what a budget means for a path, without making a model."""
-    made = _plan(path, sparsity, params, macs, multiple_of, min_width, protect)
+    made = _plan(path, sparsity, params, macs, cache, multiple_of, min_width, protect)
     if as_json:
         return _print_json(made.to_dict())
     rows = [
@@ -197,6 +208,7 @@ def extract(
     sparsity: Sparsity = None,
     params: Params = None,
     macs: Macs = None,
+    cache: Cache = None,
     multiple_of: MultipleOf = 1,
     min_width: MinWidth = 0,
     protect: Protect = None,
@@ -209,7 +221,7 @@ def extract(
     from solpath.store import save
 
     check_output(out)
-    made = _plan(path, sparsity, params, macs, multiple_of, min_width, protect)
+    made = _plan(path, sparsity, params, macs, cache, multiple_of, min_width, protect)
     small = cut(_load(model), made)
     try:
         processor = load_processor(model)
@@ -248,12 +260,12 @@ def tune(
     from solpath.evaluation import evaluate
     from solpath.files import check_output
     from solpath.pretrained import load_processor
-    from solpath.store import save
+    from solpath.store import load, save
     from solpath.tuning import tune as train
 
     config = TuneConfig(steps=steps, seed=seed, learning_rate=learning_rate, lora_rank=lora_rank)
     check_output(out)
-    start, teacher = _load(small), _load(dense)
+    start, teacher = load(small), _load(dense)
     batches, heldout = _split_batches(dense, teacher, text, images, seed)
     if checkpoint is not None:
         _state["hint"] = f"{checkpoint}; run the same command again to go on"
@@ -416,6 +428,7 @@ def _plan(
     sparsity: float | None,
     params: float | None,
     macs: float | None,
+    cache: float | None,
     multiple_of: int,
     min_width: int,
     protect: Sequence[str] | None,
@@ -423,13 +436,14 @@ def _plan(
     """Read a path and cut it."""
     from solpath.path import SolutionPath
 
-    if sum(value is not None for value in (sparsity, params, macs)) != 1:
-        raise BudgetError("give exactly one of --sparsity, --params, --macs.")
+    if sum(value is not None for value in (sparsity, params, macs, cache)) != 1:
+        raise BudgetError("give exactly one of --sparsity, --params, --macs, --cache.")
     path: SolutionPath = SolutionPath.load(folder)
     return path.plan(
         sparsity=sparsity,
         params=params,
         macs=macs,
+        cache=cache,
         multiple_of=multiple_of,
         min_width=min_width,
         protect=protect or (),

@@ -39,6 +39,8 @@ class SearchConfig:
         scale_batches: batches the one-shot scale is measured on.
         binary: draw masks from {0, 1}; False uses the continuous mask itself (ablation).
         growing_pull: let the pull grow with the steps; False holds it constant (ablation).
+        basis: ``coordinate`` searches the channels as they are; ``principal`` first turns query-key
+            and value-output dimensions to their principal axes, where nothing stands in the way.
     """
 
     steps: int = 200
@@ -52,8 +54,10 @@ class SearchConfig:
     scale_batches: int = 16
     binary: bool = True
     growing_pull: bool = True
+    basis: str = "coordinate"
 
     def __post_init__(self) -> None:
+        _check_choice("basis", self.basis, ("coordinate", "principal"))
         _check_count("steps", self.steps, 2)
         _check_count("seed", self.seed, 0)
         _check_count("scale_batches", self.scale_batches, 1)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from solpath.basis import turned
 from solpath.discover import EXTRACTED, Site, find_attentions, find_pairs, fingerprint
 from solpath.errors import FingerprintError
 from solpath.nn.attention import slim_class
@@ -55,13 +56,14 @@ def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Mo
 
     # The copy finds the cut parameters in `memo`, so what is cut is never copied whole.
     cut = {pair.name for pair in pairs if plan.kept[pair.name].shape[1] < pair.width}
-    memo: dict[int, Any] = {}
     layers = _sides_of_layers(pairs, cut)
-    for path, sides in layers.items():
-        index = torch.cat([pair.channel_index(side, plan.kept[pair.name]) for pair, side in sides])
-        memo |= cut_linear(linear_map(model, path), index, sides[0][1].axis)
     sites = find_attentions(model)
-    result = copy.deepcopy(model, memo)
+    with turned(model, pairs, plan.turns()):
+        memo: dict[int, Any] = {}
+        for path, sides in layers.items():
+            index = [pair.channel_index(side, plan.kept[pair.name]) for pair, side in sides]
+            memo |= cut_linear(linear_map(model, path), torch.cat(index), sides[0][1].axis)
+        result = copy.deepcopy(model, memo)
     for path in layers:
         refit_(result.get_submodule(path))
     for site in sites:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from solpath.basis import turned
 from solpath.errors import BatchError
 from solpath.nn.pooling import QueryHook
 from solpath.pair import Norm, Pair
@@ -70,7 +71,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
         ...     outputs = model(**batch)
     """
     device = next(model.parameters()).device
-    with mask_hooks(model, plan.pairs) as masks:
+    with turned(model, plan.pairs, plan.turns()), mask_hooks(model, plan.pairs) as masks:
         masks.units.update({name: mask.to(device) for name, mask in plan.masks().items()})
         masks.gains.update({name: gain.to(device) for name, gain in plan.gains.items()})
         yield model

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,8 @@ class SolutionPath:
         energy: for pairs with norms between projection and logits, pair name to float64
             ``[heads, query heads per head + 1, width]``: sums of squares of each unit of the
             queries, then of the key, over some tokens.
+        basis: pair name to float64 ``[heads, width, width]``: the axes its units are along, where
+            they are not the channels themselves; see `solpath.basis`.
     """
 
     pairs: tuple[Pair, ...]
@@ -59,6 +61,7 @@ class SolutionPath:
     fingerprint: Fingerprint
     history: Tensor = field(default_factory=lambda: torch.zeros(2, 0, dtype=torch.float64))
     energy: Mapping[str, Tensor] = field(default_factory=dict)
+    basis: Mapping[str, Tensor] = field(default_factory=dict)
 
     def order(self) -> Tensor:
         """All units, most important first. int64 ``[units]`` into the pairs laid end to end."""
@@ -94,7 +97,7 @@ class SolutionPath:
             BudgetError: none or several budgets, out of range, or not reachable.
             ConfigError: a bad `multiple_of` or `min_width`, or a pattern that matches nothing.
         """
-        return make_plan(
+        plan = make_plan(
             self.pairs,
             self.score,
             self.costs,
@@ -108,6 +111,7 @@ class SolutionPath:
             min_width=min_width,
             protect=protect,
         )
+        return replace(plan, basis=self.basis)
 
     def curve(self, points: int = 20) -> list[CurvePoint]:
         """Sizes from dense to almost nothing, with the loss the search saw there.
@@ -171,6 +175,7 @@ class SolutionPath:
             "history": self.history.contiguous(),
         }
         tensors |= {f"energy.{name}": value.contiguous() for name, value in self.energy.items()}
+        tensors |= {f"basis.{name}": value.contiguous() for name, value in self.basis.items()}
         header = {
             "format": "solpath.path",
             "version": FORMAT_VERSION,
@@ -180,6 +185,7 @@ class SolutionPath:
             "costs": self.costs.to_dict(),
             "fingerprint": asdict(self.fingerprint),
             "steps_recorded": self.history.shape[1],
+            "basis": list(self.basis),
         }
         with new_folder(path, overwrite=overwrite) as folder:
             save_file(tensors, folder / "path.safetensors")
@@ -206,6 +212,7 @@ class SolutionPath:
             units = sum(pair.units for pair in pairs)
             steps = int(header["steps_recorded"])
             method, config = str(header["method"]), dict(header["config"])
+            turned = [str(name) for name in header["basis"]]
             costs.prunable(pairs)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise FileError(f"{file}: {type(error).__name__} in field {error}.") from error
@@ -218,6 +225,12 @@ class SolutionPath:
         for pair in normed:
             shape = (pair.heads, pair.left[0].repeat + 1, pair.width)
             expected[f"energy.{pair.name}"] = (torch.float64, shape)
+        named = {pair.name: pair for pair in pairs}
+        for name in turned:
+            if name not in named:
+                raise FileError(f"{file}: basis names {name!r}, which is no pair.")
+            pair = named[name]
+            expected[f"basis.{name}"] = (torch.float64, (pair.heads, pair.width, pair.width))
         tensors = read_tensors(Path(path) / "path.safetensors", expected)
         for name in expected.keys() - {"history"}:
             if not torch.isfinite(tensors[name]).all():
@@ -232,6 +245,7 @@ class SolutionPath:
             fingerprint,
             tensors["history"],
             {pair.name: tensors[f"energy.{pair.name}"] for pair in normed},
+            {name: tensors[f"basis.{name}"] for name in turned},
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from solpath.cost import Achieved, CostTable
-from solpath.errors import BudgetError, ConfigError
+from solpath.errors import BudgetError, ConfigError, FingerprintError
 from solpath.pair import Fingerprint, Pair
 
 
@@ -27,6 +27,9 @@ class Plan:
         fingerprint: the model the plan is for.
         gains: for pairs with norms, pair name to float64 ``[heads, query heads per head]``: what
             the normed query is multiplied by, see `norm_gain`.
+        basis: see `SolutionPath.basis`.
+        turned: pairs whose units are along another basis; with a plan that was read back without
+            its basis, these can no longer be found in the dense model.
     """
 
     pairs: tuple[Pair, ...]
@@ -35,6 +38,22 @@ class Plan:
     achieved: Achieved
     fingerprint: Fingerprint
     gains: Mapping[str, Tensor] = field(default_factory=dict)
+    basis: Mapping[str, Tensor] = field(default_factory=dict)
+    turned: tuple[str, ...] = ()
+
+    def turns(self) -> dict[str, Tensor]:
+        """The basis of every pair that loses units; pairs that stay whole are not turned.
+
+        Raises:
+            FingerprintError: the plan was read from a saved model, which has no use for a basis.
+        """
+        cut = [pair.name for pair in self.pairs if self.widths[pair.name] < pair.width]
+        if lost := [name for name in cut if name in self.turned and name not in self.basis]:
+            raise FingerprintError(
+                f"the basis of {lost[0]} is not in this plan, which was read from a saved model; "
+                "plan again from the path."
+            )
+        return {name: self.basis[name] for name in cut if name in self.basis}
 
     @property
     def widths(self) -> dict[str, int]:
@@ -61,6 +80,7 @@ class Plan:
             "achieved": asdict(self.achieved),
             "fingerprint": asdict(self.fingerprint),
             "gains": {name: gain.tolist() for name, gain in self.gains.items()},
+            "turned": sorted({*self.basis, *self.turned}),
         }
 
     @classmethod
@@ -78,6 +98,7 @@ class Plan:
                 achieved=Achieved(**value["achieved"]),
                 fingerprint=Fingerprint(**value["fingerprint"]),
                 gains={pair.name: _gain(pair, value["gains"]) for pair in pairs if pair.norms},
+                turned=tuple(str(name) for name in value["turned"]),
             )
         except KeyError as error:
             raise ValueError(f"{error.args[0]}: is missing") from error

@@ -2,12 +2,13 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from solpath.basis import moment_hooks, principal_basis, turnable
 from solpath.data import BatchSource, batch_size, check_device, mix, share
 from solpath.errors import BatchError, NonFiniteLossError, UnsupportedModelError
 from solpath.masks import Masks, energy_hooks, mask_hooks
@@ -183,6 +184,21 @@ class Probe:
             for name, total in totals.items():
                 total += energy[name]
         self._masks.energy |= {n: self._sum(total).to(self._device) for n, total in totals.items()}
+
+    def measure_basis(self, batches: int) -> dict[str, Tensor]:
+        """Principal axes of every pair that can be turned, from some batches of the dense model."""
+        pairs = [pair for pair in self._pairs if turnable(self._model, pair)]
+        shapes = {p.name: (2, p.heads, p.width, p.width) for p in pairs}
+        totals = {name: torch.zeros(shape).double() for name, shape in shapes.items()}
+        for step in range(batches):
+            batch = self._local(step)[0]
+            keep = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            with torch.no_grad(), moment_hooks(self._model, pairs, keep) as moments:
+                run(self._model, batch, labels=False)
+            for name, total in totals.items():
+                total += torch.stack(moments[name])
+        totals = {name: self._sum(total) for name, total in totals.items()}
+        return principal_basis(self._model, pairs, totals)
 
     def first_sample(self) -> Batch:
         """The first sample of the first batch, as a batch of one."""

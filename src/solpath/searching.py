@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from solpath.basis import turned
 from solpath.checkpoint import State, read_checkpoint, write_checkpoint
 from solpath.config import InclusionConfig, SearchConfig
 from solpath.cost import CostTable
@@ -30,6 +31,7 @@ from solpath.pretrained import Name, for_batches
 from solpath.probe import Probe, probing, process
 from solpath.progress import Report, progress_bar
 
+_BASIS = "basis/"  # before the name of a pair, in a state
 _FIGURES = "loss {task.fields[loss]:.4f}  size {task.fields[size]:.0%}"
 
 
@@ -93,16 +95,34 @@ def search(
 
     with probing(model, pairs, batches, loss=loss, seed=config.seed) as probe:
         costs = count_costs(model, pairs, probe.first_sample())
-        state = state or _start(probe, config)
-        show, done = progress and process()[0] == 0, state["history"].shape[1]
-        with progress_bar(
-            "search", _FIGURES, config.steps, done, show=show, loss=0.0, size=1.0
-        ) as report:
-            state = _run(probe, config, state, file, header, checkpoint_every, report)
+        basis = _basis(probe, config, state)
+        with turned(model, pairs, basis):
+            state = state or _start(probe, config, basis)
+            show, done = progress and process()[0] == 0, state["history"].shape[1]
+            with progress_bar(
+                "search", _FIGURES, config.steps, done, show=show, loss=0.0, size=1.0
+            ) as report:
+                state = _run(probe, config, state, file, header, checkpoint_every, report)
         return _path(pairs, config, state, costs, identity, probe.energy)
 
 
-def _start(probe: Probe, config: SearchConfig | InclusionConfig) -> State:
+def _basis(
+    probe: Probe, config: SearchConfig | InclusionConfig, state: State | None
+) -> dict[str, Tensor]:
+    """The axes to search along: those of the state that goes on, or measured."""
+    if isinstance(config, InclusionConfig) or config.basis == "coordinate":
+        return {}
+    return probe.measure_basis(config.scale_batches) if state is None else _basis_of(state)
+
+
+def _basis_of(state: State) -> dict[str, Tensor]:
+    found = {name: value for name, value in state.items() if name.startswith(_BASIS)}
+    return {name.removeprefix(_BASIS): value for name, value in found.items()}
+
+
+def _start(
+    probe: Probe, config: SearchConfig | InclusionConfig, basis: Mapping[str, Tensor]
+) -> State:
     scale, slope = probe.curvature(config.scale_batches)
     zeros = torch.zeros_like(scale)
     state = {"scale": scale, "mask": torch.ones_like(scale), "history": torch.zeros(2, 0)}
@@ -112,7 +132,7 @@ def _start(probe: Probe, config: SearchConfig | InclusionConfig) -> State:
         state["masks"] = torch.zeros(0, probe.units, dtype=torch.float16)
     else:
         state |= {"dual": zeros, "entry": torch.full_like(zeros, torch.inf)}
-    return state
+    return state | {f"{_BASIS}{name}": value for name, value in basis.items()}
 
 
 def _run(
@@ -245,4 +265,5 @@ def _path(
         fingerprint=identity,
         history=state["history"],
         energy=energy,
+        basis=_basis_of(state),
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from solpath.arch import TIMM_WRAPPER, known_model_types, timm
-from solpath.discover import find_pairs
+from solpath.discover import EXTRACTED, find_pairs
 from solpath.errors import SolpathError
 from solpath.extraction import extract
 from solpath.files import Expected, Header, dtype_name
@@ -103,7 +103,9 @@ def build_skeleton(
     if pairs != plan.pairs:
         raise SolpathError(f"plan: its pairs are not those of this {head['class']}.")
     with no_init_weights():
-        model = extract(dense, replace(plan, pairs=pairs), check=False)
+        plan = replace(plan, pairs=pairs)
+    model = extract(dense, replace(plan, turned=()), check=False)  # turning changes no shape
+    setattr(model, EXTRACTED, plan)
     for path, module in model.named_modules():
         if stray := [key for key, v in vars(module).items() if isinstance(v, Tensor) and v.is_meta]:
             raise SolpathError(f"{path}.{stray[0]} is a tensor but no parameter or buffer.")
