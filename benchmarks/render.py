@@ -77,7 +77,10 @@ def table(name: str) -> str:
     if name.startswith("basis_"):
         model = name.removeprefix("basis_")
         runs = read_runs(model, "basis")
-        runs = {"spp": read_runs(model)["spp"], **runs} if model == "minilm" else runs
+        if "spp" not in runs:  # along channels it is among the results of all methods
+            seeds = {run["seed"] for run in runs["spp_principal"]}
+            known = read_runs(model)["spp"]
+            runs = {"spp": [run for run in known if run["seed"] in seeds], **runs}
         return _quality(runs, fidelity(runs), BASES)
     model = name.removesuffix("_fidelity")
     runs = read_runs(model)

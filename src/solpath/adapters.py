@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from solpath.errors import ConfigError, UnsupportedModelError
+from solpath.nn.conv1d import CutConv1D
 
 if TYPE_CHECKING:
     from peft import LoraModel
@@ -44,7 +46,13 @@ def add_adapters_(model: nn.Module, rank: int, alpha: float) -> "LoraModel":
             f"{type(model).__name__} has no linear layer for an adapter: all are empty, frozen or "
             "shared. Use lora_rank=None."
         )
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers)  # type: ignore[arg-type]
+    turned = any(isinstance(model.get_submodule(name), Conv1D) for name in layers)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        target_modules=layers,
+        fan_in_fan_out=turned,
+    )
     return LoraModel(model, config, "default")
 
 
@@ -54,7 +62,7 @@ def adaptable(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if type(module) is nn.Linear
+        if type(module) in (nn.Linear, Conv1D, CutConv1D)
         and module.weight.numel()
         and module.weight.requires_grad
         and owners[id(module.weight)] == 1

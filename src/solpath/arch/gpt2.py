@@ -15,7 +15,7 @@ def _forward(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    width = self.c_proj.nx // self.num_heads
+    width = len(self.c_proj.weight) // self.num_heads  # the weight is transposed
     query, key, value = split_fused(self.c_attn(hidden_states), self.num_heads, width)
     states, weights = attend(
         self,
