@@ -62,12 +62,16 @@ def table(name: str) -> str:
     `name` is a model, for its headline metric, or ``<model>_fidelity``: a row per method, the mean
     over seeds of every size. ``zoo`` and ``zoo_fidelity`` have a row per model, ``ablation`` one
     per part that is switched off, ``costs`` one per cost, ``checkpoints`` one per
-    measure, ``qk_norm`` one per way to treat the norms.
+    measure, ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision.
     """
     if name == "costs":
         return _markdown([("what", "measured", "against", "aim", "script"), *costs()])
     if name == "checkpoints":
         return _markdown([*checkpoints()])
+    if name == "exactness":
+        record = json.loads((RESULTS / "exactness.json").read_text())
+        rows = [(dtype, f"{error:.1e}") for dtype, error in record["worst"].items()]
+        return _markdown([("precision", f"worst of {record['plans']:,} plans"), *rows])
     if name == "qk_norm":
         return _markdown([*qk_norm()])
     if name in ("zoo", "zoo_fidelity"):

@@ -31,5 +31,8 @@ def plan_of(model, widths, seed=0) -> Plan:
         for p in pairs
         if p.norms
     }
+    for p in pairs:  # a pair that keeps all it has keeps its size, see `norm_gain`
+        if p.norms and widths[p.name] == p.width:
+            gains[p.name].fill_(1)
     achieved = costs.achieved(pairs, widths)
     return Plan(pairs, kept, {}, achieved, fingerprint(model, pairs), gains)
