@@ -25,6 +25,7 @@ from solpath.objective import forward
 from solpath.skeleton import check_sizes
 
 # These run here on the `model` of this module.
+from test_basis import test_the_dense_model_is_the_same_function  # noqa: F401
 from test_exactness import (  # noqa: F401
     FRACTIONS,
     both,
