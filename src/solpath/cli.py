@@ -65,7 +65,7 @@ def _options(
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="Less of everything; a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Less of everything.")] = False,
     out: Annotated[Path, typer.Option(help="Folder to write, new or empty.")] = Path("out"),
     model: Annotated[
         str | None, typer.Option(help="Folder or hub id; default: the installed MiniLM.")
