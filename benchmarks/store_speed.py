@@ -35,7 +35,7 @@ def random_plan(model: torch.nn.Module, sparsity: float) -> Plan:
     score = {p.name: torch.rand(p.heads, p.width, generator=generator) for p in pairs}
     tokens = torch.ones(1, 32, dtype=torch.int64)
     costs = count_costs(model, pairs, {"input_ids": tokens, "attention_mask": tokens})
-    return make_plan(pairs, score, costs, fingerprint(model, pairs), sparsity=sparsity)
+    return make_plan(pairs, score, costs, fingerprint(model, pairs), {}, sparsity=sparsity)
 
 
 def copy_durably(source: Path, target: Path) -> None:
