@@ -174,10 +174,9 @@ def turned(model: nn.Module, pairs: Sequence[Pair], basis: Basis) -> Iterator[nn
 
 def _turn_(value: Tensor, pair: Pair, side: Side, matrix: Tensor) -> None:
     """Multiply the channels of `side`, the first dimension of `value`, head by head, in place."""
-    count = pair.heads * side.repeat * pair.width
-    part = value[side.offset : side.offset + count]
-    by_head = part.reshape(pair.heads, side.repeat, pair.width, -1)
-    part.copy_(torch.einsum("hij,hrjk->hrik", matrix, by_head).reshape(part.shape))
+    turned_heads = torch.einsum("hij,hrjk->hrik", matrix, _by_head(pair, side, value))
+    part = value[side.offset : side.offset + turned_heads.shape[:-1].numel()]
+    part.copy_(turned_heads.reshape(part.shape))
 
 
 def _by_head(pair: Pair, side: Side, channels: Tensor) -> Tensor:

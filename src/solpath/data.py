@@ -103,5 +103,25 @@ def share(batch: Any, low: int, high: int) -> Any:
     return part(batch)
 
 
+def local_share(
+    source: BatchSource, step: int, device: torch.device, rank: int, world: int
+) -> tuple[Any, int, int, int]:
+    """What one of `world` processes takes of a batch.
+
+    Returns:
+        Its samples, the numbers of its first and of the first after them, and all samples.
+
+    Raises:
+        BatchError: a tensor is on another device, or there are fewer samples than processes.
+    """
+    batch = source[step]
+    check_device(batch, device)
+    size = batch_size(batch)
+    if size < world:
+        raise BatchError(f"batch {step} has {size} samples for {world} processes.")
+    low, high = size * rank // world, size * (rank + 1) // world
+    return share(batch, low, high), low, high, size
+
+
 def _values(batch: Any) -> Iterable[Any]:
     return batch.values() if isinstance(batch, Mapping) else (batch,)

@@ -58,15 +58,21 @@ def find_pairs(model: nn.Module | Name) -> tuple[Pair, ...]:
         >>> [(pair.kind, pair.heads, pair.width) for pair in find_pairs(BertModel(config))]
         [('qk', 2, 16), ('vo', 2, 16), ('mlp', 1, 64)]
     """
-    pairs: list[Pair] = []
-    for found in _find(as_model(model, device="meta")):
-        pairs += (found.qk, found.vo) if isinstance(found, Site) else (found,)
-    return tuple(pairs)
+    return survey(as_model(model, device="meta"))[0]
 
 
-def find_attentions(model: nn.Module) -> tuple[Site, ...]:
-    """Every attention of a model; see `find_pairs`."""
-    return tuple(found for found in _find(model) if isinstance(found, Site))
+def survey(model: nn.Module) -> tuple[tuple[Pair, ...], tuple[Site, ...]]:
+    """The pairs of a model, see `find_pairs`, and its attentions, found in one walk."""
+    found = _find(model)
+    return _pairs(found), tuple(part for part in found if isinstance(part, Site))
+
+
+def _pairs(found: list[Site | Pair]) -> tuple[Pair, ...]:
+    return tuple(
+        pair
+        for part in found
+        for pair in ((part.qk, part.vo) if isinstance(part, Site) else (part,))
+    )
 
 
 def _find(model: nn.Module) -> list[Site | Pair]:
@@ -87,7 +93,7 @@ def _find(model: nn.Module) -> list[Site | Pair]:
     if not found:
         paths = ", ".join(stack.blocks for stack in stacks)
         raise UnsupportedModelError(f"{type(model).__name__} has no blocks at {paths}.")
-    _check_not_shared(model, found)
+    _check_not_shared(model, _pairs(found))
     return found
 
 
@@ -136,12 +142,10 @@ def _site(model: nn.Module, block: str, table: Attention) -> Site:
     else:
         counts = {"query": heads, "key": kv_heads, "value": kv_heads}
         widths = {name: layers[name].out_features // counts[name] for name in paths}
-    starts = {"query": 0, "key": heads * widths["query"]} if fused else {}
-    starts["value"] = (heads + kv_heads) * widths["query"] if fused else 0
-
+    before = widths["query"] if fused else 0  # channels that every head before takes in the layer
     query = Side(paths["query"], 0, repeat)
-    key = Side(paths["key"], 0, 1, starts.get("key", 0))
-    value = Side(paths["value"], 0, 1, starts["value"])
+    key = Side(paths["key"], 0, 1, heads * before)
+    value = Side(paths["value"], 0, 1, (heads + kv_heads) * before)
     output = Side(f"{block}.{table.output}", 1, repeat)
     name = f"{block}.{table.name}"
     return Site(
@@ -215,9 +219,8 @@ def _unit_cost(model: nn.Module, *sides: Side) -> int:
     return cost
 
 
-def _check_not_shared(model: nn.Module, found: list[Site | Pair]) -> None:
+def _check_not_shared(model: nn.Module, pairs: tuple[Pair, ...]) -> None:
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    pairs = [p for f in found for p in ((f.qk, f.vo) if isinstance(f, Site) else (f,))]
     for path in {side.module for pair in pairs for side in pair.sides}:
         for name, parameter in linear_map(model, path).parameters().items():
             if owners[id(parameter)] > 1:

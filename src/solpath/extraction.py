@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from solpath.basis import turned
-from solpath.discover import EXTRACTED, Site, find_attentions, find_pairs, fingerprint
+from solpath.discover import EXTRACTED, Site, fingerprint, survey
 from solpath.errors import FingerprintError
 from solpath.nn.attention import slim_class
 from solpath.pair import Pair, Side
@@ -48,7 +48,7 @@ def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Mo
         >>> small = solpath.extract(model, path.plan(sparsity=0.5))  # doctest: +SKIP
     """
     model = as_model(model)
-    pairs = find_pairs(model)
+    pairs, sites = survey(model)
     if check:
         difference = plan.fingerprint.differences(fingerprint(model, pairs))
         if difference:
@@ -57,7 +57,6 @@ def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Mo
     # The copy finds the cut parameters in `memo`, so what is cut is never copied whole.
     cut = {pair.name for pair in pairs if plan.kept[pair.name].shape[1] < pair.width}
     layers = _sides_of_layers(pairs, cut)
-    sites = find_attentions(model)
     with turned(model, pairs, plan.turns()):
         memo: dict[int, Any] = {}
         for path, sides in layers.items():

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from solpath.basis import moment_hooks, principal_basis, turnable
-from solpath.data import BatchSource, batch_size, check_device, mix, share
-from solpath.errors import BatchError, NonFiniteLossError, UnsupportedModelError
+from solpath.data import BatchSource, batch_size, check_device, local_share, mix, share
+from solpath.errors import NonFiniteLossError, UnsupportedModelError
 from solpath.masks import Masks, energy_hooks, mask_hooks
 from solpath.objective import (
     Batch,
@@ -211,13 +211,7 @@ class Probe:
         return batch_size(self._source[step])
 
     def _local(self, step: int) -> tuple[Batch, int, int, int]:
-        batch = self._source[step]
-        check_device(batch, self._device)
-        size = batch_size(batch)
-        if size < self._world:
-            raise BatchError(f"batch {step} has {size} samples for {self._world} processes.")
-        low, high = size * self._rank // self._world, size * (self._rank + 1) // self._world
-        return share(batch, low, high), low, high, size
+        return local_share(self._source, step, self._device, self._rank, self._world)
 
     def _set(self, rows: Tensor) -> list[Tensor]:
         parts = torch.split(rows.to(self._device), [pair.units for pair in self._pairs], 1)

@@ -102,8 +102,7 @@ def build_skeleton(
     pairs = find_pairs(dense)
     if pairs != plan.pairs:
         raise SolpathError(f"plan: its pairs are not those of this {head['class']}.")
-    with no_init_weights():
-        plan = replace(plan, pairs=pairs)
+    plan = replace(plan, pairs=pairs)
     model = extract(dense, replace(plan, turned=()), check=False)  # turning changes no shape
     setattr(model, EXTRACTED, plan)
     for path, module in model.named_modules():

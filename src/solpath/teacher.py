@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from solpath.data import BatchSource, batch_size, check_device, share
+from solpath.data import BatchSource, local_share
 from solpath.errors import BatchError
 from solpath.objective import Batch, divergence, has_logits, output_tensor, run, token_mask
 
@@ -49,14 +49,8 @@ class Lessons:
         self._bytes = 0
 
     def __getitem__(self, step: int) -> Lesson:
-        batch = self._source[step]
-        check_device(batch, self._device)
         rank, world = self._accelerator.process_index, self._accelerator.num_processes
-        total = batch_size(batch)
-        if total < world:
-            raise BatchError(f"batch {step} has {total} samples for {world} processes.")
-        low, high = total * rank // world, total * (rank + 1) // world
-        batch = share(batch, low, high)
+        batch, low, high, total = local_share(self._source, step, self._device, rank, world)
         return Lesson(batch, *self._target(step, batch), high - low, total)
 
     def _target(self, step: int, batch: Batch) -> tuple[Tensor, bool]:
