@@ -135,7 +135,8 @@ def cache_elements(model):
     else:
         batch = {"input_ids": tokens}
     with torch.no_grad():
-        cache = model(**batch, use_cache=True).past_key_values
+        output = model(**batch, use_cache=True)
+    cache = output.get("cache", output.get("past_key_values"))  # the name before transformers 5.24
     cache = getattr(cache, "self_attention_cache", cache)
     elements = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     assert elements % 6 == 0

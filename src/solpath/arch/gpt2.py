@@ -11,7 +11,7 @@ from solpath.nn.attention import attend, cached_states, split_fused
 def _forward(
     self: Any,
     hidden_states: Tensor,
-    past_key_values: Any = None,
+    cache: Any = None,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -20,7 +20,7 @@ def _forward(
     states, weights = attend(
         self,
         query,
-        *cached_states(self, lambda _: (key, value), hidden_states, past_key_values),
+        *cached_states(self, lambda _: (key, value), hidden_states, cache),
         attention_mask,
         scaling=self.scaling,
         dropout=self.attn_dropout.p,

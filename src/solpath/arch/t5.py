@@ -15,18 +15,18 @@ def _forward(
     mask: Tensor | None = None,
     key_value_states: Tensor | None = None,
     position_bias: Tensor | None = None,
-    past_key_values: Any = None,
+    cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     cross = key_value_states is not None
-    past = past_key_values.get_seq_length(self.layer_idx) if past_key_values is not None else 0
+    past = cache.get_seq_length(self.layer_idx) if cache is not None else 0
     past = past.clone() if isinstance(past, Tensor) else past
 
     def project(source: Tensor) -> tuple[Tensor, Tensor]:
         return split_heads(self.k, source, self.n_heads), split_heads(self.v, source, self.n_heads)
 
     source = hidden_states if key_value_states is None else key_value_states
-    key, value = cached_states(self, project, source, past_key_values, cross=cross)
+    key, value = cached_states(self, project, source, cache, cross=cross)
     if position_bias is None:
         tokens, keys = hidden_states.shape[1], key.shape[-2]
         if self.has_relative_attention_bias:

@@ -153,7 +153,7 @@ def separate(
         self: Any,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         key_value_states: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -166,7 +166,7 @@ def separate(
         states, weights = attend(
             self,
             split_heads(getattr(self, query), hidden_states, count(self)),
-            *cached_states(self, project, source, past_key_values, cross=cross),
+            *cached_states(self, project, source, cache, cross=cross),
             attention_mask,
             scaling=scale(self),
             dropout=drop(self),
@@ -205,7 +205,7 @@ def rotary(sliding_window: str = "") -> Forward:
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         heads, groups = self.config.num_attention_heads, self.num_key_value_groups
@@ -228,7 +228,7 @@ def rotary(sliding_window: str = "") -> Forward:
         states, weights = attend(
             self,
             query,
-            *cached_states(self, lambda _: (key, value), hidden_states, past_key_values),
+            *cached_states(self, lambda _: (key, value), hidden_states, cache),
             attention_mask,
             scaling=self.scaling,
             dropout=self.attention_dropout,
@@ -270,8 +270,15 @@ def slim_class(stock: type[nn.Module], forward: Forward) -> type[nn.Module]:
     """A subclass of a stock attention class that only replaces `forward`.
 
     It stays an instance of the stock class, so output recording and attention backends find it.
+    transformers names the key-value cache ``cache`` from 5.24 on, and ``past_key_values`` before.
     """
-    return type(f"Slim{stock.__name__}", (stock,), {"forward": forward})
+
+    def call(self: Any, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None:
+            kwargs["cache"] = past_key_values
+        return forward(self, *args, **kwargs)
+
+    return type(f"Slim{stock.__name__}", (stock,), {"forward": call})
 
 
 def _stock(module: nn.Module) -> type:
