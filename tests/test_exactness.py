@@ -99,6 +99,7 @@ def test_cost_of_a_plan_is_what_extraction_counts(model):
         plan = random_plan(model, fractions)
         small = solpath.extract(model, plan)
         assert sum(p.numel() for p in small.parameters()) == plan.achieved.params
+        assert saved_bytes(small) == plan.achieved.bytes
     # Unequal widths of query-key and value-output are padded to equal ones, so compare equal ones.
     widths, channels = [], 1
     for pair in find_pairs(model):
@@ -109,6 +110,20 @@ def test_cost_of_a_plan_is_what_extraction_counts(model):
     small = solpath.extract(model, plan)
     counted = count_costs(small, (), inputs(model, samples=1)).macs
     assert counted == plan.achieved.macs
+
+
+def saved_bytes(model):
+    """Bytes of tensor data in a file with everything that is saved, tied tensors once."""
+    distinct = {t.data_ptr() if t.numel() else name: t for name, t in model.state_dict().items()}
+    return sum(tensor.nbytes for tensor in distinct.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_bytes_are_those_of_the_dtype(dtype):
+    model = build("llama").to(dtype)
+    plan = random_plan(model, (0.25, 0.75))
+    assert saved_bytes(solpath.extract(model, plan)) == plan.achieved.bytes
+    assert plan.achieved.bytes == dtype.itemsize * plan.achieved.params
 
 
 def test_gradients_flow_as_in_the_masked_model(model):

@@ -115,20 +115,21 @@ def test_padding_on_the_left_changes_nothing(label):
 @pytest.mark.parametrize("fractions", PLANS)
 def test_the_cache_is_as_small_as_the_plan_says(label, fractions):
     model, plan, small = pruned(label, fractions)
+    size = next(model.parameters()).element_size()
     # A key without channels keeps one column of zeros, so that the cache can tell its length.
     empty = sum(
-        pair.heads
+        size * pair.heads
         for pair in plan.pairs
         if pair.kind == "qk" and pair.cache and not plan.widths[pair.name]
     )
-    dense, cut = cache_elements(model), cache_elements(small)
+    dense, cut = cache_bytes(model), cache_bytes(small)
     assert cut == plan.achieved.cache + empty
-    assert dense == sum(pair.units * pair.cache for pair in plan.pairs)
+    assert dense == sum(size * pair.units * pair.cache for pair in plan.pairs)
     assert cut < dense
 
 
-def cache_elements(model):
-    """Elements per sample and token in the cache of self attention, after 3 tokens."""
+def cache_bytes(model):
+    """Bytes per sample and token in the cache of self attention, after 3 tokens."""
     batch, tokens = inputs(model, samples=2), torch.ones(2, 3, dtype=torch.long)
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = tokens
@@ -138,6 +139,6 @@ def cache_elements(model):
         output = model(**batch, use_cache=True)
     cache = output.get("cache", output.get("past_key_values"))  # the name before transformers 5.24
     cache = getattr(cache, "self_attention_cache", cache)
-    elements = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    assert elements % 6 == 0
-    return elements // 6
+    found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert found % 6 == 0
+    return found // 6

@@ -25,10 +25,12 @@ PAIRS = tuple(
 )
 COSTS = CostTable(
     params=22_713_216,
+    bytes=4 * 22_713_216 + 100,
     macs=5 * 10**8,
     cache=0,
     sample={"input_ids": (1, 32)},
     unit_params={p.name: p.cost for p in PAIRS},
+    unit_bytes={p.name: 4 * p.cost for p in PAIRS},
     unit_macs={p.name: p.cost * 32 + (p.kind != "mlp") * 1024 for p in PAIRS},
     unit_cache={p.name: 0 for p in PAIRS},
 )

@@ -166,7 +166,7 @@ def test_contents_of_the_folder(tmp_path):
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "model.safetensors", "solpath.json"}
     head = json.loads((tmp_path / "out" / "solpath.json").read_text())
-    assert (head["format"], head["version"]) == ("solpath.model", 1)
+    assert (head["format"], head["version"]) == ("solpath.model", 2)
     assert (head["class"], head["model_type"], head["dtype"]) == ("BertModel", "bert", "float32")
     assert head["plan"] == json.loads(json.dumps(small.solpath_plan.to_dict()))
     assert set(head["provenance"]) == {"solpath", "torch", "transformers", "time"}
@@ -436,7 +436,7 @@ def test_random_forgery_is_never_another_error(saved, data):
     ("field", "value"),
     [
         ("format", "other"),
-        ("version", 2),
+        ("version", 1),
         ("version", None),
         ("class", "PreTrainedModel"),
         ("class", "AutoModel"),

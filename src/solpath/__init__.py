@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from solpath.discover import find_pairs
     from solpath.evaluation import evaluate
     from solpath.extraction import extract
+    from solpath.latency import LatencyTable
     from solpath.masks import masked
     from solpath.measurement import measure
     from solpath.path import SolutionPath
     from solpath.plan import Plan
     from solpath.searching import search
     from solpath.store import load, push_to_hub, save
+    from solpath.timing import measure_latency, plan_for_latency
     from solpath.tuning import tune
 
 __version__ = "0.1.0"
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 # Where each name lives. Modules are imported on first use, so that `import solpath` stays fast.
 _HOME = {
     "InclusionConfig": "config",
+    "LatencyTable": "latency",
     "Plan": "plan",
     "SearchConfig": "config",
     "SolutionPath": "path",
@@ -38,6 +41,8 @@ _HOME = {
     "load": "store",
     "masked": "masks",
     "measure": "measurement",
+    "measure_latency": "timing",
+    "plan_for_latency": "timing",
     "push_to_hub": "store",
     "save": "store",
     "search": "searching",
@@ -47,6 +52,7 @@ _HOME = {
 
 __all__ = [
     "InclusionConfig",
+    "LatencyTable",
     "Plan",
     "SearchConfig",
     "SolpathError",
@@ -61,6 +67,8 @@ __all__ = [
     "load",
     "masked",
     "measure",
+    "measure_latency",
+    "plan_for_latency",
     "push_to_hub",
     "save",
     "search",

@@ -1,4 +1,4 @@
-"""What units cost, in parameters and multiply-accumulates (MACs), and what widths add up to."""
+"""What units cost in parameters, bytes and multiply-accumulates (MACs), and what widths sum to."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,14 +15,16 @@ class Achieved:
         sparsity: share of the prunable parameters that is removed.
         params: parameters of the whole model.
         params_share: the same as a share of the dense model.
+        bytes: of all saved tensors, in the dtype of the model.
         macs: multiply-accumulates for one sample of the shape seen in the search.
         macs_share: the same as a share of the dense model.
-        cache: elements of the key-value cache per generated token; 0 where there is no cache.
+        cache: bytes of the key-value cache per generated token; 0 where there is no cache.
     """
 
     sparsity: float
     params: int
     params_share: float
+    bytes: int
     macs: int
     macs_share: float
     cache: int
@@ -34,30 +36,35 @@ class CostTable:
 
     Attributes:
         params: parameters of the dense model.
+        bytes: of all tensors that it saves, weights and buffers, a tied one once.
         macs: multiply-accumulates of the dense model for one sample.
-        cache: elements of its key-value cache per generated token.
+        cache: bytes of its key-value cache per generated token, in the dtype of the weights.
         sample: name to shape of one input sample the MACs were counted on.
         unit_params: pair name to parameters per unit.
+        unit_bytes: pair name to bytes per unit.
         unit_macs: pair name to MACs per unit and sample.
-        unit_cache: pair name to cache elements per unit and token.
+        unit_cache: pair name to bytes of the cache per unit and token.
     """
 
     params: int
+    bytes: int
     macs: int
     cache: int
     sample: Mapping[str, tuple[int, ...]]
     unit_params: Mapping[str, int]
+    unit_bytes: Mapping[str, int]
     unit_macs: Mapping[str, int]
     unit_cache: Mapping[str, int]
 
     def dense(self, measure: str) -> int:
-        """The dense model under ``"params"``, ``"macs"`` or ``"cache"``."""
-        return {"params": self.params, "macs": self.macs, "cache": self.cache}[measure]
+        """The dense model under ``"params"``, ``"bytes"``, ``"macs"`` or ``"cache"``."""
+        whole = {"params": self.params, "bytes": self.bytes, "macs": self.macs}
+        return (whole | {"cache": self.cache})[measure]
 
     def unit(self, measure: str) -> Mapping[str, int]:
-        """One unit of every pair under ``"params"``, ``"macs"`` or ``"cache"``."""
-        units = {"params": self.unit_params, "macs": self.unit_macs, "cache": self.unit_cache}
-        return units[measure]
+        """One unit of every pair under ``"params"``, ``"bytes"``, ``"macs"`` or ``"cache"``."""
+        units = {"params": self.unit_params, "bytes": self.unit_bytes, "macs": self.unit_macs}
+        return (units | {"cache": self.unit_cache})[measure]
 
     def prunable(self, pairs: Sequence[Pair]) -> int:
         """Parameters in all units of `pairs`."""
@@ -68,12 +75,13 @@ class CostTable:
         removed = {p.name: p.heads * (p.width - widths[p.name]) for p in pairs}
         lost = {
             measure: sum(self.unit(measure)[name] * count for name, count in removed.items())
-            for measure in ("params", "macs", "cache")
+            for measure in ("params", "bytes", "macs", "cache")
         }
         return Achieved(
             sparsity=lost["params"] / self.prunable(pairs),
             params=self.params - lost["params"],
             params_share=1 - lost["params"] / self.params,
+            bytes=self.bytes - lost["bytes"],
             macs=self.macs - lost["macs"],
             macs_share=1 - lost["macs"] / self.macs,
             cache=self.cache - lost["cache"],

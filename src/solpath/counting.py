@@ -1,4 +1,4 @@
-"""Count the multiply-accumulates of a model on one sample, and what each unit takes part in."""
+"""Count what a model takes, in bytes and multiply-accumulates, and each unit's part in it."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from solpath.cost import CostTable
+from solpath.data import shapes_of
 from solpath.objective import run
 from solpath.pair import Pair
 from solpath.slicing import linear_map
@@ -21,7 +22,8 @@ def count_costs(model: nn.Module, pairs: Sequence[Pair], sample: Any) -> CostTab
 
     A unit takes part in its rows and columns of the linear layers, once per token, and a ``qk`` or
     ``vo`` unit also in one multiplication per pair of tokens and query head. Units of layers that
-    did not run on the sample (the other tower, say) cost no MACs.
+    did not run on the sample (the other tower, say) cost no MACs. Bytes are those of the dtype
+    that the tensors have; the key-value cache is taken to have that of the key and value layers.
 
     Args:
         model: runs once, without gradients; may be on the meta device, with the sample.
@@ -49,15 +51,25 @@ def count_costs(model: nn.Module, pairs: Sequence[Pair], sample: Any) -> CostTab
     finally:
         for handle in handles:
             handle.remove()
+    size = {p.name: linear_map(model, p.left[0].module).weight.element_size() for p in pairs}
+    unit_cache = {pair.name: pair.cache * size[pair.name] for pair in pairs}
     return CostTable(
         params=sum(parameter.numel() for parameter in model.parameters()),
+        bytes=_saved_bytes(model),
         macs=counter.get_total_flops() // 2,
-        cache=sum(pair.units * pair.cache for pair in pairs),
-        sample={name: tuple(value.shape) for name, value in _named(sample)},
+        cache=sum(pair.units * unit_cache[pair.name] for pair in pairs),
+        sample=shapes_of(sample),
         unit_params={pair.name: pair.cost for pair in pairs},
+        unit_bytes={pair.name: pair.cost * size[pair.name] for pair in pairs},
         unit_macs={pair.name: _unit_macs(model, pair, shapes) for pair in pairs},
-        unit_cache={pair.name: pair.cache for pair in pairs},
+        unit_cache=unit_cache,
     )
+
+
+def _saved_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and saved buffers, each once, on the meta device too."""
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _without_data(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
@@ -90,8 +102,3 @@ def _unit_macs(model: nn.Module, pair: Pair, shapes: Mapping[str, list[torch.Siz
         queries, keys = (rows[0], tokens[1]) if pair.kind == "qk" else (rows[1], tokens[0])
         macs += max(side.repeat for side in pair.sides) * pair.channels * queries * keys
     return macs
-
-
-def _named(sample: Any) -> list[tuple[str, Tensor]]:
-    items = sample.items() if isinstance(sample, Mapping) else [("input", sample)]
-    return [(name, value) for name, value in items if isinstance(value, Tensor)]

@@ -77,6 +77,12 @@ def batch_size(batch: Any) -> int:
     raise BatchError(f"a batch is a dict of tensors or a tensor, got {type(batch).__name__}.")
 
 
+def shapes_of(batch: Any) -> dict[str, tuple[int, ...]]:
+    """Name to shape of every tensor of a batch; a bare tensor is called ``input``."""
+    named = batch.items() if isinstance(batch, Mapping) else [("input", batch)]
+    return {name: tuple(value.shape) for name, value in named if isinstance(value, Tensor)}
+
+
 def check_device(batch: Any, device: torch.device) -> None:
     """Raise `BatchError` if a tensor of the batch is not on `device`."""
     named = batch.items() if isinstance(batch, Mapping) else [("the batch", batch)]

@@ -80,8 +80,7 @@ def measure(
     """
     if not models:
         raise ConfigError("models is empty; give at least one, for example {'dense': model}.")
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-        raise ConfigError(f"repeats must be an integer of at least 1, got {repeats!r}.")
+    check_repeats(repeats)
     samples = batch_size(batch)
     for model in models.values():
         check_device(batch, _device(model))
@@ -105,6 +104,12 @@ def measure(
                 repeats=repeats,
             )
     return result
+
+
+def check_repeats(repeats: int) -> None:
+    """Raise `ConfigError` unless `repeats` is an integer of at least 1."""
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+        raise ConfigError(f"repeats must be an integer of at least 1, got {repeats!r}.")
 
 
 @contextlib.contextmanager

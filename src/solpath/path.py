@@ -13,13 +13,14 @@ from torch import Tensor
 from solpath.cost import Achieved, CostTable
 from solpath.errors import ConfigError, FileError
 from solpath.files import new_folder, read_json, read_tensors, write_json
+from solpath.latency import LatencyTable
 from solpath.pair import Fingerprint, Pair
 from solpath.plan import Plan, make_plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,11 @@ class SolutionPath:
         *,
         sparsity: float | None = None,
         params: float | None = None,
+        bytes: float | None = None,
         macs: float | None = None,
         cache: float | None = None,
+        latency_ms: float | None = None,
+        latency: LatencyTable | None = None,
         multiple_of: int = 1,
         min_width: int = 0,
         protect: Sequence[str] = (),
@@ -83,19 +87,26 @@ class SolutionPath:
         Args:
             sparsity: share of the prunable parameters to remove, in [0, 1).
             params: parameters to keep in the whole model: a share in (0, 1], or a count.
+            bytes: bytes to keep of all that is saved, weights and buffers in the dtype the model
+                was searched in, likewise.
             macs: multiply-accumulates to keep, likewise.
-            cache: elements of the key-value cache per token to keep, likewise.
+            cache: bytes of the key-value cache per token to keep, in that dtype, likewise.
+            latency_ms: milliseconds that one forward pass may take by the table `latency`.
+            latency: from `measure_latency`, on the machine and the batch that count.
             multiple_of: every head keeps a multiple of this many units (or all of them).
             min_width: units every head keeps at least.
             protect: shell patterns of pair names that stay dense, e.g. ``"*layer.0.*"``.
 
         Returns:
-            The plan nearest to the budget. Plans made with the same `multiple_of`, `min_width`
-            and `protect` are nested: the smaller keeps a subset of what the larger keeps.
+            The plan nearest to the budget; for `latency_ms` the largest that is predicted to be
+            fast enough, which `plan_for_latency` also verifies. Plans made with the same
+            `multiple_of`, `min_width` and `protect` are nested: the smaller keeps a subset of what
+            the larger keeps.
 
         Raises:
             BudgetError: none or several budgets, out of range, or not reachable.
             ConfigError: a bad `multiple_of` or `min_width`, or a pattern that matches nothing.
+            FingerprintError: the latency table is for a model of other shapes.
         """
         plan = make_plan(
             self.pairs,
@@ -105,8 +116,11 @@ class SolutionPath:
             self.energy,
             sparsity=sparsity,
             params=params,
+            bytes=bytes,
             macs=macs,
             cache=cache,
+            latency_ms=latency_ms,
+            latency=latency,
             multiple_of=multiple_of,
             min_width=min_width,
             protect=protect,
@@ -203,7 +217,8 @@ class SolutionPath:
         if header.get("format") != "solpath.path" or header.get("version") != FORMAT_VERSION:
             raise FileError(
                 f"{file}: expected format solpath.path version {FORMAT_VERSION}, "
-                f"got {header.get('format')!r} version {header.get('version')!r}."
+                f"got {header.get('format')!r} version {header.get('version')!r}; "
+                "a path of another version has to be searched again."
             )
         try:
             pairs = tuple(Pair.from_dict(pair) for pair in header["pairs"])

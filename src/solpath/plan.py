@@ -12,6 +12,7 @@ from torch import Tensor
 
 from solpath.cost import Achieved, CostTable
 from solpath.errors import BudgetError, ConfigError, FingerprintError
+from solpath.latency import LatencyTable
 from solpath.pair import Fingerprint, Pair
 
 
@@ -30,6 +31,8 @@ class Plan:
         basis: see `SolutionPath.basis`.
         turned: pairs whose units are along another basis; with a plan that was read back without
             its basis, these can no longer be found in the dense model.
+        latency_ms: of a plan for a latency: ``"predicted"`` by the table and, from
+            `plan_for_latency`, ``"measured"`` on the extracted model.
     """
 
     pairs: tuple[Pair, ...]
@@ -40,6 +43,7 @@ class Plan:
     gains: Mapping[str, Tensor] = field(default_factory=dict)
     basis: Mapping[str, Tensor] = field(default_factory=dict)
     turned: tuple[str, ...] = ()
+    latency_ms: Mapping[str, float] = field(default_factory=dict)
 
     def turns(self) -> dict[str, Tensor]:
         """The basis of every pair that loses units; pairs that stay whole are not turned.
@@ -66,9 +70,10 @@ class Plan:
 
     def __repr__(self) -> str:
         size = self.achieved
+        times = "".join(f"{name} {ms:.2f} ms, " for name, ms in self.latency_ms.items())
         return (
             f"Plan(sparsity={size.sparsity:.4f}, params={size.params:,} ({size.params_share:.1%}), "
-            f"macs={size.macs:,} ({size.macs_share:.1%}), asked={dict(self.asked)})"
+            f"macs={size.macs:,} ({size.macs_share:.1%}), {times}asked={dict(self.asked)})"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,6 +86,7 @@ class Plan:
             "fingerprint": asdict(self.fingerprint),
             "gains": {name: gain.tolist() for name, gain in self.gains.items()},
             "turned": sorted({*self.basis, *self.turned}),
+            "latency_ms": dict(self.latency_ms),
         }
 
     @classmethod
@@ -99,6 +105,7 @@ class Plan:
                 fingerprint=Fingerprint(**value["fingerprint"]),
                 gains={pair.name: _gain(pair, value["gains"]) for pair in pairs if pair.norms},
                 turned=tuple(str(name) for name in value["turned"]),
+                latency_ms={str(n): float(ms) for n, ms in value["latency_ms"].items()},
             )
         except KeyError as error:
             raise ValueError(f"{error.args[0]}: is missing") from error
@@ -163,8 +170,11 @@ def make_plan(
     *,
     sparsity: float | None = None,
     params: float | None = None,
+    bytes: float | None = None,
     macs: float | None = None,
     cache: float | None = None,
+    latency_ms: float | None = None,
+    latency: LatencyTable | None = None,
     multiple_of: int = 1,
     min_width: int = 0,
     protect: Sequence[str] = (),
@@ -178,8 +188,9 @@ def make_plan(
     Args:
         score: pair name to ``[heads, width]``; higher stays longer.
     """
-    budgets = {"sparsity": sparsity, "params": params, "macs": macs, "cache": cache}
-    asked, target, unit = _target(pairs, costs, budgets)
+    budgets = {"sparsity": sparsity, "params": params, "bytes": bytes, "macs": macs}
+    budgets |= {"cache": cache, "latency_ms": latency_ms}
+    name, value = _budget(budgets)
     if multiple_of < 1 or min_width < 0:
         raise ConfigError(
             f"multiple_of must be at least 1 and min_width at least 0, "
@@ -189,41 +200,72 @@ def make_plan(
     if unmatched:
         raise ConfigError(f"protect pattern {unmatched[0]!r} matches no pair.")
 
-    owner, start, step = _departures(pairs, score, unit, multiple_of, min_width, protect)
-    width = torch.tensor([pair.width for pair in pairs])
-
-    def widths_after(count: int) -> dict[str, int]:
-        left = width.scatter_reduce(0, owner[:count], start[:count], "amin").tolist()
-        return dict(zip((pair.name for pair in pairs), left, strict=True))
-
-    removed = torch.cat([torch.zeros(1, dtype=torch.int64), step.cumsum(0)])
-    if removed[-1] < target and target - removed[-1] > 0.5 * max(step.tolist(), default=0):
-        raise BudgetError(_unreachable(asked, pairs, costs, widths_after(len(step))))
-    widths = widths_after(int((removed.double() - target).abs().numpy().argmin()))
+    departures = _departures(pairs, score, multiple_of, min_width, protect)
+    times: dict[str, float] = {}
+    if name == "latency_ms":
+        if latency is None:
+            raise BudgetError(
+                "latency_ms needs latency=, a table from solpath.measure_latency(model, batch)."
+            )
+        latency.check(fingerprint.architecture, pairs)
+        count, times["predicted"] = _fast_enough(value, latency, pairs, departures)
+    elif latency is not None:
+        raise BudgetError(f"latency= is a table for latency_ms=, not for {name}=.")
+    else:
+        count = _nearest(name, value, costs, pairs, departures)
+    widths = departures.widths_after(pairs, count)
     kept = {p.name: best_units(score[p.name], widths[p.name]) for p in pairs}
-    asked |= {"multiple_of": multiple_of, "min_width": min_width, "protect": list(protect)}
+    asked: dict[str, Any] = {name: value, "multiple_of": multiple_of, "min_width": min_width}
+    asked["protect"] = list(protect)
     gains = {
         pair.name: norm_gain(_mask(pair, kept[pair.name]).double(), energy[pair.name])
         for pair in pairs
         if pair.norms
     }
-    return Plan(tuple(pairs), kept, asked, costs.achieved(pairs, widths), fingerprint, gains)
+    achieved = costs.achieved(pairs, widths)
+    return Plan(tuple(pairs), kept, asked, achieved, fingerprint, gains, latency_ms=times)
+
+
+@dataclass(frozen=True, eq=False)
+class Departures:
+    """Blocks of ranks in the order they leave; int64 ``[blocks]`` each.
+
+    Attributes:
+        owner: index of the pair.
+        start: first rank; the pair is as wide as this once the block is gone.
+        ranks: ranks of the block, each one unit of every head.
+    """
+
+    owner: Tensor
+    start: Tensor
+    ranks: Tensor
+
+    def widths_after(self, pairs: Sequence[Pair], count: int) -> dict[str, int]:
+        """Width of every pair once the first `count` blocks are gone."""
+        dense = torch.tensor([pair.width for pair in pairs])
+        left = dense.scatter_reduce(0, self.owner[:count], self.start[:count], "amin").tolist()
+        return dict(zip((pair.name for pair in pairs), left, strict=True))
+
+    def every_width(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+        """`widths_after` every count. Pair name to int64 ``[blocks + 1]``."""
+        result = {}
+        for i, pair in enumerate(pairs):
+            width = torch.full((len(self.owner) + 1,), pair.width)
+            own = self.owner == i
+            width[1:][own] = self.start[own]
+            result[pair.name] = width.cummin(0).values
+        return result
 
 
 def _departures(
     pairs: Sequence[Pair],
     score: Mapping[str, Tensor],
-    unit: Mapping[str, int],
     size: int,
     min_width: int,
     protect: Sequence[str],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Blocks of `size` ranks in the order they leave, the least mean score first.
-
-    Returns:
-        Index of the pair, first rank, and cost of all heads together; int64 ``[blocks]`` each.
-    """
-    means, starts, owners, steps = [torch.zeros(0).double()], [], [], []
+) -> Departures:
+    """Blocks of `size` ranks, the least mean score first, whatever the budget is counted in."""
+    means, starts, owners, lengths = [torch.zeros(0).double()], [], [], []
     for i, pair in enumerate(pairs):
         ranks = score[pair.name].double().sort(dim=1, descending=True).values.mean(dim=0)
         start = torch.arange(0, pair.width, size)
@@ -236,11 +278,11 @@ def _departures(
         means.append(mean.cummin(0).values)  # whatever rounding does, ranks leave from the end
         starts.append(start)
         owners.append(torch.full_like(start, i))
-        steps.append(pair.heads * unit[pair.name] * length)
-    mean, start, owner, step = (torch.cat(parts) for parts in (means, starts, owners, steps))
+        lengths.append(length)
+    mean, start, owner, ranks = (torch.cat(parts) for parts in (means, starts, owners, lengths))
     order = (-start).argsort(stable=True)  # of equals, the last rank leaves first
     order = order[mean[order].argsort(stable=True)]
-    return owner[order], start[order], step[order]
+    return Departures(owner[order], start[order], ranks[order])
 
 
 def best_units(score: Tensor, width: int) -> Tensor:
@@ -249,10 +291,8 @@ def best_units(score: Tensor, width: int) -> Tensor:
     return order[:, :width].sort(dim=1).values
 
 
-def _target(
-    pairs: Sequence[Pair], costs: CostTable, budgets: Mapping[str, float | None]
-) -> tuple[dict[str, Any], float, Mapping[str, int]]:
-    """Turn the one budget given into what must be removed, and the unit cost it is counted in."""
+def _budget(budgets: Mapping[str, float | None]) -> tuple[str, float]:
+    """The one budget that is given."""
     given = {name: value for name, value in budgets.items() if value is not None}
     if len(given) != 1:
         names = ", ".join(given) or "none"
@@ -260,10 +300,31 @@ def _target(
     [(name, value)] = given.items()
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise BudgetError(f"{name} must be a finite number, got {value!r}.")
+    return name, value
+
+
+def _nearest(
+    name: str, value: float, costs: CostTable, pairs: Sequence[Pair], departures: Departures
+) -> int:
+    """How many blocks leave, for the size nearest to a budget in anything that units add up to."""
+    target, unit = _target(name, value, costs, pairs)
+    each = torch.tensor([pair.heads * unit[pair.name] for pair in pairs])
+    step = each[departures.owner] * departures.ranks
+    removed = torch.cat([torch.zeros(1, dtype=torch.int64), step.cumsum(0)])
+    if removed[-1] < target and target - removed[-1] > 0.5 * max(step.tolist(), default=0):
+        smallest = departures.widths_after(pairs, len(step))
+        raise BudgetError(_unreachable(name, value, costs.achieved(pairs, smallest), costs))
+    return int((removed.double() - target).abs().numpy().argmin())
+
+
+def _target(
+    name: str, value: float, costs: CostTable, pairs: Sequence[Pair]
+) -> tuple[float, Mapping[str, int]]:
+    """What must be removed, and the unit cost it is counted in."""
     if name == "sparsity":
         if not 0 <= value < 1:
             raise BudgetError(f"sparsity must be in [0, 1), got {value!r}: 0.4 removes 40 %.")
-        return {name: value}, value * costs.prunable(pairs), costs.unit_params
+        return value * costs.prunable(pairs), costs.unit_params
     dense = costs.dense(name)
     if not dense:
         raise BudgetError(f"{name} is no budget for this model: it has none.")
@@ -272,14 +333,10 @@ def _target(
             f"{name} must be a share in (0, 1] or a count up to {dense:,}, got {value!r}."
         )
     kept = value * dense if value <= 1 else value
-    return {name: value}, dense - kept, costs.unit(name)
+    return dense - kept, costs.unit(name)
 
 
-def _unreachable(
-    asked: Mapping[str, Any], pairs: Sequence[Pair], costs: CostTable, widths: Mapping[str, int]
-) -> str:
-    [(name, value)] = asked.items()
-    smallest = costs.achieved(pairs, widths)
+def _unreachable(name: str, value: float, smallest: Achieved, costs: CostTable) -> str:
     if name == "sparsity":
         return f"sparsity {value} is not reachable: 0 to {smallest.sparsity:.4f} are."
     dense, low = costs.dense(name), getattr(smallest, name)
@@ -288,3 +345,18 @@ def _unreachable(
         f"{name} {value} is not reachable: {low:,} to {dense:,} are "
         f"({share:.4f} to 1 as a share of the dense model)."
     )
+
+
+def _fast_enough(
+    value: float, table: LatencyTable, pairs: Sequence[Pair], departures: Departures
+) -> tuple[int, float]:
+    """How few blocks must leave for a predicted latency of `value` or less, and that latency."""
+    predicted = table.predict(departures.every_width(pairs))
+    fits = (predicted <= value).nonzero()
+    if value > predicted[0] or not len(fits):
+        raise BudgetError(
+            f"latency_ms {value} is not reachable: {predicted.min().item():.2f} to "
+            f"{predicted[0].item():.2f} ms are, by the table of latencies."
+        )
+    count = int(fits[0])
+    return count, predicted[count].item()

@@ -56,7 +56,7 @@ from solpath.skeleton import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT, FORMAT_VERSION = "solpath.model", 1
+FORMAT, FORMAT_VERSION = "solpath.model", 2
 HEADER, CONFIG, GENERATION = "solpath.json", "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ["*.json", "model*.safetensors", "vocab.txt", "merges.txt"]

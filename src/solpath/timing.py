@@ -1,0 +1,224 @@
+"""Latency as a budget: measure a table of shapes, and verify plans by a stopwatch."""
+
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain, product
+from typing import Any
+
+import torch
+from torch import nn
+
+from solpath.counting import count_costs
+from solpath.data import batch_size, check_device, shapes_of, share
+from solpath.discover import survey
+from solpath.errors import BudgetError, ConfigError
+from solpath.extraction import extract
+from solpath.latency import BlockLatency, LatencyTable, pair_shapes
+from solpath.measurement import check_repeats, evaluating, latencies, provenance
+from solpath.objective import forward
+from solpath.pair import Fingerprint, Pair
+from solpath.path import SolutionPath
+from solpath.plan import Plan
+
+ATTEMPTS = 6
+_AT_ONCE = 4  # narrow models in memory beside the dense one
+_ATTENTION_PARTS, _MLP_PARTS = 4, 8
+_SAME = ("device", "threads", "dtype", "attention", "batch")
+
+Block = tuple[Pair, ...]
+
+
+def measure_latency(model: nn.Module, batch: Any, *, repeats: int = 7) -> LatencyTable:
+    """Measure what blocks of every shape take, for `SolutionPath.plan(latency_ms=...)`.
+
+    Whole models are timed in which all blocks of one shape have one width, beside the dense model
+    and in turns with it; what they save is shared out among these blocks. Query-key and
+    value-output widths are measured at 0, 1 and every quarter, in all combinations; MLPs at 0, 1
+    and every eighth.
+
+    Args:
+        model: the dense model, on the device that counts. It is left as found.
+        batch: one batch as the model will get them, on the model's device.
+        repeats: timed passes of each of the (about 45) models.
+
+    Raises:
+        ConfigError: `repeats` below 1.
+        BatchError: the batch has no samples, or lies on another device than the model.
+        UnsupportedModelError: the model cannot be cut.
+
+    Example:
+        >>> table = solpath.measure_latency(model, batch)  # doctest: +SKIP
+        >>> path.plan(latency_ms=0.6 * table.dense_ms, latency=table)  # doctest: +SKIP
+    """
+    check_repeats(repeats)
+    batch_size(batch)
+    check_device(batch, next(model.parameters()).device)
+    pairs, sites = survey(model)
+    attentions = [(site.qk, site.vo) for site in sites]
+    own = {pair.name for pair in chain.from_iterable(attentions)}
+    groups = _alike([*attentions, *((pair,) for pair in pairs if pair.name not in own)])
+    with torch.no_grad(), evaluating(model):
+        costs = count_costs(model, pairs, share(batch, 0, 1))
+        dense = Plan(
+            pairs=pairs,
+            kept={},
+            asked={},
+            achieved=costs.achieved(pairs, {pair.name: pair.width for pair in pairs}),
+            fingerprint=Fingerprint(type(model).__name__, {}),
+            gains={p.name: torch.ones(p.heads, p.left[0].repeat).double() for p in pairs},
+        )
+        grids = [_grid(group[0]) for group in groups]
+        plans = [
+            _uniform(dense, group, widths)
+            for group, grid in zip(groups, grids, strict=True)
+            for widths in list(product(*grid))[:-1]  # the last is dense
+        ]
+        dense_ms, ratios = _time(model, plans, batch, repeats)
+    rest = iter(ratios)
+    kinds = []
+    for group, grid in zip(groups, grids, strict=True):
+        saved = [(1 - next(rest)) * dense_ms / len(group) for _ in list(product(*grid))[:-1]]
+        names = tuple(tuple(pair.name for pair in block) for block in group)
+        kinds.append(BlockLatency(names, tuple(grid), (*saved, 0.0)))
+    shapes, where = pair_shapes(pairs), _conditions(model, batch)
+    return LatencyTable(type(model).__name__, shapes, dense_ms, tuple(kinds), where)
+
+
+def plan_for_latency(
+    model: nn.Module,
+    path: SolutionPath,
+    batch: Any,
+    latency_ms: float,
+    *,
+    latency: LatencyTable | None = None,
+    tolerance: float = 0.05,
+    multiple_of: int = 1,
+    min_width: int = 0,
+    protect: Sequence[str] = (),
+) -> Plan:
+    """A plan whose extracted model was measured to take `latency_ms`, up to `tolerance`.
+
+    The plan that the table gives is extracted and timed. If that is too far off, the table is
+    scaled by measured over predicted, and another plan is made.
+
+    Args:
+        model: the dense model, on the device that counts. It is left as found.
+        path: of this model.
+        batch: one batch as the model will get them, on the model's device.
+        latency_ms: median milliseconds of one forward pass of the batch.
+        latency: a table measured before with this machine and batch; None measures one.
+        tolerance: share of `latency_ms` by which the measured time may differ.
+        multiple_of, min_width, protect: see `SolutionPath.plan`.
+
+    Returns:
+        The plan; its `latency_ms` has what was predicted and what was measured.
+
+    Raises:
+        BudgetError: not reachable, or not met in some attempts, with what was measured.
+        ConfigError: a bad `tolerance`, or a table that was measured under other conditions.
+        FingerprintError: path or table belong to another model.
+
+    Example:
+        >>> plan = solpath.plan_for_latency(model, path, batch, 3.5)  # doctest: +SKIP
+    """
+    if not 0 < tolerance < 1:
+        raise ConfigError(f"tolerance must be in (0, 1), got {tolerance!r}.")
+    if latency is None:
+        table = measure_latency(model, batch)
+    else:
+        table = latency
+        _check_conditions(table, _conditions(model, batch))
+    found = []
+    for _ in range(ATTEMPTS):
+        plan = path.plan(
+            latency_ms=latency_ms,
+            latency=table,
+            multiple_of=multiple_of,
+            min_width=min_width,
+            protect=protect,
+        )
+        measured = _stopwatch(extract(model, plan), batch)
+        plan = replace(plan, latency_ms={**plan.latency_ms, "measured": measured})
+        if abs(measured / latency_ms - 1) <= tolerance:
+            return plan
+        found.append(f"{measured:.2f}")
+        table = table.scaled(measured / plan.latency_ms["predicted"])
+    raise BudgetError(
+        f"latency_ms {latency_ms} was not met to {tolerance:.1%} in {ATTEMPTS} attempts, which "
+        f"took {', '.join(found)} ms; measure on a quieter machine, or raise tolerance."
+    )
+
+
+def _alike(blocks: Sequence[Block]) -> list[list[Block]]:
+    """Blocks of one shape and, up to indices, one place: only these have inputs of one shape."""
+    groups: dict[Any, list[Block]] = defaultdict(list)
+    for block in blocks:
+        place = re.sub(r"\.\d+(?=\.)", "", block[0].name)
+        groups[place, tuple(pair_shapes(block).values())].append(block)
+    return list(groups.values())
+
+
+def _grid(block: Block) -> list[tuple[int, ...]]:
+    """The widths to measure, for every pair of a block."""
+    parts = _MLP_PARTS if len(block) == 1 else _ATTENTION_PARTS
+    return [
+        tuple(sorted({0, 1, *(pair.width * i // parts for i in range(1, parts + 1))}))
+        for pair in block
+    ]
+
+
+def _uniform(dense: Plan, group: Sequence[Block], widths: Sequence[int]) -> Plan:
+    """Every block of `group` with the same widths, everything else whole."""
+    cut = {p.name: width for block in group for p, width in zip(block, widths, strict=True)}
+    kept = {p.name: torch.arange(cut.get(p.name, p.width)).repeat(p.heads, 1) for p in dense.pairs}
+    return replace(dense, kept=kept)
+
+
+def _time(
+    model: nn.Module, plans: Sequence[Plan], batch: Any, repeats: int
+) -> tuple[float, list[float]]:
+    """Milliseconds of the dense model, and the time of each plan as a share of it."""
+    dense: list[float] = []
+    ratios = []
+    for start in range(0, len(plans), _AT_ONCE):
+        models = {"dense": model}
+        for i, plan in enumerate(plans[start : start + _AT_ONCE]):
+            models[f"narrow {i}"] = extract(model, plan, check=False)
+        passes = {name: partial(forward, each, batch) for name, each in models.items()}
+        times = latencies(passes, repeats=repeats)
+        beside = times.pop("dense")
+        dense += beside
+        ratios += [statistics.median(own) / statistics.median(beside) for own in times.values()]
+    return 1e3 * statistics.median(dense), ratios
+
+
+def _stopwatch(model: nn.Module, batch: Any) -> float:
+    """Median milliseconds of one forward pass."""
+    with torch.no_grad(), evaluating(model):
+        times = latencies({"model": partial(forward, model, batch)}, repeats=20)
+    return 1e3 * statistics.median(times["model"])
+
+
+def _conditions(model: nn.Module, batch: Any) -> dict[str, Any]:
+    """What a latency depends on beside the model, and where the figures are from."""
+    parameter = next(model.parameters())
+    config = getattr(model, "config", None)
+    return provenance(parameter.device) | {
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "attention": getattr(config, "_attn_implementation", None),
+        "batch": {name: list(shape) for name, shape in shapes_of(batch).items()},
+    }
+
+
+def _check_conditions(table: LatencyTable, here: Mapping[str, Any]) -> None:
+    for name in _SAME:
+        there = table.conditions.get(name)
+        if there != here[name]:
+            raise ConfigError(
+                f"the latency table was measured with {name} {there!r}, here it is "
+                f"{here[name]!r}; measure again with solpath.measure_latency."
+            )
