@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import ViTImageProcessor
 
 import solpath
-from conftest import build
+from conftest import build, inputs
 from solpath.cli import run
 from solpath.corpus import installed_model
 
@@ -67,6 +67,46 @@ def test_search_plan_extract_eval_bench(path, texts, tmp_path, capsys):
     assert figures[small]["params"] == made["params"] < figures[model]["params"]
 
 
+def test_a_latency_is_measured_once_and_planned_again(tmp_path, monkeypatch, capsys):
+    """On a stopwatch that counts parameters, so that nothing depends on the machine."""
+    from solpath import timing
+
+    def latencies(functions, *, repeats):
+        models = {name: function.args[0] for name, function in functions.items()}
+        return {
+            name: [1e-6 * sum(p.numel() for p in model.parameters())] * repeats
+            for name, model in models.items()
+        }
+
+    monkeypatch.setattr(timing, "latencies", latencies)
+    model = build("bert")
+    model.save_pretrained(tmp_path / "model")
+    path = solpath.baselines.magnitude(model, [inputs(model)])
+    path.save(tmp_path / "path")
+    dense, paths = str(tmp_path / "model"), str(tmp_path / "path")
+    file, asked = tmp_path / "table.json", 1e-3 * 0.8 * path.costs.params
+    options = ["--latency-ms", str(asked), "--latency", str(file), "--multiple-of", "2", "--json"]
+    shape = ["--samples", "2", "--tokens", "5"]
+    out = ["--out", str(tmp_path / "small")]
+    assert run(["extract", dense, paths, *options, *shape, *out]) == 0
+    made = out_of(capsys)
+    assert abs(made["latency_ms"]["measured"] / asked - 1) < 0.05
+    small = solpath.load(tmp_path / "small")
+    assert sum(p.numel() for p in small.parameters()) == made["params"]
+    assert small.solpath_plan.latency_ms == made["latency_ms"]
+    written = file.read_bytes()
+    assert json.loads(written)["conditions"]["batch"]["input_ids"] == [2, 5]
+    assert run(["plan", paths, *options]) == 0
+    assert out_of(capsys)["latency_ms"]["predicted"] == pytest.approx(
+        made["latency_ms"]["predicted"]
+    )
+    out = ["--out", str(tmp_path / "again")]
+    assert run(["extract", dense, paths, *options, *shape, *out]) == 0
+    assert file.read_bytes() == written
+    assert out_of(capsys)["params"] == made["params"]
+    assert run(["extract", dense, paths, *options, *out, "--samples", "3"]) == 2
+
+
 def test_tune(path, texts, tmp_path, capsys):
     model, small = str(installed_model()), str(tmp_path / "small")
     assert run(["extract", model, str(path), "--out", small, "--sparsity", "0.5"]) == 0
@@ -99,6 +139,8 @@ def test_a_short_search_goes_on_from_its_checkpoint(texts, tmp_path, capsys):
     ("arguments", "words"),
     [
         (["plan", "{path}"], "exactly one of --sparsity, --params"),
+        (["plan", "{path}", "--latency-ms", "5"], "latency_ms needs latency="),
+        (["plan", "{path}", "--latency-ms", "5", "--latency", "{tmp}/no.json"], "no.json"),
         (["plan", "{path}", "--sparsity", "1.5"], "[0, 1)"),
         (["plan", "{path}", "--sparsity", "0.5", "--params", "0.5"], "exactly one"),
         (["plan", "{path}", "--sparsity", "0.5", "--protect", "zzz"], "'zzz' matches no pair"),

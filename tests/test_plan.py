@@ -1,5 +1,7 @@
 """Plans: budgets are met, nested, dense in shape, and refused when they make no sense."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -75,16 +77,28 @@ def test_plans_hit_their_budget_and_are_nested(seed, sizes, multiple):
         assert subset(small, large)
 
 
-@pytest.mark.parametrize("budget", ["params", "macs"])
+@pytest.mark.parametrize("budget", ["params", "bytes", "macs"])
 def test_counts_and_shares_are_the_same_budget(budget):
     path = made_path()
-    dense = COSTS.params if budget == "params" else COSTS.macs
+    dense = COSTS.dense(budget)
     by_share = path.plan(**{budget: 0.7})
     by_count = path.plan(**{budget: int(0.7 * dense)})
-    achieved = getattr(by_share.achieved, f"{budget}_share")
+    achieved = getattr(by_share.achieved, budget) / dense
     assert abs(achieved - 0.7) < 0.005
     assert subset(by_share, by_count)
     assert subset(by_count, by_share)
+
+
+@pytest.mark.parametrize("budget", ["params", "bytes", "macs"])
+def test_a_count_is_met_by_the_nearest_unit(budget):
+    """A rank of the widest layer, of all heads together, is the largest step there is."""
+    path, largest = made_path(), max(p.heads * COSTS.unit(budget)[p.name] for p in PAIRS)
+    for count in range(COSTS.dense(budget), int(0.7 * COSTS.dense(budget)), -987_654):
+        plan = path.plan(**{budget: count})
+        assert abs(getattr(plan.achieved, budget) - count) <= largest / 2
+        same = path.plan(**{budget: getattr(plan.achieved, budget)})
+        assert subset(same, plan)
+        assert subset(plan, same)
 
 
 def test_kept_units_are_the_best_of_their_head():
@@ -121,6 +135,8 @@ def test_protect_and_min_width():
         ({"params": -5}, "share in"),
         ({"macs": 10**12}, "share in"),
         ({"params": 0.1}, "not reachable"),
+        ({"bytes": 0.1}, r"not reachable: [\d,]+ to 90,852,964 are"),
+        ({"bytes": 10**9}, "up to 90,852,964"),
         ({"sparsity": 0.9, "min_width": 16}, "not reachable: 0 to 0."),
     ],
 )
@@ -177,6 +193,11 @@ def test_path_round_trip(bert, tmp_path):
     assert torch.equal(again.history, path.history)
     assert again.plan(sparsity=0.5).to_dict() == path.plan(sparsity=0.5).to_dict()
     assert sum(f.stat().st_size for f in (tmp_path / "path").iterdir()) < 20_000
+    header = json.loads((tmp_path / "path" / "path.json").read_text())
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "path.json").write_text(json.dumps(header | {"version": 1}))
+    with pytest.raises(FileError, match="version 1; a path of another version has to be searched"):
+        SolutionPath.load(tmp_path / "old")
     with pytest.raises(FileError, match="not empty"):
         path.save(tmp_path / "path")
     path.save(tmp_path / "path", overwrite=True)

@@ -14,6 +14,8 @@ import typer
 from solpath.errors import BudgetError, ConfigError, FileError, SolpathError
 
 if TYPE_CHECKING:
+    from solpath.latency import LatencyTable
+    from solpath.path import SolutionPath
     from solpath.plan import Plan
 
 app = typer.Typer(
@@ -34,15 +36,21 @@ Sparsity = Annotated[
 Params = Annotated[
     float | None, typer.Option(help="Parameters to keep: a share in (0, 1], or a count.")
 ]
+Bytes = Annotated[float | None, typer.Option(help="Bytes of the weights to keep, likewise.")]
 Macs = Annotated[float | None, typer.Option(help="Multiply-accumulates to keep, likewise.")]
 Cache = Annotated[
-    float | None, typer.Option(help="Key-value cache elements per token to keep, likewise.")
+    float | None, typer.Option(help="Bytes of the key-value cache per token to keep, likewise.")
+]
+LatencyMs = Annotated[
+    float | None, typer.Option(help="Milliseconds that a forward pass of one batch may take.")
 ]
 MultipleOf = Annotated[int, typer.Option(help="Units every head keeps are a multiple of this.")]
 MinWidth = Annotated[int, typer.Option(help="Units every head keeps at least.")]
 Protect = Annotated[
     list[str] | None, typer.Option(help="Pairs that stay dense, e.g. '*layer.0.*'; repeatable.")
 ]
+Samples = Annotated[int, typer.Option(help="Texts in the batch that is timed.", min=1)]
+Tokens = Annotated[int, typer.Option(help="Tokens per text in it.", min=1)]
 Text = Annotated[
     Path | None, typer.Option(help="File with one text per line; default: installed docstrings.")
 ]
@@ -180,15 +188,28 @@ def plan(
     path: PathFolder,
     sparsity: Sparsity = None,
     params: Params = None,
+    bytes: Bytes = None,
     macs: Macs = None,
     cache: Cache = None,
+    latency_ms: LatencyMs = None,
+    latency: Annotated[
+        Path | None, typer.Option(help="File of measured latencies that extract wrote.")
+    ] = None,
     multiple_of: MultipleOf = 1,
     min_width: MinWidth = 0,
     protect: Protect = None,
     as_json: Json = False,
 ) -> None:
     """Show what a budget means for a path, without making a model."""
-    made = _plan(path, sparsity, params, macs, cache, multiple_of, min_width, protect)
+    budget = _one(sparsity, params, bytes, macs, cache, latency_ms)
+    if latency is not None:
+        budget["latency"] = _table(latency)
+    options: dict[str, Any] = {
+        "multiple_of": multiple_of,
+        "min_width": min_width,
+        "protect": protect or (),
+    }
+    made = _path(path).plan(**budget, **options)
     if as_json:
         return _print_json(made.to_dict())
     rows = [
@@ -207,22 +228,45 @@ def extract(
     out: Annotated[Path, typer.Option(help="Folder for the smaller model, new or empty.")],
     sparsity: Sparsity = None,
     params: Params = None,
+    bytes: Bytes = None,
     macs: Macs = None,
     cache: Cache = None,
+    latency_ms: LatencyMs = None,
+    latency: Annotated[
+        Path | None,
+        typer.Option(help="File of measured latencies: read, or measured and written first."),
+    ] = None,
+    samples: Samples = 8,
+    tokens: Tokens = 128,
     multiple_of: MultipleOf = 1,
     min_width: MinWidth = 0,
     protect: Protect = None,
     as_json: Json = False,
 ) -> None:
-    """Cut a model to a budget and save it."""
+    """Cut a model to a budget and save it. Latency is measured here, and verified."""
     from solpath.extraction import extract as cut
     from solpath.files import check_output
     from solpath.pretrained import load_processor
     from solpath.store import save
 
     check_output(out)
-    made = _plan(path, sparsity, params, macs, cache, multiple_of, min_width, protect)
-    small = cut(_load(model), made)
+    budget = _one(sparsity, params, bytes, macs, cache, latency_ms)
+    options: dict[str, Any] = {
+        "multiple_of": multiple_of,
+        "min_width": min_width,
+        "protect": protect or (),
+    }
+    found = _path(path)
+    if latency_ms is None:
+        if latency is not None:
+            raise BudgetError("--latency is for --latency-ms.")
+        made = found.plan(**budget, **options)
+        loaded = _load(model)
+    else:
+        loaded = _load(model)
+        batch = _random_tokens(loaded, samples, tokens)
+        made = _plan_for_latency(loaded, found, batch, latency_ms, latency, options)
+    small = cut(loaded, made)
     try:
         processor = load_processor(model)
     except FileError as error:
@@ -231,7 +275,9 @@ def extract(
     save(small, out, tokenizer=processor)
     if as_json:
         summary = made.to_dict()
-        return _print_json({"out": str(out), "asked": summary["asked"], **summary["achieved"]})
+        found_ms = {"latency_ms": summary["latency_ms"]} if made.latency_ms else {}
+        asked = {"out": str(out), "asked": summary["asked"]}
+        return _print_json({**asked, **summary["achieved"], **found_ms})
     print(f"{made!r}\nwritten to {out}")
 
 
@@ -325,25 +371,16 @@ def evaluate_(
 def bench(
     dense: ModelName,
     small: Annotated[list[str], typer.Argument(help="Folders of extracted models.")],
-    samples: Annotated[int, typer.Option(help="Texts in the batch.", min=1)] = 8,
-    tokens: Annotated[int, typer.Option(help="Tokens per text.", min=1)] = 128,
+    samples: Samples = 8,
+    tokens: Tokens = 128,
     repeats: Annotated[int, typer.Option(help="Timed passes of each model.", min=1)] = 20,
     as_json: Json = False,
 ) -> None:
     """Measure size, memory and latency of several models in one run."""
-    import torch
-
     from solpath.measurement import measure, provenance
 
     models = {name: _load(name) for name in dict.fromkeys([dense, *small])}
-    shape = (samples, tokens)
-    limit = getattr(models[dense].config, "max_position_embeddings", tokens)
-    if tokens > limit:
-        raise ConfigError(f"tokens must be at most {limit} for this model, got {tokens}.")
-    vocabulary = models[dense].config.vocab_size
-    ids = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.int64)}
-    found = measure(models, batch, repeats=repeats)
+    found = measure(models, _random_tokens(models[dense], samples, tokens), repeats=repeats)
     if as_json:
         figures = {name: value.to_dict() for name, value in found.items()}
         return _print_json({"models": figures, "tokens": tokens, "provenance": provenance()})
@@ -423,31 +460,72 @@ def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     Console().print(table)
 
 
-def _plan(
-    folder: Path,
+def _one(
     sparsity: float | None,
     params: float | None,
+    bytes: float | None,
     macs: float | None,
     cache: float | None,
-    multiple_of: int,
-    min_width: int,
-    protect: Sequence[str] | None,
-) -> "Plan":
-    """Read a path and cut it."""
+    latency_ms: float | None,
+) -> dict[str, Any]:
+    """The one budget that is given, by name."""
+    budgets = {"sparsity": sparsity, "params": params, "bytes": bytes, "macs": macs}
+    budgets |= {"cache": cache, "latency_ms": latency_ms}
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in budgets)
+        raise BudgetError(f"give exactly one of {names}.")
+    return given
+
+
+def _path(folder: Path) -> "SolutionPath":
     from solpath.path import SolutionPath
 
-    if sum(value is not None for value in (sparsity, params, macs, cache)) != 1:
-        raise BudgetError("give exactly one of --sparsity, --params, --macs, --cache.")
-    path: SolutionPath = SolutionPath.load(folder)
-    return path.plan(
-        sparsity=sparsity,
-        params=params,
-        macs=macs,
-        cache=cache,
-        multiple_of=multiple_of,
-        min_width=min_width,
-        protect=protect or (),
-    )
+    return SolutionPath.load(folder)
+
+
+def _table(file: Path) -> "LatencyTable":
+    from solpath.latency import LatencyTable
+
+    return LatencyTable.load(file)
+
+
+def _plan_for_latency(
+    model: Any,
+    path: "SolutionPath",
+    batch: Any,
+    latency_ms: float,
+    file: Path | None,
+    options: Mapping[str, Any],
+) -> "Plan":
+    """Read the table, or measure it and write it if a file is given; then plan and verify."""
+    from solpath.timing import measure_latency, plan_for_latency
+
+    if file is not None and file.exists():
+        table = _table(file)
+    else:
+        _say("measuring shapes; keep the machine quiet")
+        table = measure_latency(model, batch)
+        if file is not None:
+            table.save(file)
+    return plan_for_latency(model, path, batch, latency_ms, latency=table, **options)
+
+
+def _random_tokens(model: Any, samples: int, tokens: int) -> dict[str, Any]:
+    """A batch of random tokens without padding, for timings. ``[samples, tokens]`` each."""
+    import torch
+
+    if _takes(model) != {"text"} or model.config.is_encoder_decoder:
+        raise ConfigError(
+            f"{type(model).__name__} takes more than a batch of texts; time it from Python, with "
+            "solpath.measure or solpath.plan_for_latency and a batch of yours."
+        )
+    limit = getattr(model.config, "max_position_embeddings", tokens)
+    if tokens > limit:
+        raise ConfigError(f"tokens must be at most {limit} for this model, got {tokens}.")
+    shape, generator = (samples, tokens), torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, shape, generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.int64)}
 
 
 def _load(name: str) -> Any:
