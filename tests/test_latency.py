@@ -243,12 +243,18 @@ def test_a_plan_is_corrected_until_the_stopwatch_agrees(bert, monkeypatch):
     asked = 0.7 * found.dense_ms
     plan = solpath.plan_for_latency(bert, path, inputs(bert), asked, latency=found)
     assert plan.latency_ms["predicted"] == pytest.approx(plan.latency_ms["measured"])
-    # A machine on which everything costs a constant more than the table knows.
-    looks = clock(monkeypatch, lambda widths: 1.0 + additive(widths))
+
+    # A machine twice as slow by now, whose blocks do not add up.
+    def cost(widths):
+        return 2 * additive(widths) ** 1.5
+
+    looks = clock(monkeypatch, cost)
     plan = solpath.plan_for_latency(bert, path, inputs(bert), asked, latency=found, tolerance=0.02)
-    assert plan.latency_ms["measured"] == pytest.approx(1 + additive(plan.widths))
+    whole = cost({pair.name: pair.width for pair in plan.pairs})
+    expected = found.dense_ms * cost(plan.widths) / whole
+    assert plan.latency_ms["measured"] == pytest.approx(expected)
     assert abs(plan.latency_ms["measured"] / asked - 1) <= 0.02
-    assert looks[1] > 1
+    assert looks[2] > 2  # of both models, more than once
     again = type(plan).from_dict(plan.to_dict())
     assert again.latency_ms == plan.latency_ms
     monkeypatch.undo()
@@ -260,7 +266,7 @@ def test_what_no_plan_meets_is_an_error_with_what_was_measured(bert, monkeypatch
     path = solpath.baselines.magnitude(bert, [inputs(bert)])
     clock(monkeypatch, additive)
     found = solpath.measure_latency(bert, inputs(bert))
-    noise = iter([0.7, 0.9] * 3)
+    noise = iter([1.0, 0.7, 1.0, 0.9] * 3)  # of the dense model, of the small one
     clock(monkeypatch, lambda widths: next(noise) * found.dense_ms)
     with pytest.raises(BudgetError, match=r"not met to 5\.0% in 6 attempts"):
         solpath.plan_for_latency(bert, path, inputs(bert), 0.8 * found.dense_ms, latency=found)

@@ -25,6 +25,7 @@ from solpath.path import SolutionPath
 from solpath.plan import Plan
 
 ATTEMPTS = 6
+_CHECKS = 20  # timed passes that verify a plan
 _AT_ONCE = 4  # narrow models in memory beside the dense one
 _ATTENTION_PARTS, _MLP_PARTS = 4, 8
 _SAME = ("device", "threads", "dtype", "attention", "batch")
@@ -102,14 +103,17 @@ def plan_for_latency(
 ) -> Plan:
     """A plan whose extracted model was measured to take `latency_ms`, up to `tolerance`.
 
-    The plan that the table gives is extracted and timed. If that is too far off, the table is
-    scaled by measured over predicted, and another plan is made.
+    The plan that the table gives is extracted and timed beside the dense model, which takes
+    `dense_ms` of the table by definition: so a machine that is busier now than it was then does
+    not spoil the check. If the plan is too far off, the table is scaled by measured over predicted,
+    and another plan is made.
 
     Args:
         model: the dense model, on the device that counts. It is left as found.
         path: of this model.
         batch: one batch as the model will get them, on the model's device.
-        latency_ms: median milliseconds of one forward pass of the batch.
+        latency_ms: milliseconds of one forward pass of the batch, on the machine as it was when
+            the table was measured.
         latency: a table measured before with this machine and batch; None measures one.
         tolerance: share of `latency_ms` by which the measured time may differ.
         multiple_of, min_width, protect: see `SolutionPath.plan`.
@@ -132,7 +136,7 @@ def plan_for_latency(
     else:
         table = latency
         _check_conditions(table, _conditions(model, batch))
-    found = []
+    dense_ms, found = table.dense_ms, []
     for _ in range(ATTEMPTS):
         plan = path.plan(
             latency_ms=latency_ms,
@@ -141,7 +145,10 @@ def plan_for_latency(
             min_width=min_width,
             protect=protect,
         )
-        measured = _stopwatch(extract(model, plan), batch)
+        with torch.no_grad(), evaluating(model):
+            models = {"dense": model, "small": extract(model, plan)}
+            _, [ratio] = _beside(models, batch, _CHECKS)
+        measured = ratio * dense_ms
         plan = replace(plan, latency_ms={**plan.latency_ms, "measured": measured})
         if abs(measured / latency_ms - 1) <= tolerance:
             return plan
@@ -188,19 +195,20 @@ def _time(
         models = {"dense": model}
         for i, plan in enumerate(plans[start : start + _AT_ONCE]):
             models[f"narrow {i}"] = extract(model, plan, check=False)
-        passes = {name: partial(forward, each, batch) for name, each in models.items()}
-        times = latencies(passes, repeats=repeats)
-        beside = times.pop("dense")
-        dense += beside
-        ratios += [statistics.median(own) / statistics.median(beside) for own in times.values()]
+        seconds, found = _beside(models, batch, repeats)
+        dense += seconds
+        ratios += found
     return 1e3 * statistics.median(dense), ratios
 
 
-def _stopwatch(model: nn.Module, batch: Any) -> float:
-    """Median milliseconds of one forward pass."""
-    with torch.no_grad(), evaluating(model):
-        times = latencies({"model": partial(forward, model, batch)}, repeats=20)
-    return 1e3 * statistics.median(times["model"])
+def _beside(
+    models: Mapping[str, nn.Module], batch: Any, repeats: int
+) -> tuple[list[float], list[float]]:
+    """Seconds of the first model's passes, and for every other the median ratio to it, in turns."""
+    passes = {name: partial(forward, model, batch) for name, model in models.items()}
+    first, *others = latencies(passes, repeats=repeats).values()
+    ratios = [[a / b for a, b in zip(own, first, strict=True)] for own in others]
+    return first, [statistics.median(own) for own in ratios]
 
 
 def _conditions(model: nn.Module, batch: Any) -> dict[str, Any]:
