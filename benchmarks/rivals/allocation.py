@@ -45,16 +45,17 @@ def by_influence(
 ) -> Widths:
     """Sparsity of a block from the softmax of ``-influence / epsilon``, the same for its pairs.
 
-    Blocks above the sparsity `most` are held there, and the others share what is over.
+    Blocks above the sparsity `most` are held there, and the others share what is over; where the
+    budget is small, a block may keep half of it.
     """
     blocks = list(influence)
     score = torch.tensor([influence[block] for block in blocks], dtype=torch.float64)
-    cost = {block: 0 for block in blocks}
+    cost = dict.fromkeys(blocks, 0)
     for pair in pairs:
         cost[block_of(pair)] += pair.cost * pair.units
     weight = torch.tensor([cost[block] for block in blocks], dtype=torch.float64)
     weight /= weight.sum()
-    most = max(most, 1 - keep)
+    most = max(most, 1 - keep / 2)
     phi = torch.softmax(-score / epsilon, 0)
     held = torch.zeros_like(phi, dtype=torch.bool)
     while True:

@@ -1,12 +1,12 @@
 """CORP: channels by energy; what leaves is an affine function of what stays.
 
 Zhang and Yang, "CORP: Closed-Form One-shot Representation-Preserving Structured Pruning for
-Transformers", arXiv 2602.05243. Hidden channels: removed ones are regressed on kept ones with their means
-(ridge, shrinkage, float64) and folded into the right-hand weight and bias. Logits: the product of the
-removed channels is fitted by a bilinear form of the kept ones, whose singular value decomposition is
-folded into query and key. Uniform sparsity. Here the form is not symmetrised first, which fits better,
-and the value channels, which the paper keeps, are treated as hidden channels. `prune_pooled` ranks
-all layers together by the energy instead.
+Transformers", arXiv 2602.05243. Hidden channels: removed ones are regressed on kept ones with their
+means (ridge, shrinkage, float64) and folded into the right-hand weight and bias. Logits: the
+product of the removed channels is fitted by a bilinear form of the kept ones, whose singular value
+decomposition is folded into query and key. Uniform sparsity. Here the form is not symmetrised
+first, which fits better, and the value channels, which the paper keeps, are treated as hidden
+channels. `prune_pooled` ranks all layers together by the energy instead.
 """
 
 import copy
@@ -110,7 +110,9 @@ def _fit_logits_(model: nn.Module, calibration: Calibration, pair: Pair, mask: T
         set_inner_bias_(model, pair, side, bias)
 
 
-def bilinear_fit(query: Tensor, key: Tensor, stay: Tensor, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
+def bilinear_fit(
+    query: Tensor, key: Tensor, stay: Tensor, ridge: float = 1e-6
+) -> tuple[Tensor, Tensor]:
     """L and R such that ``(L q_stay) · (R k_stay)`` is the best fit to ``q · k``.
 
     Args:

@@ -2,11 +2,11 @@
 
 An et al., "Fluctuation-based Adaptive Structured Pruning for Large Language Models", AAAI 2024,
 arXiv 2312.11983, repository CASIA-IVA-Lab/FLAP. Score: variance of an input channel of the output
-projection or of fc2 times the squared norm of its weights (WIFV; squared for attention), standardised
-per layer, the mean over a head, all layers ranked together against what a head and a neuron cost (AL-AM).
-Whole heads leave, as published, so that heads do not keep equal widths. `prune_channels` ranks the
-channels of the heads instead: the queries and keys of a layer keep as many as the values, by the
-variance of the query times the energy of the key.
+projection or of fc2 times the squared norm of its weights (WIFV; squared for attention),
+standardised per layer, the mean over a head, all layers ranked together against what a head and a
+neuron cost (AL-AM). Whole heads leave, as published, so that heads do not keep equal widths.
+`prune_channels` ranks the channels of the heads instead: the queries and keys of a layer keep as
+many as the values, by the variance of the query times the energy of the key.
 """
 
 import copy
@@ -25,9 +25,12 @@ def prune(model: nn.Module, calibration: Calibration, keep: float) -> nn.Module:
     groups = []
     for pair, score in _standardised(model, calibration):
         if pair.kind == "mlp":
-            groups += [(float(value), pair.cost, pair, i) for i, value in enumerate(score.flatten())]
+            groups += [
+                (float(value), pair.cost, pair, i) for i, value in enumerate(score.flatten())
+            ]
         else:
-            cost = pair.width * (pair.cost + _logits(calibration, pair).cost)
+            logits = _logits(calibration, pair)
+            cost = pair.width * pair.cost + logits.width * logits.cost
             groups += [(float(value), cost, pair, i) for i, value in enumerate(score.mean(1))]
     kept = {p.name: torch.zeros(p.heads, p.width, dtype=torch.bool) for p in calibration.pairs}
     for pair, i in _affordable(calibration, groups, keep):
@@ -42,10 +45,10 @@ def prune_channels(model: nn.Module, calibration: Calibration, keep: float) -> n
     """Channels of heads, as many in every head of a layer, and neurons."""
     scores, groups = {}, []
     for pair, score in _standardised(model, calibration):
-        scores[pair.name], cost = score, pair.heads * pair.cost
+        scores[pair.name], cost = score, float(pair.heads * pair.cost)
         if pair.kind == "vo":
             logits = _logits(calibration, pair)
-            cost += logits.heads * logits.cost
+            cost += logits.units * logits.cost / pair.width
             query, key = calibration.query[logits.name], calibration.key[logits.name]
             product = (query.variance * key.energy).sum(1)
             scores[logits.name] = product.unflatten(1, (logits.channels, -1)).sum(1)
@@ -55,7 +58,8 @@ def prune_channels(model: nn.Module, calibration: Calibration, keep: float) -> n
     for pair, _ in _affordable(calibration, groups, keep):
         widths[pair.name] += 1
         if pair.kind == "vo":
-            widths[_logits(calibration, pair).name] += 1
+            logits = _logits(calibration, pair)
+            widths[logits.name] = round(widths[pair.name] * logits.width / pair.width)
     return _finish(model, calibration, best(calibration.pairs, scores, widths))
 
 
@@ -79,11 +83,11 @@ def _logits(calibration: Calibration, pair: Pair) -> Pair:
 
 
 def _affordable(
-    calibration: Calibration, groups: list[tuple[float, int, Pair, int]], keep: float
+    calibration: Calibration, groups: list[tuple[float, float, Pair, int]], keep: float
 ) -> list[tuple[Pair, int]]:
     """The best groups, as many as come nearest to the budget."""
     groups = sorted(groups, key=lambda group: group[0], reverse=True)
-    spent = torch.tensor([0, *(cost for _, cost, _, _ in groups)]).cumsum(0).double()
+    spent = torch.tensor([0.0, *(cost for _, cost, _, _ in groups)]).double().cumsum(0)
     budget = keep * sum(pair.cost * pair.units for pair in calibration.pairs)
     return [(pair, i) for _, _, pair, i in groups[: int((spent - budget).abs().argmin())]]
 

@@ -1,11 +1,11 @@
 """MoDeGPT: Nyström for neurons, CR for queries and keys, SVD for values and outputs.
 
-Lin et al., "MoDeGPT: Modular Decomposition for Large Language Model Compression", ICLR 2025,
-arXiv 2408.09632. Neurons with the highest ridge leverage stay, and fc2 becomes the least squares fit to its
-dense output. Query and key channels stay by ||C_q^½[:, i]|| · ||C_k^½[:, i]||. Value and output become
-the SVD of C^½ W_v W_o. The sparsity of a block is the softmax of minus its influence (1 - cosine of
-input and output). Under rotary embeddings both channels of a couple are scored together, by their energy,
-which no rotation changes. `prune_uniform` cuts every block alike.
+Lin et al., "MoDeGPT: Modular Decomposition for Large Language Model Compression", ICLR 2025, arXiv
+2408.09632. Neurons with the highest ridge leverage stay, and fc2 becomes the least squares fit to
+its dense output. Query and key channels stay by ||C_q^½[:, i]|| · ||C_k^½[:, i]||. Value and output
+become the SVD of C^½ W_v W_o. The sparsity of a block is the softmax of minus its influence (1 -
+cosine of input and output). Under rotary embeddings both channels of a couple are scored together,
+by their energy, which no rotation changes. `prune_uniform` cuts every block alike.
 """
 
 import copy
@@ -97,8 +97,9 @@ def refitted(gram: Tensor, weight: Tensor, stay: Tensor, ridge: float) -> Tensor
 def rotate_values_(model: nn.Module, calibration: Calibration, pair: Pair, rank: int) -> None:
     """Keep the first `rank` directions of the values, by the SVD of C^½ W_v W_o.
 
-    With G the second moment of the values without their bias, that is the SVD of G^½ W_o. The bias of
-    the values goes through the dense output projection into its bias: attention weights sum to 1.
+    With G the second moment of the values without their bias, that is the SVD of G^½ W_o. The bias
+    of the values goes through the dense output projection into its bias: attention weights sum
+    to 1.
     """
     if rank == pair.width:
         return

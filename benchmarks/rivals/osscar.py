@@ -1,11 +1,11 @@
 """OSSCAR: units leave one by one, each time the one whose loss least squares repairs best.
 
 Meng et al., "OSSCAR: One-Shot Structured Pruning in Vision and Language Models with Combinatorial
-Optimization", ICML 2024, arXiv 2403.12983, repository mazumder-lab/OSSCAR. The output of fc2 and of the
-output projection is fitted in the mean square; removing unit j costs ||W_j||² / (G⁻¹)_jj, after which
-weights and G⁻¹ are updated by rank one, and the weights on the final support are the exact solution.
-Left out: the swaps of its local search. Here a round takes one channel of every head,
-so that heads keep equal widths, and queries and keys, of which its objective knows nothing, leave by
+Optimization", ICML 2024, arXiv 2403.12983, repository mazumder-lab/OSSCAR. The output of fc2 and of
+the output projection is fitted in the mean square; removing unit j costs ||W_j||² / (G⁻¹)_jj, after
+which weights and G⁻¹ are updated by rank one, and the weights on the final support are the exact
+solution. Left out: the swaps of its local search. Here a round takes one channel of every head, so
+that heads keep equal widths, and queries and keys, of which its objective knows nothing, leave by
 MoDeGPT's CR score. Uniform; `prune_pooled` ranks all layers together by the error each unit adds.
 """
 

@@ -1,10 +1,11 @@
 """UniQL: MoDeGPT's decompositions as one sorting, so that every size is a prefix.
 
-Chiang et al., "UniQL: Unified Quantization and Low-rank Compression for Adaptive Edge LLMs", ICLR 2026,
-arXiv 2512.03383, repository enyac-group/UniQL. Neurons are sorted by ridge leverage and fc2 is not
-fitted again (no pseudo-inverse); queries and keys are sorted by the CR score, couples of channels under
-rotary embeddings; values and outputs by an SVD. Block influence decides how much each block loses.
-Left out: quantisation and the fine-tuning of low-rank adapters. `prune_uniform` cuts every block alike.
+Chiang et al., "UniQL: Unified Quantization and Low-rank Compression for Adaptive Edge LLMs", ICLR
+2026, arXiv 2512.03383, repository enyac-group/UniQL. Neurons are sorted by ridge leverage and fc2
+is not fitted again (no pseudo-inverse); queries and keys are sorted by the CR score, couples of
+channels under rotary embeddings; values and outputs by an SVD. Block influence decides how much
+each block loses. Left out: quantisation and the fine-tuning of low-rank adapters. `prune_uniform`
+cuts every block alike.
 """
 
 from torch import nn

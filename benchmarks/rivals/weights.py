@@ -77,6 +77,19 @@ def channels(pair: Pair, units: Tensor) -> Tensor:
     return units.unsqueeze(1).expand(-1, pair.right.repeat, -1).flatten()
 
 
+def remaining(dense: nn.Module, pruned: nn.Module, pairs: Sequence[Pair]) -> float:
+    """Share of the prunable parameters left: of what was cut, or of units that are not zero."""
+    total = sum(pair.cost * pair.units for pair in pairs)
+    sizes = [sum(value.numel() for value in model.parameters()) for model in (dense, pruned)]
+    if sizes[1] < sizes[0]:
+        return 1 - (sizes[0] - sizes[1]) / total
+    kept = 0
+    for pair in pairs:
+        alive = inner_weight(pruned, pair, pair.right).abs().amax((1, 3)) > 0
+        kept += pair.cost * int(alive.view(pair.heads, pair.channels, -1).any(1).sum())
+    return kept / total
+
+
 def _first(model: nn.Module, side: Side) -> Tensor:
     """The weight of a layer with the inner dimension first."""
     linear = linear_map(model, side.module)

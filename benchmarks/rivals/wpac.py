@@ -1,12 +1,12 @@
 """WPAC: principal axes of the heads, tokens weighted by what they matter; neurons by Taylor.
 
 Li et al., "Stratified Knowledge-Density Super-Network for Scalable Vision Transformers", AAAI 2026,
-arXiv 2511.11683. Values are turned to the principal axes of their token-weighted second moment, and the output
-projection back; query and key are turned by one orthogonal matrix, from the sum of their moments; the
-first axes stay. A token weighs |activation · gradient|, summed over its channels. Neurons leave by the
-first-order Taylor score. Uniform. Left out: the training with its importance-aware dropout. The gradient
-is that of a random projection of the output with the curvature of the loss, as there are no labels.
-`prune_pooled` ranks all layers together, axes by their eigenvalues.
+arXiv 2511.11683. Values are turned to the principal axes of their token-weighted second moment, and
+the output projection back; query and key are turned by one orthogonal matrix, from the sum of their
+moments; the first axes stay. A token weighs |activation · gradient|, summed over its channels.
+Neurons leave by the first-order Taylor score. Uniform. Left out: the training with its importance-
+aware dropout. The gradient is that of a random projection of the output with the curvature of the
+loss, as there are no labels. `prune_pooled` ranks all layers together, axes by their eigenvalues.
 """
 
 import contextlib
@@ -59,9 +59,7 @@ def _prune(model: nn.Module, calibration: Calibration, widths: Widths) -> nn.Mod
     return pruned
 
 
-def _found(
-    model: nn.Module, calibration: Calibration
-) -> tuple[dict[str, Axes], dict[str, Tensor]]:
+def _found(model: nn.Module, calibration: Calibration) -> tuple[dict[str, Axes], dict[str, Tensor]]:
     found: tuple[dict[str, Axes], dict[str, Tensor]] = calibration.once(
         "wpac", lambda: _measure(model, calibration)
     )
