@@ -27,8 +27,9 @@ from rivals.weights import (
 )
 from solpath.pair import Pair
 
-EPSILON = 0.1
-RIDGE = 1e-4
+EPSILON = 0.2
+LEVERAGE_RIDGE = 1.0
+REFIT_RIDGE = 1e-4
 
 
 def prune(model: nn.Module, calibration: Calibration, keep: float) -> nn.Module:
@@ -52,7 +53,7 @@ def decompose(
         if pair.kind == "qk":
             scores[pair.name] = cr_score(calibration, pair)
         elif pair.kind == "mlp":
-            scores[pair.name] = leverage(calibration.inner[pair.name], RIDGE).unsqueeze(0)
+            scores[pair.name] = leverage(calibration.inner[pair.name], LEVERAGE_RIDGE).unsqueeze(0)
     cut = [pair for pair in calibration.pairs if pair.name in scores]
     kept = best(cut, scores, widths)
     keep_units_(pruned, cut, kept)
@@ -61,7 +62,7 @@ def decompose(
             rotate_values_(pruned, calibration, pair, widths[pair.name])
         elif pair.kind == "mlp" and refit:
             gram, stay = calibration.inner[pair.name].gram, kept[pair.name][0]
-            weight = refitted(gram, outputs(model, pair), stay, RIDGE)
+            weight = refitted(gram, outputs(model, pair), stay, REFIT_RIDGE)
             set_outputs_(pruned, pair, weight)
     return pruned
 

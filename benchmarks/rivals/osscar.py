@@ -19,7 +19,7 @@ from rivals.modegpt import cr_score, refitted
 from rivals.moments import Calibration
 from rivals.weights import channels, keep_units_, outputs, set_outputs_
 
-RIDGE = 1e-2
+RIDGE = 1e-3
 
 
 def prune(model: nn.Module, calibration: Calibration, keep: float) -> nn.Module:

@@ -14,7 +14,7 @@ from rivals.allocation import by_influence, uniform
 from rivals.modegpt import decompose
 from rivals.moments import Calibration
 
-EPSILON = 1.0
+EPSILON = 0.2
 
 
 def prune(model: nn.Module, calibration: Calibration, keep: float) -> nn.Module:
