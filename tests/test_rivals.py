@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import rival_quality
 from conftest import batches, build
 from rivals import METHODS, flap
 from rivals.allocation import by_influence, kept_share, pooled, uniform
@@ -15,8 +16,9 @@ from rivals.corp import affine_fit, bilinear_fit
 from rivals.moments import Calibration, Moments, calibrate
 from rivals.osscar import eliminate
 from rivals.weights import inner_bias, inner_weight, remaining, set_inner_, set_inner_bias_
-from solpath.evaluation import evaluate
+from solpath.evaluation import evaluate, reference_outputs
 from solpath.objective import forward
+from workloads import Workload
 
 OWN = [name for name in METHODS if not name.startswith("torch_pruning")]
 UNIFORM = ["corp", "modegpt_uniform", "uniql_uniform", "wpac", "osscar"]
@@ -248,6 +250,31 @@ def test_allocations_meet_the_budget_and_follow_the_scores(case, keep):
         kept[next(b for b in influence if pair.name.startswith(b))] += widths[pair.name]
         assert widths[pair.name] >= int(min(0.15, keep / 2) * pair.width)
     assert kept[first] > kept[second]
+
+
+def test_a_run_has_the_form_of_the_other_benchmarks(case):
+    model, calibration = case
+    heldout = batches(model)
+    work = Workload(
+        name="tiny",
+        model=model,
+        keeps=(0.7, 0.4),
+        batches=lambda seed, count, size: heldout,
+        batch_size=4,
+        heldout=heldout,
+        task=lambda model: float(sum(p.abs().sum() for p in model.parameters())),
+        headline="task",
+        higher_is_better=True,
+        data={},
+    )
+    cached = reference_outputs(model, heldout)
+    run = rival_quality._run(work, "corp", 3, calibration, cached)
+    assert (run["method"], run["seed"], len(run["sizes"])) == ("corp", 3, 2)
+    dense = evaluate(model, cached, heldout, task=work.task).metrics
+    for size in run["sizes"]:
+        assert size["sparsity"] == pytest.approx(1 - size["keep"], abs=0.05)
+        assert size["metrics"].keys() == dense.keys()
+        assert size["metrics"]["task"] != dense["task"]
 
 
 def test_torch_pruning_says_how_to_install_it(case, monkeypatch):

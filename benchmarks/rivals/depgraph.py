@@ -71,12 +71,17 @@ def _cut(
         raise SystemExit(MISSING) from error
     pruned = copy.deepcopy(model).requires_grad_(True)
     num_heads: dict[nn.Module, int] = {}
-    ignored = [module for name, module in pruned.named_modules() if name.endswith("classifier")]
+    inner: set[nn.Module] = set()
     for pair in calibration.pairs:
-        ignored += [pruned.get_submodule(s.module) for s in pair.sides if s.axis == 1]
+        layers = [pruned.get_submodule(s.module) for s in pair.sides if s.axis == 0]
+        inner.update(layers)
         if pair.kind != "mlp":
-            layers = [pruned.get_submodule(s.module) for s in pair.sides if s.axis == 0]
             num_heads |= dict.fromkeys(layers, pair.heads)
+    ignored = [
+        module
+        for module in pruned.modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and module not in inner
+    ]
     importance = torch_pruning.importance.MagnitudeImportance(p=2)
     if taylor:
         importance = torch_pruning.importance.TaylorImportance()
