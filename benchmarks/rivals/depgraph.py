@@ -50,7 +50,7 @@ def _nearest(
     dense = sum(parameter.numel() for parameter in model.parameters())
     found: list[tuple[float, nn.Module]] = []
     low, high, ratio = 0.0, 1.0, 1 - keep
-    for _ in range(10):
+    for _ in range(6):
         pruned = _cut(model, calibration, ratio, taylor, everywhere)
         size = sum(parameter.numel() for parameter in pruned.parameters())
         share = 1 - (dense - size) / total
