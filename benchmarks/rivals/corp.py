@@ -37,24 +37,24 @@ def prune(model: nn.Module, calibration: Calibration, keep: float) -> nn.Module:
 
 def prune_pooled(model: nn.Module, calibration: Calibration, keep: float) -> nn.Module:
     """One ranking of all layers."""
-    return _prune(model, calibration, pooled(calibration.pairs, _scores(model, calibration), keep))
+    return _prune(model, calibration, pooled(calibration.pairs, _scores(calibration), keep))
 
 
-def _scores(model: nn.Module, calibration: Calibration) -> dict[str, Tensor]:
-    """The energy of every unit in the product it belongs to, ``[heads, width]``."""
+def _scores(calibration: Calibration) -> dict[str, Tensor]:
+    """The energy of every unit, for logits that of its product, ``[heads, width]``."""
     scores = {}
     for pair in calibration.pairs:
         if pair.kind == "qk":
             query, key = calibration.query[pair.name], calibration.key[pair.name]
             scores[pair.name] = (query.energy * key.energy).sum(1)
         else:
-            energy = calibration.inner[pair.name].energy * outputs(model, pair).square().sum(1)
+            energy = calibration.inner[pair.name].energy
             scores[pair.name] = energy.view(pair.heads, -1, pair.width).sum(1)
     return scores
 
 
 def _prune(model: nn.Module, calibration: Calibration, widths: Widths) -> nn.Module:
-    kept = best(calibration.pairs, _scores(model, calibration), widths)
+    kept = best(calibration.pairs, _scores(calibration), widths)
     pruned = copy.deepcopy(model)
     for pair in calibration.pairs:
         mask = kept[pair.name]
