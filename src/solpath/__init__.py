@@ -8,6 +8,7 @@ from solpath.errors import SolpathError
 if TYPE_CHECKING:
     from solpath import baselines
     from solpath.batching import image_batches, image_text_batches, text_batches
+    from solpath.compensation import compensate
     from solpath.config import InclusionConfig, SearchConfig, TuneConfig
     from solpath.discover import find_pairs
     from solpath.evaluation import evaluate
@@ -33,6 +34,7 @@ _HOME = {
     "SolutionPath": "path",
     "TuneConfig": "config",
     "baselines": "",
+    "compensate": "compensation",
     "evaluate": "evaluation",
     "extract": "extraction",
     "find_pairs": "discover",
@@ -59,6 +61,7 @@ __all__ = [
     "SolutionPath",
     "TuneConfig",
     "baselines",
+    "compensate",
     "evaluate",
     "extract",
     "find_pairs",
