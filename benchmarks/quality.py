@@ -20,8 +20,10 @@ from rich.console import Console
 
 from record import RESULTS, show
 from solpath.baselines import METHODS
+from solpath.compensation import compensate
 from solpath.config import InclusionConfig, SearchConfig
 from solpath.evaluation import evaluate, reference_outputs
+from solpath.extraction import extract
 from solpath.files import write_file
 from solpath.masks import masked
 from solpath.measurement import provenance
@@ -32,10 +34,14 @@ from workloads import WORKLOADS, Workload, workload
 SEARCHES: dict[str, tuple[type, dict[str, Any]]] = {
     "spp": (SearchConfig, {}),
     "spp_principal": (SearchConfig, {"basis": "principal"}),
+    "spp_principal_refit": (SearchConfig, {"basis": "principal"}),
+    "spp_best": (SearchConfig, {"basis": "principal", "compensated": True}),
     "spp_continuous": (SearchConfig, {"binary": False}),
     "spp_constant_pull": (SearchConfig, {"growing_pull": False}),
     "inclusion": (InclusionConfig, {}),
 }
+COMPENSATED = {"spp_principal_refit", "spp_best"}  # members are compensated, the others are not
+COMPENSATION_BATCHES = 128
 DEFAULT = ",".join(["spp", *METHODS])
 SMOKE = {
     "iterative": {"stages": 2, "scale_batches": 1},
@@ -100,16 +106,25 @@ def _run(
     cached: list[torch.Tensor],
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """One search and its scores at every size, inside `masked` (equal to the extracted model)."""
+    """One search and its scores at every size; inside `masked`, which equals the cut model."""
     start = time.perf_counter()
     path = _search(work, name, seed, batches, settings)
     seconds = time.perf_counter() - start
     sizes = []
     for keep in work.keeps:
         plan = path.plan(sparsity=1 - keep)
-        with masked(work.model, plan):
-            metrics = evaluate(work.model, cached, work.heldout, task=work.task).metrics
-        sizes.append({"keep": keep, "sparsity": plan.achieved.sparsity, "metrics": dict(metrics)})
+        size: dict[str, Any] = {"keep": keep, "sparsity": plan.achieved.sparsity}
+        if name in COMPENSATED:
+            start = time.perf_counter()
+            small = extract(work.model, plan)
+            calibration = batches[: 4 if settings["smoke"] else COMPENSATION_BATCHES]
+            small = compensate(small, work.model, calibration, progress=False)
+            size["compensation_seconds"] = time.perf_counter() - start
+            metrics = evaluate(small, cached, work.heldout, task=work.task).metrics
+        else:
+            with masked(work.model, plan):
+                metrics = evaluate(work.model, cached, work.heldout, task=work.task).metrics
+        sizes.append({**size, "metrics": dict(metrics)})
     return {
         "model": work.name,
         "method": name,

@@ -162,7 +162,15 @@ class _Run(greenlet):
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
         super().__init__(lambda: self._forward(model, batch))
+        self.driver = getcurrent()
         self.streams: dict[tuple[str, bool], Tensor] = {}
+
+    @classmethod
+    def current(cls) -> "_Run":
+        """The one that runs now."""
+        one = getcurrent()
+        assert isinstance(one, cls)
+        return one
 
     @staticmethod
     def _forward(model: nn.Module, batch: Batch) -> None:
@@ -187,15 +195,14 @@ def _lockstep(
         key = stream and (stream.module, stream.output)
 
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            this = getcurrent()
-            visit = _Visit(args[0], this.streams[key] if key else None)
-            this.parent.switch((name, visit))
+            one = _Run.current()
+            one.driver.switch((name, _Visit(args[0], one.streams[key] if key else None)))
 
         return hook
 
     def note(key: tuple[str, bool]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any = None) -> None:
-            getcurrent().streams[key] = output if key[1] else args[0]
+            _Run.current().streams[key] = output if key[1] else args[0]
 
         return hook
 

@@ -55,6 +55,7 @@ class SearchConfig:
     binary: bool = True
     growing_pull: bool = True
     basis: str = "coordinate"
+    compensated: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("basis", self.basis, ("coordinate", "principal"))

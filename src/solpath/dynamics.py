@@ -95,6 +95,28 @@ def equilibrium_mask(
     return (drive / pull(drive, cost, share)).clamp(max=1)
 
 
+def unpredicted(
+    correlation: Float[Tensor, "n n"], mask: Float[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """Share of each variable's variance that the others cannot predict, as far as they are kept.
+
+    A variable that is kept with probability M enters as if noise of (1 - M)/M times its own
+    variance were added, so that one that is always kept predicts fully and one that is never kept
+    not at all. With ``A = R + diag((1 - M)/M + 0.01)`` the share of i is ``1 / (A⁻¹)_ii - N_i``.
+
+    Args:
+        correlation: R, positive semidefinite with unit diagonal.
+        mask: M, in [0, 1].
+
+    Returns:
+        In (0, 1].
+    """
+    kept = mask.clamp(min=1e-3)
+    noise = (1 - kept) / kept + 0.01
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(correlation + noise.diag()))
+    return (1 / inverse.diagonal() - noise).clamp(1e-3, 1)
+
+
 def equilibrium_step(
     state: Equilibrium,
     mean: Float[Tensor, " units"],
@@ -108,6 +130,7 @@ def equilibrium_step(
     relaxation: float,
     sharpness: float,
     shrinkage: float,
+    own: Float[Tensor, " units"] | None = None,
 ) -> Equilibrium:
     """One step of the default search.
 
@@ -116,10 +139,12 @@ def equilibrium_step(
         mean: marginals of this step, averaged over its samples.
         variance: variance of that average.
         share: expected share of the cost to keep.
+        own: share of every marginal that counts, see `unpredicted`; None is all of it.
     """
     marginal = momentum * state.marginal + (1 - momentum) * mean
     noise = momentum * state.noise + (1 - momentum) * variance * (1 - momentum) / (1 + momentum)
     clean = shrink(marginal, noise, scale, pair, shrinkage)
+    clean = clean if own is None else clean * own
     target = equilibrium_mask(clean, cost, share, sharpness)
     return Equilibrium(marginal, noise, (1 - relaxation) * state.mask + relaxation * target)
 

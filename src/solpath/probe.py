@@ -24,6 +24,8 @@ from solpath.objective import (
     token_mask,
 )
 from solpath.pair import Pair
+from solpath.redundancy import Inputs, input_hooks
+from solpath.slicing import linear_map
 
 _TARGET_CACHE_BYTES = 256 * 2**20
 _ENERGY_BATCHES = 4
@@ -199,6 +201,23 @@ class Probe:
                 total += torch.stack(moments[name])
         totals = {name: self._sum(total) for name, total in totals.items()}
         return principal_basis(self._model, pairs, totals)
+
+    def measure_inputs(self, batches: int) -> Inputs:
+        """What the right-hand layers of value-output and MLP pairs see, on some batches."""
+        pairs = [pair for pair in self._pairs if pair.kind != "qk"]
+        shapes = {
+            pair.name: linear_map(self._model, pair.right.module).in_features for pair in pairs
+        }
+        totals = {name: torch.zeros(n + 1, n + 1).double() for name, n in shapes.items()}
+        for step in range(batches):
+            batch = self._local(step)[0]
+            keep = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            with torch.no_grad(), input_hooks(self._model, pairs, keep) as seen:
+                run(self._model, batch, labels=False)
+            for name, total in totals.items():
+                total += seen.get(name, 0)
+        totals = {name: self._sum(total) for name, total in totals.items()}
+        return {name: total for name, total in totals.items() if total.any()}
 
     def first_sample(self) -> Batch:
         """The first sample of the first batch, as a batch of one."""

@@ -30,7 +30,9 @@ from solpath.path import SolutionPath, unflatten
 from solpath.pretrained import Name, for_batches
 from solpath.probe import Probe, probing, process
 from solpath.progress import Report, progress_bar
+from solpath.redundancy import own_share
 
+_OWN_EVERY = 20  # steps between looks at what units can make up for each other
 _BASIS = "basis/"  # before the name of a pair, in a state
 _FIGURES = "loss {task.fields[loss]:.4f}  size {task.fields[size]:.0%}"
 
@@ -102,7 +104,8 @@ def search(
             with progress_bar(
                 "search", _FIGURES, config.steps, done, show=show, loss=0.0, size=1.0
             ) as report:
-                state = _run(probe, config, state, file, header, checkpoint_every, report)
+                own = _Own(model, pairs, probe, config)
+                state = _run(probe, config, state, own, file, header, checkpoint_every, report)
         return _path(pairs, config, state, costs, identity, probe.energy)
 
 
@@ -135,10 +138,38 @@ def _start(
     return state | {f"{_BASIS}{name}": value for name, value in basis.items()}
 
 
+class _Own:
+    """What of each unit counts, by step: `own_share` at the masks of a few steps ago, or all."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pairs: Sequence[Pair],
+        probe: Probe,
+        config: SearchConfig | InclusionConfig,
+    ) -> None:
+        self._model, self._pairs, self._probe = model, pairs, probe
+        self._on = isinstance(config, SearchConfig) and config.compensated
+        self._inputs = probe.measure_inputs(config.scale_batches) if self._on else {}
+        self._step, self._share = -1, torch.ones(probe.units).double()
+
+    def __call__(self, masks: Tensor) -> Tensor | None:
+        """For the step that follows `masks`, ``[steps, units]``: a function of these alone."""
+        if not self._on:
+            return None
+        step = len(masks) // _OWN_EVERY * _OWN_EVERY
+        if step != self._step:
+            mask = masks[step - 1] if step else torch.ones(self._probe.units)
+            self._step = step
+            self._share = own_share(self._model, self._pairs, self._inputs, mask)
+        return self._share
+
+
 def _run(
     probe: Probe,
     config: SearchConfig | InclusionConfig,
     state: State,
+    own: _Own,
     file: Path | None,
     header: Mapping[str, Any],
     every: int,
@@ -148,7 +179,7 @@ def _run(
     try:
         for k in range(done, config.steps):
             if isinstance(config, SearchConfig):
-                state = _equilibrium(probe, config, state, k)
+                state = _equilibrium(probe, config, state, own(state["masks"]), k)
             else:
                 state = _inclusion(probe, config, state, k)
             loss, size = state["history"][:, -1].tolist()
@@ -171,7 +202,9 @@ def _save(file: Path | None, header: Mapping[str, Any], state: State) -> int:
     return state["history"].shape[1]
 
 
-def _equilibrium(probe: Probe, config: SearchConfig, state: State, k: int) -> State:
+def _equilibrium(
+    probe: Probe, config: SearchConfig, state: State, own: Tensor | None, k: int
+) -> State:
     """One step of the default search; returns a new state."""
     loss, rows, gradient = probe.gradients(k, state["mask"], binary=config.binary)
     marginals = state["scale"] * (rows - 0.5) - gradient
@@ -189,6 +222,7 @@ def _equilibrium(probe: Probe, config: SearchConfig, state: State, k: int) -> St
         relaxation=config.relaxation,
         sharpness=config.sharpness,
         shrinkage=config.shrinkage,
+        own=own,
     )
     masks = torch.cat([state["masks"], after.mask.half().unsqueeze(0)])
     return state | after._asdict() | {"masks": masks, "history": _record(state, loss, keep)}
