@@ -125,6 +125,21 @@ def test_tune(path, texts, tmp_path, capsys):
     assert (tmp_path / "state" / "tune.safetensors").exists()
 
 
+def test_compensate(path, texts, tmp_path, capsys):
+    model, small = str(installed_model()), str(tmp_path / "small")
+    assert run(["extract", model, str(path), "--out", small, "--sparsity", "0.5"]) == 0
+    capsys.readouterr()
+    many = tmp_path / "many.txt"
+    many.write_text(
+        "\n".join(f"{i}. {line}" for i in range(40) for line in texts.read_text().splitlines())
+    )
+    arguments = ["compensate", small, model, "--text", str(many), "--batch-count", "4", "--json"]
+    assert run([*arguments, "--out", str(tmp_path / "better")]) == 0
+    found = out_of(capsys)
+    assert found["after"]["relative_error"] < found["before"]["relative_error"]
+    assert (tmp_path / "better" / "tokenizer.json").exists()
+
+
 def test_a_short_search_goes_on_from_its_checkpoint(texts, tmp_path, capsys):
     arguments = ["search", str(installed_model()), "--steps", "2", "--text", str(texts), "--json"]
     checkpoint = ["--checkpoint", str(tmp_path / "state")]

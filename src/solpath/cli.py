@@ -145,6 +145,9 @@ def search(
     basis: Annotated[
         str, typer.Option(help="coordinate, or principal to turn attention first (spp only).")
     ] = "coordinate",
+    compensated: Annotated[
+        bool, typer.Option("--compensated", help="Order units for members that are compensated.")
+    ] = False,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder for the state, so that a search can go on.")
     ] = None,
@@ -160,9 +163,11 @@ def search(
     if method not in searches and method not in baselines.METHODS:
         names = ", ".join([*searches, *baselines.METHODS])
         raise ConfigError(f"method must be one of {names}; got {method!r}.")
-    if method != "spp" and basis != "coordinate":
-        raise ConfigError(f"basis is a setting of the method spp, not of {method}.")
-    config: SearchConfig | InclusionConfig = SearchConfig(steps=steps, seed=seed, basis=basis)
+    if method != "spp" and (basis != "coordinate" or compensated):
+        raise ConfigError(f"basis and compensated are settings of the method spp, not of {method}.")
+    config: SearchConfig | InclusionConfig = SearchConfig(
+        steps=steps, seed=seed, basis=basis, compensated=compensated
+    )
     if method == "paper":
         config = InclusionConfig(steps=steps, seed=seed)
     check_output(out)
@@ -303,7 +308,6 @@ def tune(
 ) -> None:
     """Train an extracted model to give the outputs of the dense one."""
     from solpath.config import TuneConfig
-    from solpath.evaluation import evaluate
     from solpath.files import check_output
     from solpath.pretrained import load_processor
     from solpath.store import load, save
@@ -325,14 +329,32 @@ def tune(
         progress=not as_json,
     )
     save(tuned, out, tokenizer=load_processor(dense))
-    before, after = (dict(evaluate(m, teacher, heldout).metrics) for m in (start, tuned))
-    if as_json:
-        return _print_json(
-            {"out": str(out), "config": config.to_dict(), "before": before, "after": after}
-        )
-    rows = [(name, f"{before[name]:.4f}", f"{after[name]:.4f}") for name in before]
-    _print_table(("held-out metric", "before", "after"), rows)
-    print(f"written to {out}")
+    _print_change(start, tuned, teacher, heldout, out, config.to_dict(), as_json)
+
+
+@app.command()
+def compensate(
+    small: Annotated[str, typer.Argument(help="Folder of an extracted model.")],
+    dense: ModelName,
+    out: Annotated[Path, typer.Option(help="Folder for the better model, new or empty.")],
+    text: Text = None,
+    images: Images = None,
+    batch_count: Annotated[int, typer.Option(help="Batches to fit on; more is better.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the order of texts.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Refit an extracted model to the dense one, layer by layer, without training."""
+    from solpath.compensation import compensate as refit
+    from solpath.files import check_output
+    from solpath.pretrained import load_processor
+    from solpath.store import load, save
+
+    check_output(out)
+    start, teacher = load(small), _load(dense)
+    batches, heldout = _split_batches(dense, teacher, text, images, seed)
+    better = refit(start, teacher, batches[:batch_count], progress=not as_json)
+    save(better, out, tokenizer=load_processor(dense))
+    _print_change(start, better, teacher, heldout, out, {"batch_count": batch_count}, as_json)
 
 
 @app.command(name="eval")
@@ -577,6 +599,26 @@ def _text_batches(
     longest = getattr(config, "max_position_embeddings", None) or length
     pack = model.can_generate() and not config.is_encoder_decoder
     return list(text_batches(source, tokenizer, length=min(length, longest), seed=seed, pack=pack))
+
+
+def _print_change(
+    start: Any,
+    better: Any,
+    dense: Any,
+    heldout: list[Any],
+    out: Path,
+    config: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """How near an extracted model was to the dense one, and how near it is now."""
+    from solpath.evaluation import evaluate
+
+    before, after = (dict(evaluate(m, dense, heldout).metrics) for m in (start, better))
+    if as_json:
+        return _print_json({"out": str(out), "config": config, "before": before, "after": after})
+    rows = [(name, f"{before[name]:.4f}", f"{after[name]:.4f}") for name in before]
+    _print_table(("held-out metric", "before", "after"), rows)
+    print(f"written to {out}")
 
 
 def _split_batches(

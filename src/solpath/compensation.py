@@ -1,8 +1,8 @@
 """Refit what is left of a cut model to the dense one, layer by layer, in closed form."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _CHECKED = 4  # every so many batches, one decides whether a refit is kept
 _REACH = 60  # inputs and outputs of modules between a layer's output and its residual stream
-_TOKENS = 32  # of one sample, from which the residual streams are found
+_SAMPLES, _TOKENS = 8, 32  # of one batch, from which the residual streams are found
 
 
 def compensate(
@@ -62,7 +62,7 @@ def compensate(
     Raises:
         UnsupportedModelError: `small` was not extracted.
         ConfigError: `ridge` is not positive.
-        BatchError: fewer than four batches, batches on another device, or models that do not run
+        BatchError: fewer than four batches, batches on another device, or batches that do not run
             the same layers.
 
     Example:
@@ -83,13 +83,13 @@ def compensate(
     for batch in batches:
         check_device(batch, device)
 
-    result = copy.deepcopy(small)
+    result = copy.deepcopy(small, {id(plan): plan})
     with torch.no_grad(), torch.random.fork_rng(), evaluating(dense), evaluating(result):
         _refit_(result, dense, plan, batches, ridge, progress)
         held = batches[_CHECKED - 1 :: _CHECKED]
         with evaluating(small):
             before, after = _divergences(dense, (small, result), held)
-    return result if after < before else copy.deepcopy(small)
+    return result if after < before else copy.deepcopy(small, {id(plan): plan})
 
 
 def _refit_(
@@ -102,19 +102,25 @@ def _refit_(
 ) -> None:
     """Refit every layer of `model` that is part of a pair, in the order they run."""
     last = [pair.right.module for pair in plan.pairs if pair.kind != "qk"]
-    layers = list(dict.fromkeys(side.module for pair in plan.pairs for side in pair.sides))
-    streams = _streams(dense, last, share(batches[0], 0, 1))
+    sample = share(batches[0], 0, min(_SAMPLES, batch_size(batches[0])))
+    layers = [side.module for pair in plan.pairs for side in pair.sides]
+    common = set(_visited(dense, layers, sample))  # a fused attention runs without its layers
+    layers = [name for name in _visited(model, layers, sample) if name in common]
+    streams = _streams(dense, last, sample)
     with ExitStack() as stack:
         report = stack.enter_context(progress_bar("compensate", "", len(layers), 0, show=progress))
-        wanted = _lockstep(dense, batches, layers, streams)
-        given = _lockstep(model, batches, layers, streams)
+        wanted, given = (
+            stack.enter_context(closing(_lockstep(one, batches, layers, streams)))
+            for one in (dense, model)
+        )
+        goals: dict[str, list[_Visit]] = {}  # the two may run neighbours in another order
         done: set[str] = set()
-        for (name, dense_visits), (same, visits) in zip(wanted, given, strict=True):
-            if name != same:
-                raise BatchError(f"the dense model runs {name} where the small one runs {same}.")
+        for name, visits in given:
             if name in done:  # a layer that runs twice is fitted to its first inputs
                 continue
             done.add(name)
+            while name not in goals:
+                goals.setdefault(*next(wanted))
             report()
             linear = linear_map(model, name)
             if not linear.out_features:
@@ -122,7 +128,7 @@ def _refit_(
             teacher = linear_map(dense, name) if name in last else linear
             fit, check = _Moments(), _Moments()
             for i, (batch, goal, visit) in enumerate(
-                zip(batches, dense_visits, visits, strict=True)
+                zip(batches, goals.pop(name), visits, strict=True)
             ):
                 moments = check if i % _CHECKED == _CHECKED - 1 else fit
                 moments.add(batch, linear, teacher, goal, visit, streams.get(name))
@@ -182,7 +188,7 @@ def _lockstep(
     batches: Sequence[Batch],
     layers: Iterable[str],
     streams: Mapping[str, _Stream],
-) -> Iterator[tuple[str, list[_Visit]]]:
+) -> Generator[tuple[str, list[_Visit]], None, None]:
     """Run all batches side by side, so that each layer sees all of them before any runs it.
 
     Yields:
@@ -226,7 +232,8 @@ def _lockstep(
         for handle in handles:
             handle.remove()
         for one in runs:
-            one.throw()
+            if not one.dead:
+                one.throw()  # GreenletExit: its forward pass ends there
 
 
 class _Moments:
@@ -291,6 +298,23 @@ class _Moments:
         return float(lower + (bias * (2 * shift - self._weight * bias)).sum())
 
 
+def _visited(model: nn.Module, layers: Iterable[str], sample: Batch) -> list[str]:
+    """Those of `layers` that a forward pass runs as modules, in the order they run."""
+    visited: dict[str, None] = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: visited.setdefault(name)
+        )
+        for name in layers
+    ]
+    try:
+        run(model, sample, labels=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(visited)
+
+
 def _streams(model: nn.Module, layers: Sequence[str], sample: Batch) -> dict[str, _Stream]:
     """Where the outputs of `layers` are added to a residual stream, found by looking.
 
@@ -307,7 +331,9 @@ def _streams(model: nn.Module, layers: Sequence[str], sample: Batch) -> dict[str
         if layer not in layers or not is_output or layer in found:
             continue
         energy = output.square().sum(0).clamp(min=1e-30)
-        for _, _, after in [entry for entry in log[i + 1 : i + _REACH] if not entry[1]]:
+        for _, is_result, after in log[i + 1 : i + _REACH]:
+            if is_result or torch.equal(after, output):
+                continue
             for name, side, before in reversed(log[max(0, i - _REACH) : i]):
                 if before.shape != output.shape or after.shape != output.shape:
                     continue

@@ -1,0 +1,182 @@
+"""Compensation: what it fits, that it never harms, what it leaves alone, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import solpath
+from conftest import CASES, batches, build, inputs
+from plans import plan_of, random_plan
+from solpath.compensation import _streams
+from solpath.discover import find_pairs
+from solpath.dynamics import unpredicted
+from solpath.errors import BatchError, ConfigError, UnsupportedModelError
+
+HALF = (0.5, 0.6, 0.4)
+
+
+def compensated(small, dense, data=None, **options):
+    data = batches(dense, 8) if data is None else data
+    return solpath.compensate(small, dense, data, progress=False, **options)
+
+
+def error(small: nn.Module, dense: nn.Module, data) -> float:
+    metrics = solpath.evaluate(small, dense, data).metrics
+    return metrics.get("kl", metrics["relative_error"])
+
+
+def state(model: nn.Module):
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    training = [m.training for m in model.modules()]
+    return copy.deepcopy(model.state_dict()), hooks, training
+
+
+def assert_same(one, two):
+    assert one[1:] == two[1:]
+    assert list(one[0]) == list(two[0])
+    assert all(torch.equal(one[0][name], two[0][name]) for name in one[0])
+
+
+@pytest.mark.parametrize("label", CASES)
+def test_it_never_harms_and_leaves_both_models_alone(label):
+    dense = build(label)
+    small = solpath.extract(dense, random_plan(dense, HALF))
+    before, data = (state(small), state(dense)), batches(dense, 8)
+    result = compensated(small, dense, data)
+    assert_same(state(small), before[0])
+    assert_same(state(dense), before[1])
+    assert type(result) is type(small)
+    assert result.solpath_plan is small.solpath_plan
+    shapes = [(name, value.shape) for name, value in result.state_dict().items()]
+    assert shapes == [(name, value.shape) for name, value in small.state_dict().items()]
+    held = data[3::4]
+    assert error(result, dense, held) <= error(small, dense, held)
+
+
+def test_neurons_that_others_can_replace_cost_nothing():
+    dense = build("bert").double()
+    for pair in find_pairs(dense):
+        if pair.kind == "mlp":  # every neuron twice
+            linear = dense.get_submodule(pair.left[0].module)
+            half = pair.width // 2
+            with torch.no_grad():
+                linear.weight[half:], linear.bias[half:] = linear.weight[:half], linear.bias[:half]
+    plan = plan_of(dense, [p.width for p in find_pairs(dense)])
+    kept = {
+        p.name: torch.arange(p.width // 2)[None] if p.kind == "mlp" else plan.kept[p.name]
+        for p in plan.pairs
+    }
+    small = solpath.extract(dense, type(plan)(**{**vars(plan), "kept": kept}))
+    data = batches(dense, 16, 8)
+    held = [inputs(dense, seed=100)]
+    result = compensated(small, dense, data, ridge=1e-9)
+    assert error(small, dense, held) > 1e-2
+    assert error(result, dense, held) < 1e-8
+
+
+def test_the_first_layer_is_the_least_squares_fit():
+    dense = build("bert").double()
+    pairs = find_pairs(dense)
+    widths = [p.width for p in pairs]
+    [last] = [i for i, p in enumerate(pairs) if p.kind == "mlp"][-1:]
+    widths[last] //= 3  # the last pair alone is cut: nothing before it errs
+    small = solpath.extract(dense, plan_of(dense, widths))
+    data = batches(dense, 8, 16)
+    result = compensated(small, dense, data, ridge=1e-9)
+
+    seen: dict[str, list[torch.Tensor]] = {"dense": [], "small": [], "sum": []}
+    path = pairs[last].right.module
+    norm = dense.get_submodule(path.removesuffix(".dense")).LayerNorm
+    keep = [batch["attention_mask"].bool() for batch in data]
+
+    def note(name, model):
+        return model.get_submodule(path).register_forward_pre_hook(
+            lambda module, args: seen[name].append(args[0])
+        )
+
+    handles = [note("dense", dense), note("small", small)]
+    handles.append(norm.register_forward_pre_hook(lambda module, args: seen["sum"].append(args[0])))
+    with torch.no_grad():
+        for batch in data:
+            dense(**batch)
+            small(**batch)
+    for handle in handles:
+        handle.remove()
+    fitted = [i for i in range(8) if i % 4 != 3]
+    wanted, given, sums = (
+        torch.cat([seen[name][i][keep[i]] for i in fitted]) for name in ("dense", "small", "sum")
+    )
+    layer, got = dense.get_submodule(path), result.get_submodule(path)
+    root = sums.var(-1, keepdim=True).rsqrt().sqrt()
+    one = torch.ones(len(given), 1).double()
+    expected = torch.linalg.lstsq(torch.cat([given, one], 1) * root, layer(wanted) * root).solution
+    best = torch.cat([given, one], 1) @ expected
+    torch.testing.assert_close(got(given), best, rtol=0, atol=1e-3 * best.std().item())
+    assert (small.get_submodule(path)(given) - best).abs().max() > 0.1 * best.std()
+
+
+@pytest.mark.parametrize("label", ["bert", "dinov2", "llama", "vit", "gpt2", "t5"])
+def test_every_layer_knows_the_stream_it_adds_to(label):
+    model = build(label)
+    layers = [pair.right.module for pair in find_pairs(model) if pair.kind != "qk"]
+    with torch.no_grad():
+        streams = _streams(model, layers, inputs(model, samples=1))
+    assert set(streams) == set(layers)
+    ones = [bool((stream.gain - 1).abs().max() < 1e-3) for stream in streams.values()]
+    assert not any(ones) if label == "dinov2" else all(ones)  # layer scale
+
+
+def test_the_same_inputs_give_the_same_bits():
+    dense = build("llama")
+    small = solpath.extract(dense, random_plan(dense, HALF))
+    assert_same(state(compensated(small, dense)), state(compensated(small, dense)))
+
+
+def test_a_saved_model_can_be_compensated_and_saved_again(tmp_path):
+    dense = build("vit")
+    small = solpath.extract(dense, random_plan(dense, HALF))
+    solpath.save(small, tmp_path / "small")
+    result = compensated(solpath.load(tmp_path / "small"), dense)
+    assert_same(state(result), state(compensated(small, dense)))
+    solpath.save(result, tmp_path / "better")
+    assert_same(state(solpath.load(tmp_path / "better")), state(result))
+
+
+def test_layers_without_units_still_get_their_mean():
+    dense = build("bert").double()
+    widths = [0 if p.kind != "qk" else p.width for p in find_pairs(dense)]
+    small = solpath.extract(dense, plan_of(dense, widths))
+    data = batches(dense, 8)
+    assert error(compensated(small, dense, data), dense, data) < error(small, dense, data)
+
+
+def test_bad_input():
+    dense = build("bert")
+    small = solpath.extract(dense, random_plan(dense, HALF))
+    with pytest.raises(UnsupportedModelError, match="was not extracted"):
+        compensated(dense, dense)
+    with pytest.raises(ConfigError, match="ridge must be positive, got 0"):
+        compensated(small, dense, ridge=0)
+    with pytest.raises(BatchError, match="at least 4 batches, got 3"):
+        compensated(small, dense, batches(dense, 3))
+
+
+def test_what_the_kept_variables_cannot_predict():
+    torch.manual_seed(0)
+    values = torch.randn(50_000, 4).double()
+    values[:, 3] = values[:, 0] + values[:, 1] + 0.5 * values[:, 3]
+    correlation = torch.corrcoef(values.T)
+    everything = unpredicted(correlation, torch.ones(4))
+    # Residual of regressing each on the others.
+    for i in range(4):
+        others = values[:, [j for j in range(4) if j != i]]
+        fit = torch.linalg.lstsq(others, values[:, i : i + 1]).solution
+        left = (values[:, i : i + 1] - others @ fit).var() / values[:, i].var()
+        assert abs(everything[i] - left) < 0.03
+    # What is never kept predicts nothing.
+    alone = unpredicted(correlation, torch.tensor([0.0, 0.0, 0.0, 1.0]).double())
+    assert alone[3] > 0.99
+    assert alone[2] > 0.99
+    assert abs(alone[0] - (1 - correlation[0, 3] ** 2)) < 0.03
