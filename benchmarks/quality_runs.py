@@ -29,6 +29,23 @@ NORMS = {
     "dense_norm": "dense norm, not extractable",
 }
 BASES = {"spp": "channels as they are", "spp_principal": "principal axes"}
+BEST = {
+    "spp_best": "**solpath, order and weights compensated**",
+    "spp_principal_refit": "solpath, weights compensated",
+    "spp_principal": "solpath, principal axes alone",
+    "corp_pooled": "CORP, layers pooled",
+    "osscar_pooled": "OSSCAR, layers pooled",
+    "wpac_pooled": "WPAC, layers pooled",
+    "corp": "CORP",
+    "modegpt": "MoDeGPT",
+    "osscar": "OSSCAR",
+    "wpac": "WPAC",
+    "uniql": "UniQL",
+    "flap": "FLAP",
+    "torch_pruning_taylor": "Torch-Pruning, Taylor",
+    "torch_pruning_taylor_global": "Torch-Pruning, Taylor, global",
+    "torch_pruning_magnitude": "Torch-Pruning, magnitude",
+}
 Runs = dict[str, list[dict[str, Any]]]
 
 
@@ -48,7 +65,7 @@ def read_runs(model: str, kind: str = "quality") -> Runs:
 
 def keeps(runs: Runs) -> list[float]:
     """The shares kept, largest first."""
-    return [size["keep"] for size in runs["spp"][0]["sizes"]]
+    return [size["keep"] for size in next(iter(runs.values()))[0]["sizes"]]
 
 
 def values(runs: list[dict[str, Any]], metric: str, index: int) -> list[float]:
@@ -63,9 +80,9 @@ def means(runs: list[dict[str, Any]], metric: str) -> list[float]:
 
 def headline(runs: Runs) -> str:
     """The metric that judges a model: its task's, or cosine where it has none."""
-    return "task" if "task" in runs["spp"][0]["dense"] else "cosine"
+    return "task" if "task" in next(iter(runs.values()))[0]["dense"] else "cosine"
 
 
 def fidelity(runs: Runs) -> str:
     """The metric that compares with the dense model: ``kl`` with logits, else ``cosine``."""
-    return "kl" if "kl" in runs["spp"][0]["dense"] else "cosine"
+    return "kl" if "kl" in next(iter(runs.values()))[0]["dense"] else "cosine"

@@ -13,6 +13,9 @@ from solpath.compensation import _streams
 from solpath.discover import find_pairs
 from solpath.dynamics import unpredicted
 from solpath.errors import BatchError, ConfigError, UnsupportedModelError
+from solpath.objective import run
+from solpath.redundancy import input_hooks, own_share
+from solpath.slicing import linear_map
 
 HALF = (0.5, 0.6, 0.4)
 
@@ -180,3 +183,27 @@ def test_what_the_kept_variables_cannot_predict():
     assert alone[3] > 0.99
     assert alone[2] > 0.99
     assert abs(alone[0] - (1 - correlation[0, 3] ** 2)) < 0.03
+
+
+@pytest.mark.parametrize("label", CASES)
+def test_twins_are_told_apart_from_loners(label):
+    """Of a neuron that is there twice, one can go; the search for compensation knows."""
+    model = build(label)
+    pair = next(pair for pair in find_pairs(model) if pair.kind == "mlp")
+    last = pair.width - 1
+    with torch.no_grad():
+        for side in pair.left:
+            linear = linear_map(model, side.module)
+            for parameter in linear.parameters().values():
+                rows = parameter if linear.outputs == 0 or parameter.dim() == 1 else parameter.T
+                rows[last] = rows[0]
+    data = batches(model, 8, 8)
+    with torch.no_grad(), input_hooks(model, [pair], None) as inputs_seen:
+        for batch in data:
+            run(model, batch, labels=False)
+    own = own_share(model, [pair], inputs_seen, torch.ones(pair.units))
+    assert own[[0, last]].max() < 0.05
+    assert ((own > 0) & (own <= 1)).all()
+    alone = torch.ones(pair.units)
+    alone[0] = 0
+    assert own_share(model, [pair], inputs_seen, alone)[last] > own[last]

@@ -107,8 +107,15 @@ def test_checkpoints_and_progress_have_no_influence(bert, tmp_path):
     assert same(plain, solpath.search(bert, batches(bert), QUICK, progress=True))
 
 
-@pytest.mark.parametrize("config", [QUICK, InclusionConfig(steps=8, scale_batches=2)])
-@pytest.mark.parametrize("stop", [1, 5])
+@pytest.mark.parametrize(
+    ("config", "stop"),
+    [
+        *((QUICK, stop) for stop in (1, 5)),
+        *((InclusionConfig(steps=8, scale_batches=2), stop) for stop in (1, 5)),
+        # Past 20 steps what units make up for each other is looked at again.
+        (SearchConfig(steps=44, scale_batches=2, basis="principal", compensated=True), 31),
+    ],
+)
 def test_interrupt_and_resume(bert, tmp_path, config, stop):
     calls = 0
 
