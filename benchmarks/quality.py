@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 
 from record import RESULTS, show
+from rivals.gauss_newton import turned_gauss_newton
 from solpath.baselines import METHODS
 from solpath.compensation import compensate
 from solpath.config import InclusionConfig, SearchConfig
@@ -40,7 +41,12 @@ SEARCHES: dict[str, tuple[type, dict[str, Any]]] = {
     "spp_constant_pull": (SearchConfig, {"growing_pull": False}),
     "inclusion": (InclusionConfig, {}),
 }
-COMPENSATED = {"spp_principal_refit", "spp_best"}  # members are compensated, the others are not
+FAIREST = {"gauss_newton_refit": turned_gauss_newton}  # solpath's axes and compensation
+COMPENSATED = {
+    "spp_principal_refit",
+    "spp_best",
+    "gauss_newton_refit",
+}  # members are compensated, the others are not
 COMPENSATION_BATCHES = 128
 DEFAULT = ",".join(["spp", *METHODS])
 SMOKE = {
@@ -69,9 +75,9 @@ def main(
     torch.set_num_threads(threads)
     out = out or RESULTS / f"quality_{model}.json"
     names = [name.strip() for name in methods.split(",")]
-    unknown = [name for name in names if name not in SEARCHES and name not in METHODS]
+    unknown = [name for name in names if name not in {**SEARCHES, **METHODS, **FAIREST}]
     if unknown:
-        known = ", ".join([*SEARCHES, *METHODS])
+        known = ", ".join([*SEARCHES, *METHODS, *FAIREST])
         raise SystemExit(f"unknown method {unknown[0]!r}; choose from {known}.")
     work = workload(model, checkpoint, heldout=32 if smoke else None)
     settings = {
@@ -142,6 +148,8 @@ def _search(
     if name in METHODS:
         options = SMOKE.get(name, {}) if settings["smoke"] else {}
         return METHODS[name](work.model, batches, seed=seed, **options)
+    if name in FAIREST:
+        return FAIREST[name](work.model, batches, seed=seed)
     kind, options = SEARCHES[name]
     if settings["steps"] is not None:
         options = options | {"steps": settings["steps"]}

@@ -33,6 +33,7 @@ BEST = {
     "spp_best": "**solpath, order and weights compensated**",
     "spp_principal_refit": "solpath, weights compensated",
     "spp_principal": "solpath, principal axes alone",
+    "gauss_newton_refit": "one-shot Gauss-Newton, with solpath's axes and compensation",
     "corp_pooled": "CORP, layers pooled",
     "osscar_pooled": "OSSCAR, layers pooled",
     "wpac_pooled": "WPAC, layers pooled",
@@ -46,6 +47,7 @@ BEST = {
     "torch_pruning_taylor_global": "Torch-Pruning, Taylor, global",
     "torch_pruning_magnitude": "Torch-Pruning, magnitude",
 }
+SHORT = ("spp_best", "spp_principal_refit", "gauss_newton_refit", "corp_pooled", "modegpt")
 Runs = dict[str, list[dict[str, Any]]]
 
 

@@ -18,6 +18,7 @@ from quality_runs import (
     BEST,
     NAMES,
     NORMS,
+    SHORT,
     Runs,
     fidelity,
     headline,
@@ -63,8 +64,8 @@ def table(name: str) -> str:
     `name` is a model, for its headline metric, or ``<model>_fidelity``: a row per method, the mean
     over seeds of every size. ``zoo`` and ``zoo_fidelity`` have a row per model, ``ablation`` one
     per part that is switched off, ``costs`` one per cost, ``checkpoints`` one per
-    measure, ``best_<model>`` one per closed-form method, ``qk_norm`` one per way to treat the
-    norms, ``exactness`` one per precision.
+    measure, ``best_<model>`` one per closed-form method (``short_<model>``: of the best),
+    ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision.
     """
     if name == "costs":
         return _markdown([("what", "measured", "against", "aim", "script"), *costs()])
@@ -88,10 +89,11 @@ def table(name: str) -> str:
             known = read_runs(model)["spp"]
             runs = {"spp": [run for run in known if run["seed"] in seeds], **runs}
         return _quality(runs, fidelity(runs), BASES)
-    if name.startswith("best_"):
-        model = name.removeprefix("best_")
+    if name.startswith(("best_", "short_")):
+        model = name.partition("_")[2]
         runs = read_runs(model, "compensated") | read_runs(model, "rivals")
-        return _quality(runs, fidelity(runs), BEST)
+        labels = BEST if name.startswith("best_") else {key: BEST[key] for key in SHORT}
+        return _quality(runs, fidelity(runs), labels)
     model = name.removesuffix("_fidelity")
     runs = read_runs(model)
     if "spp" not in runs:

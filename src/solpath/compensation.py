@@ -261,13 +261,18 @@ class _Moments:
     ) -> None:
         """Take in the tokens of one batch that are not padding."""
         keep = _counted(batch, visit.hidden)
-        hidden, wanted = _tokens(visit.hidden, keep), _affine(teacher, _tokens(goal.hidden, keep))
-        lack = wanted - _affine(linear, hidden)
-        weight = lack.new_ones(len(lack), 1)
-        if stream is not None and goal.stream is not None and visit.stream is not None:
-            there, here = _tokens(goal.stream, keep), _tokens(visit.stream, keep)
-            weight = 1 / (there + stream.gain * wanted).var(-1, keepdim=True).clamp(min=1e-12)
-            lack = lack + torch.where(stream.gain != 0, (there - here) / stream.gain, 0)
+        hidden, whole = _tokens(visit.hidden, keep), _tokens(goal.hidden, keep)
+        weight = hidden.new_ones(len(hidden), 1)
+        if teacher is linear:
+            lack = _affine(linear, whole - hidden, bias=False)
+        else:
+            wanted = _affine(teacher, whole)
+            lack = wanted - _affine(linear, hidden)
+            if stream is not None and goal.stream is not None and visit.stream is not None:
+                there, here = _tokens(goal.stream, keep), _tokens(visit.stream, keep)
+                variance = (there + stream.gain * wanted).var(-1, keepdim=True)
+                weight = 1 / variance.clamp(min=1e-12)
+                lack = lack + torch.where(stream.gain != 0, (there - here) / stream.gain, 0)
         weighted = hidden * weight
         self._square = self._square + (weighted.T @ hidden).double()
         self._cross = self._cross + (lack.T @ weighted).double()
@@ -373,11 +378,11 @@ def _logging(model: nn.Module, log: list[tuple[str, bool, Tensor]]) -> Iterator[
             handle.remove()
 
 
-def _affine(linear: LinearMap, hidden: Tensor) -> Tensor:
+def _affine(linear: LinearMap, hidden: Tensor, *, bias: bool = True) -> Tensor:
     """The layer, on ``[tokens, in]``, in the precision of `hidden`."""
     weight = linear.weight if linear.outputs == 0 else linear.weight.T
-    bias = None if linear.bias is None else linear.bias.to(hidden)
-    return functional.linear(hidden, weight.to(hidden), bias)
+    shift = linear.bias.to(hidden) if bias and linear.bias is not None else None
+    return functional.linear(hidden, weight.to(hidden), shift)
 
 
 def _counted(batch: Batch, hidden: Tensor) -> Tensor | None:
