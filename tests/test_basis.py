@@ -19,7 +19,7 @@ def basis_of(model):
     pairs = [pair for pair in find_pairs(model) if turnable(model, pair)]
     with torch.no_grad(), moment_hooks(model, pairs, None) as moments:
         run(model, inputs(model), labels=False)
-    return principal_basis(model, pairs, {n: torch.stack(m) for n, m in moments.items()})
+    return principal_basis(model, pairs, moments)
 
 
 def test_the_dense_model_is_the_same_function(model):

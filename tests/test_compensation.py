@@ -9,10 +9,10 @@ from torch import nn
 import solpath
 from conftest import CASES, batches, build, inputs
 from plans import plan_of, random_plan
-from solpath.compensation import _streams
 from solpath.discover import find_pairs
 from solpath.dynamics import unpredicted
 from solpath.errors import BatchError, ConfigError, UnsupportedModelError
+from solpath.lockstep import residual_streams
 from solpath.objective import run
 from solpath.redundancy import input_hooks, own_share
 from solpath.slicing import linear_map
@@ -125,7 +125,7 @@ def test_every_layer_knows_the_stream_it_adds_to(label):
     model = build(label)
     layers = [pair.right.module for pair in find_pairs(model) if pair.kind != "qk"]
     with torch.no_grad():
-        streams = _streams(model, layers, inputs(model, samples=1))
+        streams = residual_streams(model, layers, inputs(model, samples=1))
     assert set(streams) == set(layers)
     ones = [bool((stream.gain - 1).abs().max() < 1e-3) for stream in streams.values()]
     assert not any(ones) if label == "dinov2" else all(ones)  # layer scale

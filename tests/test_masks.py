@@ -169,7 +169,7 @@ def test_energy_is_the_sum_of_squares_over_tokens_that_count(label):
     model = build(label).double()
     pairs = [pair for pair in find_pairs(model) if pair.norms]
     batch = inputs(model)
-    with torch.no_grad(), energy_hooks(model, pairs, batch) as energy:
+    with torch.no_grad(), energy_hooks(model, pairs, batch["attention_mask"]) as energy:
         run(model, batch, labels=False)
     for pair in pairs:
         torch.testing.assert_close(energy[pair.name], energy_by_hand(model, pair, batch))

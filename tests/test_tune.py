@@ -361,7 +361,7 @@ def _stack(rows):
 def test_the_target_cache_has_no_influence(bert, monkeypatch):
     small = cut(bert)
     whole = run(small, bert)
-    monkeypatch.setattr("solpath.teacher._TARGET_CACHE_BYTES", 0)
+    monkeypatch.setattr("solpath.objective._TARGET_CACHE_BYTES", 0)
     assert same(whole, run(small, bert))
 
 

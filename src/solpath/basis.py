@@ -87,14 +87,14 @@ def principal_basis(
 @contextlib.contextmanager
 def moment_hooks(
     model: nn.Module, pairs: Sequence[Pair], keep: Tensor | None
-) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+) -> Iterator[dict[str, Tensor]]:
     """Add up second moments while the model runs.
 
     Args:
         keep: bool or 0/1 ``[batch, tokens]``: tokens that count; None for all.
 
     Yields:
-        Pair name to two float64 ``[heads, width, width]`` on the CPU: of query and key; or of the
+        Pair name to float64 ``[2, heads, width, width]`` on the CPU: of query and key; or of the
         attention output, and zeros.
     """
     moments = {}
@@ -113,8 +113,8 @@ def moment_hooks(
         return lambda module, args, output: note(output)
 
     for pair in pairs:
-        left, right = (torch.zeros(pair.heads, pair.width, pair.width).double() for _ in range(2))
-        moments[pair.name] = left, right
+        moments[pair.name] = torch.zeros(2, pair.heads, pair.width, pair.width).double()
+        left, right = moments[pair.name]
         seen = (
             [(pair.right, left)]
             if pair.kind == "vo"

@@ -145,15 +145,17 @@ def _on_norm(masks: Masks, pair: Pair, norm: Norm, query: bool) -> Any:
 
 @contextlib.contextmanager
 def energy_hooks(
-    model: nn.Module, pairs: Sequence[Pair], batch: Any
+    model: nn.Module, pairs: Sequence[Pair], keep: Tensor | None
 ) -> Iterator[Mapping[str, Tensor]]:
-    """Add up the squares that the norms of `pairs` see in forward passes of one batch.
+    """Add up the squares that the norms of `pairs` see while the model runs.
+
+    Args:
+        keep: bool or 0/1 ``[batch, tokens]``: tokens that count; None for all.
 
     Yields:
         Pair name to float64 ``[heads, query heads per head + 1, width]``, on the CPU: queries,
-        then key. Tokens that ``attention_mask`` leaves out do not count.
+        then key.
     """
-    keep = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     totals: dict[str, Tensor] = {}
     handles = []
     for pair in pairs:

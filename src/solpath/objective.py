@@ -3,12 +3,14 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from solpath.errors import BatchError
+
+_TARGET_CACHE_BYTES = 256 * 2**20
 
 Batch = Any
 """A mapping of keyword arguments for the model, or its first argument as a tensor."""
@@ -59,6 +61,48 @@ def output_tensor(outputs: Any) -> Tensor:
 def has_logits(outputs: Any) -> bool:
     """Whether `output_tensor` gives logits."""
     return isinstance(getattr(outputs, "logits", None), Tensor)
+
+
+class Target(NamedTuple):
+    """What the dense model gives for a batch, see `output_tensor`, and whether it is logits."""
+
+    output: Tensor
+    logits: bool
+
+
+def target_of(dense: nn.Module, batch: Batch) -> Target:
+    """The target of `divergence_from`, without gradients."""
+    with torch.no_grad():
+        outputs = run(dense, batch, labels=False)
+    return Target(output_tensor(outputs).clone(), has_logits(outputs))
+
+
+class Targets:
+    """Targets by step, remembered, up to a limit, while batches of known number repeat."""
+
+    def __init__(self, length: int | None) -> None:
+        self._length = length
+        self._known: dict[int, Target] = {}
+        self._bytes = 0
+
+    def get(self, step: int, compute: Callable[[], Target]) -> Target:
+        """The target of batch `step`, by `compute` if it is not remembered."""
+        if not self._length:
+            return compute()
+        key = step % self._length
+        if key in self._known:
+            return self._known[key]
+        target = compute()
+        if self._bytes + target.output.nbytes <= _TARGET_CACHE_BYTES:
+            self._bytes += target.output.nbytes
+            self._known[key] = target
+        return target
+
+
+def divergence_from(target: Target, outputs: Any, batch: Batch) -> Tensor:
+    """`divergence` of a model's outputs for a batch from the dense one's. ``[batch]``."""
+    output = output_tensor(outputs)
+    return divergence(output, target.output, token_mask(batch, output), logits=target.logits)
 
 
 def token_mask(batch: Batch, output: Tensor) -> Tensor | None:

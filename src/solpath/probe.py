@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,20 +15,26 @@ from solpath.masks import Masks, energy_hooks, mask_hooks
 from solpath.objective import (
     Batch,
     Loss,
+    Target,
+    Targets,
     at_least_float,
     curvature_sketch,
-    divergence,
-    has_logits,
+    divergence_from,
     output_tensor,
     run,
+    target_of,
     token_mask,
 )
 from solpath.pair import Pair
 from solpath.redundancy import Inputs, input_hooks
-from solpath.slicing import linear_map
 
-_TARGET_CACHE_BYTES = 256 * 2**20
 _ENERGY_BATCHES = 4
+
+Hooks = Callable[
+    [nn.Module, Sequence[Pair], Tensor | None],
+    contextlib.AbstractContextManager[Mapping[str, Tensor]],
+]
+"""``hooks(model, pairs, keep)`` adds up what is noted of every pair, on the CPU, in a block."""
 
 
 class Probe:
@@ -57,8 +63,7 @@ class Probe:
         self._loss, self._seed = loss, seed
         self._device = next(model.parameters()).device
         self._rank, self._world = process()
-        self._targets: dict[int, tuple[Tensor, bool]] = {}
-        self._target_bytes = 0
+        self._targets = Targets(source.length)
         self.units = sum(pair.units for pair in pairs)
         sizes = torch.tensor([pair.units for pair in pairs])
         self.cost = torch.tensor([float(p.cost) for p in pairs], dtype=torch.float64)
@@ -157,7 +162,7 @@ class Probe:
                     ]
                 ).to(output.device)
                 keep = token_mask(batch, output)
-                draw = curvature_sketch(target[0], keep, noise, logits=target[1])
+                draw = curvature_sketch(target.output, keep, noise, logits=target.logits)
                 jacobian = _slopes((draw * at_least_float(output)).sum(), leaves)
             self._masks.units.clear()
             rows = torch.cat([j.double().cpu() for j in jacobian], 1)
@@ -175,49 +180,31 @@ class Probe:
     def measure_energy(self, batches: int) -> None:
         """Sums of squares of the units that a norm over the heads sees, on some batches."""
         normed = [pair for pair in self._pairs if pair.norms]
-        if not normed:
-            return
-        totals = {p.name: torch.zeros(p.heads, p.left[0].repeat + 1, p.width) for p in normed}
-        totals = {name: total.double() for name, total in totals.items()}
-        for step in range(batches):
-            batch = self._local(step)[0]
-            with torch.no_grad(), energy_hooks(self._model, normed, batch) as energy:
-                run(self._model, batch, labels=False)
-            for name, total in totals.items():
-                total += energy[name]
-        self._masks.energy |= {n: self._sum(total).to(self._device) for n, total in totals.items()}
+        totals = self._add_up(batches, energy_hooks, normed)
+        self._masks.energy |= {name: total.to(self._device) for name, total in totals.items()}
 
     def measure_basis(self, batches: int) -> dict[str, Tensor]:
         """Principal axes of every pair that can be turned, from some batches of the dense model."""
         pairs = [pair for pair in self._pairs if turnable(self._model, pair)]
-        shapes = {p.name: (2, p.heads, p.width, p.width) for p in pairs}
-        totals = {name: torch.zeros(shape).double() for name, shape in shapes.items()}
-        for step in range(batches):
-            batch = self._local(step)[0]
-            keep = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            with torch.no_grad(), moment_hooks(self._model, pairs, keep) as moments:
-                run(self._model, batch, labels=False)
-            for name, total in totals.items():
-                total += torch.stack(moments[name])
-        totals = {name: self._sum(total) for name, total in totals.items()}
-        return principal_basis(self._model, pairs, totals)
+        return principal_basis(self._model, pairs, self._add_up(batches, moment_hooks, pairs))
 
     def measure_inputs(self, batches: int) -> Inputs:
         """What the right-hand layers of value-output and MLP pairs see, on some batches."""
         pairs = [pair for pair in self._pairs if pair.kind != "qk"]
-        shapes = {
-            pair.name: linear_map(self._model, pair.right.module).in_features for pair in pairs
-        }
-        totals = {name: torch.zeros(n + 1, n + 1).double() for name, n in shapes.items()}
-        for step in range(batches):
+        totals = self._add_up(batches, input_hooks, pairs)
+        return {name: total for name, total in totals.items() if total.any()}
+
+    def _add_up(self, batches: int, hooks: Hooks, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+        """Sums of what `hooks` note of the dense model, over some batches and all processes."""
+        totals: dict[str, Tensor] = {}
+        for step in range(batches if pairs else 0):
             batch = self._local(step)[0]
             keep = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            with torch.no_grad(), input_hooks(self._model, pairs, keep) as seen:
+            with torch.no_grad(), hooks(self._model, pairs, keep) as seen:
                 run(self._model, batch, labels=False)
-            for name, total in totals.items():
-                total += seen.get(name, 0)
-        totals = {name: self._sum(total) for name, total in totals.items()}
-        return {name: total for name, total in totals.items() if total.any()}
+            for name, value in seen.items():
+                totals[name] = totals[name] + value if name in totals else value
+        return {name: self._sum(total) for name, total in totals.items()}
 
     def first_sample(self) -> Batch:
         """The first sample of the first batch, as a batch of one."""
@@ -240,26 +227,14 @@ class Probe:
         )
         return leaves
 
-    def _target(self, step: int, batch: Batch) -> tuple[Tensor, bool]:
-        """The dense model's output, remembered while batches of known number repeat."""
-        key = step % self._source.length if self._source.length else step
-        if key not in self._targets:
-            with torch.no_grad():
-                outputs = run(self._model, batch, labels=False)
-            target = (output_tensor(outputs).clone(), has_logits(outputs))
-            self._target_bytes += target[0].nbytes
-            if self._source.length is None or self._target_bytes > _TARGET_CACHE_BYTES:
-                return target
-            self._targets[key] = target
-        return self._targets[key]
+    def _target(self, step: int, batch: Batch) -> Target:
+        return self._targets.get(step, lambda: target_of(self._model, batch))
 
-    def _objective(self, outputs: Any, batch: Batch, target: tuple[Tensor, bool] | None) -> Tensor:
+    def _objective(self, outputs: Any, batch: Batch, target: Target | None) -> Tensor:
         if target is None:
             assert self._loss is not None
             return self._loss(outputs, batch)
-        output = output_tensor(outputs)
-        keep = token_mask(batch, output)
-        return divergence(output, target[0], keep, logits=target[1]).mean()
+        return divergence_from(target, outputs, batch).mean()
 
     def _sum(self, values: Tensor) -> Tensor:
         if self._world > 1:

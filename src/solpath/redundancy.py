@@ -28,21 +28,23 @@ def input_hooks(
     totals: dict[str, Tensor] = {}
     handles = []
 
-    def watch(pair: Pair) -> Any:
+    def watch(total: Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             states = args[0].detach()
             weight = torch.ones_like(states[..., :1])
             if keep is not None and keep.shape == states.shape[:2]:
                 weight = weight * keep.unsqueeze(-1)
             rows = torch.cat([states * weight, weight], -1).flatten(0, -2)
-            totals[pair.name] = totals.get(pair.name, 0) + (rows.T @ rows).double().cpu()
+            total.add_((rows.T @ rows).double().cpu())
 
         return hook
 
     try:
         for pair in pairs:
+            size = linear_map(model, pair.right.module).in_features + 1
+            totals[pair.name] = torch.zeros(size, size, dtype=torch.float64)
             module = model.get_submodule(pair.right.module)
-            handles.append(module.register_forward_pre_hook(watch(pair)))
+            handles.append(module.register_forward_pre_hook(watch(totals[pair.name])))
         yield totals
     finally:
         for handle in handles:

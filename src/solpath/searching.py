@@ -30,7 +30,7 @@ from solpath.path import SolutionPath, unflatten
 from solpath.pretrained import Name, for_batches
 from solpath.probe import Probe, probing, process
 from solpath.progress import Report, progress_bar
-from solpath.redundancy import own_share
+from solpath.redundancy import Inputs, own_share
 
 _OWN_EVERY = 20  # steps between looks at what units can make up for each other
 _BASIS = "basis/"  # before the name of a pair, in a state
@@ -104,7 +104,7 @@ def search(
             with progress_bar(
                 "search", _FIGURES, config.steps, done, show=show, loss=0.0, size=1.0
             ) as report:
-                own = _Own(model, pairs, probe, config)
+                own = _Own(model, pairs, _inputs(probe, config))
                 state = _run(probe, config, state, own, file, header, checkpoint_every, report)
         return _path(pairs, config, state, costs, identity, probe.energy)
 
@@ -116,6 +116,13 @@ def _basis(
     if isinstance(config, InclusionConfig) or config.basis == "coordinate":
         return {}
     return probe.measure_basis(config.scale_batches) if state is None else _basis_of(state)
+
+
+def _inputs(probe: Probe, config: SearchConfig | InclusionConfig) -> Inputs:
+    """What units are predicted from, where that counts; it is measured again on the way on."""
+    if isinstance(config, InclusionConfig) or not config.compensated:
+        return {}
+    return probe.measure_inputs(config.scale_batches)
 
 
 def _basis_of(state: State) -> dict[str, Tensor]:
@@ -141,25 +148,16 @@ def _start(
 class _Own:
     """What of each unit counts, by step: `own_share` at the masks of a few steps ago, or all."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        pairs: Sequence[Pair],
-        probe: Probe,
-        config: SearchConfig | InclusionConfig,
-    ) -> None:
-        self._model, self._pairs, self._probe = model, pairs, probe
-        self._on = isinstance(config, SearchConfig) and config.compensated
-        self._inputs = probe.measure_inputs(config.scale_batches) if self._on else {}
-        self._step, self._share = -1, torch.ones(probe.units).double()
+    def __init__(self, model: nn.Module, pairs: Sequence[Pair], inputs: Inputs) -> None:
+        self._model, self._pairs, self._inputs = model, pairs, inputs
+        self._step = -1
+        self._share: Tensor | None = None
 
     def __call__(self, masks: Tensor) -> Tensor | None:
         """For the step that follows `masks`, ``[steps, units]``: a function of these alone."""
-        if not self._on:
-            return None
         step = len(masks) // _OWN_EVERY * _OWN_EVERY
-        if step != self._step:
-            mask = masks[step - 1] if step else torch.ones(self._probe.units)
+        if self._inputs and step != self._step:
+            mask = masks[step - 1] if step else torch.ones(masks.shape[1])
             self._step = step
             self._share = own_share(self._model, self._pairs, self._inputs, mask)
         return self._share

@@ -8,9 +8,7 @@ from torch import Tensor, nn
 
 from solpath.data import BatchSource, local_share
 from solpath.errors import BatchError
-from solpath.objective import Batch, divergence, has_logits, output_tensor, run, token_mask
-
-_TARGET_CACHE_BYTES = 256 * 2**20
+from solpath.objective import Batch, Target, Targets, divergence_from, output_tensor, run, target_of
 
 
 class Lesson(NamedTuple):
@@ -18,15 +16,13 @@ class Lesson(NamedTuple):
 
     Attributes:
         batch: the samples.
-        target: ``[samples, ...]``.
-        logits: whether the target is logits.
+        target: outputs ``[samples, ...]``.
         samples: in `batch`.
         total: samples of the batch over all processes.
     """
 
     batch: Batch
-    target: Tensor
-    logits: bool
+    target: Target
     samples: int
     total: int
 
@@ -45,25 +41,17 @@ class Lessons:
     ) -> None:
         self._dense, self._source, self._device = dense, source, device
         self._accelerator, self._bf16 = accelerator, bf16
-        self._targets: dict[int, tuple[Tensor, bool]] = {}
-        self._bytes = 0
+        self._targets = Targets(source.length)
 
     def __getitem__(self, step: int) -> Lesson:
         rank, world = self._accelerator.process_index, self._accelerator.num_processes
         batch, low, high, total = local_share(self._source, step, self._device, rank, world)
-        return Lesson(batch, *self._target(step, batch), high - low, total)
+        target = self._targets.get(step, lambda: self._target(batch))
+        return Lesson(batch, target, high - low, total)
 
-    def _target(self, step: int, batch: Batch) -> tuple[Tensor, bool]:
-        key = step % self._source.length if self._source.length else step
-        if key not in self._targets:
-            with torch.no_grad(), self.autocast():
-                outputs = run(self._dense, batch, labels=False)
-            target = (output_tensor(outputs).clone(), has_logits(outputs))
-            if self._source.length is None or self._bytes + target[0].nbytes > _TARGET_CACHE_BYTES:
-                return target
-            self._bytes += target[0].nbytes
-            self._targets[key] = target
-        return self._targets[key]
+    def _target(self, batch: Batch) -> Target:
+        with self.autocast():
+            return target_of(self._dense, batch)
 
     def autocast(self) -> torch.autocast:
         """The precision of the forward passes."""
@@ -74,13 +62,12 @@ class Lessons:
         with self.autocast():
             outputs = run(model, lesson.batch, labels=False)
         output = output_tensor(outputs)
-        if output.shape != lesson.target.shape:
+        if output.shape != lesson.target.output.shape:
             raise BatchError(
                 f"the small model gives {list(output.shape)} and the dense one "
-                f"{list(lesson.target.shape)}; tune needs two models with equal outputs."
+                f"{list(lesson.target.output.shape)}; tune needs two models with equal outputs."
             )
-        keep = token_mask(lesson.batch, output)
-        return divergence(output, lesson.target, keep, logits=lesson.logits)
+        return divergence_from(lesson.target, outputs, lesson.batch)
 
     def divergence(self, model: nn.Module) -> float:
         """Mean over the samples of all batches and all processes."""

@@ -1,0 +1,200 @@
+"""Forward passes of many batches side by side, each waiting at every layer for the others."""
+
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from solpath.errors import BatchError
+from solpath.objective import Batch, run
+
+_REACH = 60  # inputs and outputs of modules between a layer's output and its residual stream
+_TOKENS = 32  # of a sample, from which residual streams are found
+
+
+class Place(NamedTuple):
+    """What goes into a module, or comes out of it."""
+
+    module: str
+    output: bool
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream that a layer adds to: ``stream + gain * output`` is what it becomes.
+
+    Attributes:
+        place: where the stream can be seen before the layer runs.
+        gain: ``[features]``.
+    """
+
+    place: Place
+    gain: Tensor
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One batch at one layer: its input, and the stream that its output will be added to."""
+
+    hidden: Tensor
+    stream: Tensor | None
+
+
+class _Run(greenlet):
+    """The forward pass of one batch, which waits where it is told to."""
+
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
+        super().__init__(lambda: self._forward(model, batch))
+        self.driver = getcurrent()
+        self.seen: dict[Place, Tensor] = {}
+
+    @classmethod
+    def current(cls) -> "_Run":
+        """The one that runs now."""
+        one = getcurrent()
+        assert isinstance(one, cls)
+        return one
+
+    @staticmethod
+    def _forward(model: nn.Module, batch: Batch) -> None:
+        run(model, batch, labels=False)
+
+
+def lockstep(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    layers: Iterable[str],
+    streams: Mapping[str, Stream],
+) -> Generator[tuple[str, list[Visit]], None, None]:
+    """Run all batches side by side, so that each layer sees all of them before any runs it.
+
+    Yields:
+        The layer that all batches wait at, and each one's visit. They run it, as it then is, when
+        the next is asked for.
+    """
+
+    def wait_at(name: str) -> Any:
+        stream = streams.get(name)
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            one = _Run.current()
+            known = None if stream is None else one.seen[stream.place]
+            one.driver.switch((name, Visit(args[0], known)))
+
+        return hook
+
+    def note(place: Place) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any = None) -> None:
+            _Run.current().seen[place] = output if place.output else args[0]
+
+        return hook
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(wait_at(name)) for name in layers
+    ]
+    for place in {stream.place for stream in streams.values()}:
+        module = model.get_submodule(place.module)
+        if place.output:
+            handles.append(module.register_forward_hook(note(place)))
+        else:
+            handles.append(module.register_forward_pre_hook(note(place)))
+    runs = [_Run(model, batch) for batch in batches]
+    try:
+        while any(stops := [one.switch() for one in runs]):
+            names = {stop[0] if stop else "the end" for stop in stops}
+            if len(names) > 1:
+                raise BatchError(f"one batch runs {min(names)} where another runs {max(names)}.")
+            yield stops[0][0], [visit for _, visit in stops]
+    finally:
+        for handle in handles:
+            handle.remove()
+        for one in runs:
+            if not one.dead:
+                one.throw()  # GreenletExit: its forward pass ends there
+
+
+def visited(model: nn.Module, layers: Iterable[str], sample: Batch) -> list[str]:
+    """Those of `layers` that a forward pass runs as modules, in the order they run."""
+    found: dict[str, None] = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: found.setdefault(name)
+        )
+        for name in layers
+    ]
+    try:
+        run(model, sample, labels=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(found)
+
+
+def residual_streams(model: nn.Module, layers: Sequence[str], sample: Batch) -> dict[str, Stream]:
+    """Where the outputs of `layers` are added to a residual stream, found by looking.
+
+    A module's input t after the layer is the stream after the sum, and a tensor a before the layer
+    the stream before it, if ``t = a + gain * output`` holds for all tokens, channel by channel.
+    Layers for which no such tensors go in or out of a module are left out.
+    """
+    log: list[tuple[Place, Tensor]] = []
+    with _logging(model, log):
+        run(model, sample, labels=False)
+    tolerance = max(1e-4, 4 * torch.finfo(next(model.parameters()).dtype).eps)
+    found: dict[str, Stream] = {}
+    for i, (place, output) in enumerate(log):
+        if place.module not in layers or not place.output or place.module in found:
+            continue
+        nearest = log[max(0, i - _REACH) : i][::-1]
+        before = [(where, value) for where, value in nearest if value.shape == output.shape]
+        for where, after in log[i + 1 : i + _REACH]:
+            if where.output or after.shape != output.shape or torch.equal(after, output):
+                continue
+            stream = _sum_of(before, output, after, tolerance)
+            if stream is not None:
+                found[place.module] = stream
+                break
+    return found
+
+
+def _sum_of(
+    before: Sequence[tuple[Place, Tensor]], output: Tensor, after: Tensor, tolerance: float
+) -> Stream | None:
+    """The first of `before` of which `after` is the sum with a gain times `output`."""
+    energy = output.square().sum(0).clamp(min=1e-30)
+    for place, value in before:
+        step = after - value
+        gain = (step * output).sum(0) / energy
+        if gain.any() and (step - gain * output).norm() < tolerance * after.norm():
+            return Stream(place, gain)
+    return None
+
+
+@contextmanager
+def _logging(model: nn.Module, log: list[tuple[Place, Tensor]]) -> Iterator[None]:
+    """Note what goes in and out of every module without children, ``[n, d]``."""
+
+    def note(place: Place, value: Any) -> None:
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
+            log.append((place, value[:, :_TOKENS].flatten(0, -2).float().clone()))
+
+    def before(name: str) -> Any:
+        return lambda module, args: note(Place(name, False), args[0] if args else None)
+
+    def after(name: str) -> Any:
+        return lambda module, args, output: note(Place(name, True), output)
+
+    handles = []
+    for name, module in model.named_modules():
+        if not any(True for _ in module.children()):
+            handles.append(module.register_forward_pre_hook(before(name)))
+            handles.append(module.register_forward_hook(after(name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
