@@ -7,7 +7,6 @@ already are not repeated, so the command can be interrupted and started again. R
 that scores otherwise (weights trained on another machine) are replaced.
 """
 
-import json
 import math
 import statistics
 import time
@@ -18,6 +17,7 @@ import torch
 import typer
 from rich.console import Console
 
+from quality_runs import add_run, same_run, stored_runs
 from record import RESULTS, show
 from rivals.gauss_newton import turned_gauss_newton
 from solpath.baselines import METHODS
@@ -25,7 +25,6 @@ from solpath.compensation import compensate
 from solpath.config import InclusionConfig, SearchConfig
 from solpath.evaluation import evaluate, reference_outputs
 from solpath.extraction import extract
-from solpath.files import write_file
 from solpath.masks import masked
 from solpath.measurement import provenance
 from solpath.path import SolutionPath
@@ -93,15 +92,16 @@ def main(
     for seed in (int(seed) for seed in seeds.split(",")):
         batches = work.batches(seed, settings["batch_count"], settings["batch_size"])
         for name in names:
-            known = [run for run in _read(out) if _same(run, name, seed, settings)]
+            wanted = {"method": name, "seed": seed, "settings": settings}
+            known = [run for run in stored_runs(out) if same_run(run, wanted)]
             if not force and any(_current(run, work, dense) for run in known):
                 continue
             run = _run(work, name, seed, batches, cached, settings)
-            _add(out, {**run, "dense": dict(dense), "settings": settings})
+            add_run(out, {**run, "dense": dict(dense), "settings": settings})
             row = "  ".join(f"{size['metrics'][work.headline]:.4f}" for size in run["sizes"])
             line = f"{model} {name} seed {seed}: {row}  ({run['seconds']:.1f} s)"
             Console().print(line, soft_wrap=True)
-    _table(work, settings, dense, _read(out))
+    _table(work, settings, dense, stored_runs(out))
 
 
 def _run(
@@ -158,26 +158,11 @@ def _search(
     return search(work.model, batches, kind(seed=seed, **options), progress=False)
 
 
-def _same(run: dict[str, Any], name: str, seed: int, settings: dict[str, Any]) -> bool:
-    return (run["method"], run["seed"], run["settings"]) == (name, seed, settings)
-
-
 def _current(run: dict[str, Any], work: Workload, dense: Any) -> bool:
     """Whether a run has today's sizes and is of this dense model (not of one trained elsewhere)."""
     keeps = tuple(size["keep"] for size in run["sizes"])
     expected = dense[work.headline]
     return keeps == work.keeps and math.isclose(run["dense"][work.headline], expected, rel_tol=1e-3)
-
-
-def _read(out: Path) -> list[dict[str, Any]]:
-    return json.loads(out.read_text())["runs"] if out.exists() else []
-
-
-def _add(out: Path, run: dict[str, Any]) -> None:
-    """Add a run; one with the same method, seed and settings is replaced."""
-    runs = [r for r in _read(out) if not _same(r, run["method"], run["seed"], run["settings"])]
-    runs.append(run)
-    write_file(out, (json.dumps({"runs": runs}, indent=1, allow_nan=False) + "\n").encode())
 
 
 def _table(

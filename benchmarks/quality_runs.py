@@ -1,10 +1,13 @@
-"""The results of quality.py, read back for the docs."""
+"""The results of quality.py and rival_quality.py: stored, and read back for the docs."""
 
 import json
 import statistics
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from record import RESULTS
+from solpath.files import write_file
 
 NAMES = {
     "spp": "**solpath**",
@@ -51,14 +54,30 @@ SHORT = ("spp_best", "spp_principal_refit", "gauss_newton_refit", "corp_pooled",
 Runs = dict[str, list[dict[str, Any]]]
 
 
+def stored_runs(file: Path) -> list[dict[str, Any]]:
+    """Every run in a result file, in the order of their ends; none if there is no file."""
+    runs: list[dict[str, Any]] = json.loads(file.read_text())["runs"] if file.exists() else []
+    return runs
+
+
+def same_run(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two runs are of one method with one seed and one choice of settings."""
+    return all(one[key] == other[key] for key in ("method", "seed", "settings"))
+
+
+def add_run(file: Path, run: dict[str, Any]) -> None:
+    """Add a run; one that is the same is replaced."""
+    runs = [*(other for other in stored_runs(file) if not same_run(other, run)), run]
+    write_file(file, (json.dumps({"runs": runs}, indent=1, allow_nan=False) + "\n").encode())
+
+
 def read_runs(model: str, kind: str = "quality") -> Runs:
     """The runs of every method in a result file, with the seeds that all of them have.
 
     Empty if there is no ``<kind>_<model>.json``.
     """
-    file = RESULTS / f"{kind}_{model}.json"
     runs: Runs = {}
-    for run in json.loads(file.read_text())["runs"] if file.exists() else []:
+    for run in stored_runs(RESULTS / f"{kind}_{model}.json"):
         runs.setdefault(run["method"], []).append(run)
     seeds = [{run["seed"] for run in chosen} for chosen in runs.values()]
     common = set.intersection(*seeds) if seeds else set()

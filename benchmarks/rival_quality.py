@@ -8,7 +8,6 @@ statistics and of all sizes. Torch-Pruning is not a dependency: pip install torc
 leave its methods out.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,12 +16,12 @@ import torch
 import typer
 from rich.console import Console
 
+from quality_runs import add_run, same_run, stored_runs
 from record import RESULTS
 from rivals import METHODS
 from rivals.moments import Calibration, calibrate
 from rivals.weights import remaining
 from solpath.evaluation import evaluate, reference_outputs
-from solpath.files import write_file
 from solpath.measurement import provenance
 from workloads import WORKLOADS, Workload, workload
 
@@ -56,8 +55,9 @@ def main(
     cached = reference_outputs(work.model, work.heldout)
     dense = dict(evaluate(work.model, cached, work.heldout, task=work.task).metrics)
     for seed in (int(seed) for seed in seeds.split(",")):
-        done = [run["method"] for run in _read(out) if _same(run, seed, settings)]
-        missing = [name for name in names if name not in done]
+        done = stored_runs(out)
+        wanted = [{"method": name, "seed": seed, "settings": settings} for name in names]
+        missing = [one["method"] for one in wanted if not any(same_run(run, one) for run in done)]
         if not missing:
             continue
         batches = work.batches(seed, settings["batch_count"], settings["batch_size"])[:statistics]
@@ -68,7 +68,7 @@ def main(
             run = _run(work, name, seed, calibration, cached)
             run["seconds"] += shared
             run["config"]["batches"] = len(batches)
-            _add(out, {**run, "dense": dense, "settings": settings})
+            add_run(out, {**run, "dense": dense, "settings": settings})
             row = "  ".join(f"{size['metrics'][work.headline]:.4f}" for size in run["sizes"])
             line = f"{model} {name} seed {seed}: {row}  ({run['seconds']:.1f} s)"
             Console().print(line, soft_wrap=True)
@@ -95,19 +95,6 @@ def _run(
         "sizes": sizes,
         "provenance": provenance(),
     }
-
-
-def _same(run: dict[str, Any], seed: int, settings: dict[str, Any]) -> bool:
-    return (run["seed"], run["settings"]) == (seed, settings)
-
-
-def _read(out: Path) -> list[dict[str, Any]]:
-    return json.loads(out.read_text())["runs"] if out.exists() else []
-
-
-def _add(out: Path, run: dict[str, Any]) -> None:
-    runs = [*_read(out), run]
-    write_file(out, (json.dumps({"runs": runs}, indent=1, allow_nan=False) + "\n").encode())
 
 
 if __name__ == "__main__":

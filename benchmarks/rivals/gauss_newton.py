@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from solpath.baselines import gauss_newton
+from solpath import baselines
 from solpath.basis import turned
-from solpath.discover import find_pairs
 from solpath.path import SolutionPath, unflatten
 from solpath.probe import probing
 
@@ -20,11 +19,18 @@ SCALE_BATCHES = 16
 
 def turned_gauss_newton(model: nn.Module, batches: Sequence[Any], *, seed: int) -> SolutionPath:
     """Its path, with the axes, so that members are cut and compensated as those of the search."""
-    path = gauss_newton(model, batches, seed=seed, scale_batches=SCALE_BATCHES)
-    pairs = find_pairs(model)
-    with probing(model, pairs, batches, loss=None, seed=seed) as probe:
+    config = {"seed": seed, "scale_batches": SCALE_BATCHES}
+    frame = baselines.random(model, batches, seed=seed)  # costs and fingerprint; reads no batch
+    with probing(model, frame.pairs, batches, loss=None, seed=seed) as probe:
         basis = probe.measure_basis(SCALE_BATCHES)
-        with turned(model, pairs, basis):
+        with turned(model, frame.pairs, basis):
             diagonal, slope = probe.curvature(SCALE_BATCHES)
-        score = unflatten(pairs, (diagonal / 2 - slope) / probe.cost)
-    return replace(path, score=score, entry_time=score, basis=basis, method="gauss_newton_refit")
+        score = unflatten(frame.pairs, (diagonal / 2 - slope) / probe.cost)
+    return replace(
+        frame,
+        score=score,
+        entry_time=score,
+        basis=basis,
+        method="gauss_newton_refit",
+        config=config,
+    )

@@ -5,13 +5,14 @@ Nothing heavy is imported here: torch and transformers come in when a command ru
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from solpath.errors import BudgetError, ConfigError, FileError, SolpathError
+from solpath.feed import batches_for, random_tokens, rows_of, split_batches, takes
 
 if TYPE_CHECKING:
     from solpath.latency import LatencyTable
@@ -172,7 +173,7 @@ def search(
         config = InclusionConfig(steps=steps, seed=seed)
     check_output(out)
     loaded = _load(model)
-    batches = _batches(model, loaded, text, images, seed)
+    batches = batches_for(model, loaded, text, images, seed)
     if method in searches:
         if checkpoint is not None:
             _state["hint"] = f"{checkpoint}; run the same command again to go on"
@@ -209,11 +210,7 @@ def plan(
     budget = _one(sparsity, params, bytes, macs, cache, latency_ms)
     if latency is not None:
         budget["latency"] = _table(latency)
-    options: dict[str, Any] = {
-        "multiple_of": multiple_of,
-        "min_width": min_width,
-        "protect": protect or (),
-    }
+    options = _options_of(multiple_of, min_width, protect)
     made = _path(path).plan(**budget, **options)
     if as_json:
         return _print_json(made.to_dict())
@@ -256,11 +253,7 @@ def extract(
 
     check_output(out)
     budget = _one(sparsity, params, bytes, macs, cache, latency_ms)
-    options: dict[str, Any] = {
-        "multiple_of": multiple_of,
-        "min_width": min_width,
-        "protect": protect or (),
-    }
+    options = _options_of(multiple_of, min_width, protect)
     found = _path(path)
     if latency_ms is None:
         if latency is not None:
@@ -269,7 +262,7 @@ def extract(
         loaded = _load(model)
     else:
         loaded = _load(model)
-        batch = _random_tokens(loaded, samples, tokens)
+        batch = random_tokens(loaded, samples, tokens)
         made = _plan_for_latency(loaded, found, batch, latency_ms, latency, options)
     small = cut(loaded, made)
     try:
@@ -308,28 +301,24 @@ def tune(
 ) -> None:
     """Train an extracted model to give the outputs of the dense one."""
     from solpath.config import TuneConfig
-    from solpath.files import check_output
-    from solpath.pretrained import load_processor
-    from solpath.store import load, save
     from solpath.tuning import tune as train
 
     config = TuneConfig(steps=steps, seed=seed, learning_rate=learning_rate, lora_rank=lora_rank)
-    check_output(out)
-    start, teacher = load(small), _load(dense)
-    batches, heldout = _split_batches(dense, teacher, text, images, seed)
-    if checkpoint is not None:
-        _state["hint"] = f"{checkpoint}; run the same command again to go on"
-    tuned = train(
-        start,
-        teacher,
-        batches,
-        config,
-        heldout=heldout,
-        checkpoint=checkpoint,
-        progress=not as_json,
-    )
-    save(tuned, out, tokenizer=load_processor(dense))
-    _print_change(start, tuned, teacher, heldout, out, config.to_dict(), as_json)
+
+    def tuned(start: Any, teacher: Any, batches: list[Any], heldout: list[Any]) -> Any:
+        if checkpoint is not None:
+            _state["hint"] = f"{checkpoint}; run the same command again to go on"
+        return train(
+            start,
+            teacher,
+            batches,
+            config,
+            heldout=heldout,
+            checkpoint=checkpoint,
+            progress=not as_json,
+        )
+
+    _improve(small, dense, out, text, images, seed, config.to_dict(), tuned, as_json)
 
 
 @app.command()
@@ -345,16 +334,12 @@ def compensate(
 ) -> None:
     """Refit an extracted model to the dense one, layer by layer, without training."""
     from solpath.compensation import compensate as refit
-    from solpath.files import check_output
-    from solpath.pretrained import load_processor
-    from solpath.store import load, save
 
-    check_output(out)
-    start, teacher = load(small), _load(dense)
-    batches, heldout = _split_batches(dense, teacher, text, images, seed)
-    better = refit(start, teacher, batches[:batch_count], progress=not as_json)
-    save(better, out, tokenizer=load_processor(dense))
-    _print_change(start, better, teacher, heldout, out, {"batch_count": batch_count}, as_json)
+    def refitted(start: Any, teacher: Any, batches: list[Any], heldout: list[Any]) -> Any:
+        return refit(start, teacher, batches[:batch_count], progress=not as_json)
+
+    config = {"batch_count": batch_count}
+    _improve(small, dense, out, text, images, seed, config, refitted, as_json)
 
 
 @app.command(name="eval")
@@ -371,15 +356,15 @@ def evaluate_(
     from solpath.pretrained import load_processor
 
     small, dense = _load(model), _load(reference)
-    if text is None and images is None and _takes(dense) == {"text"}:
+    if text is None and images is None and takes(dense) == {"text"}:
         tokenizer = load_processor(reference)
         pairs = read_corpus(search=0, calibration=0).test
-        batches = _text_batches(dense, tokenizer, texts_of(pairs))
+        batches = rows_of(dense, tokenizer, texts_of(pairs))
         result = evaluate(
             small, dense, batches, task=lambda m: retrieval_accuracy(embedder(m, tokenizer), pairs)
         )
     else:
-        result = evaluate(small, dense, _batches(reference, dense, text, images, 0))
+        result = evaluate(small, dense, batches_for(reference, dense, text, images, 0))
     if as_json:
         return _print_json(result.to_dict())
     names = {"task": "retrieval accuracy@1"}
@@ -402,7 +387,7 @@ def bench(
     from solpath.measurement import measure, provenance
 
     models = {name: _load(name) for name in dict.fromkeys([dense, *small])}
-    found = measure(models, _random_tokens(models[dense], samples, tokens), repeats=repeats)
+    found = measure(models, random_tokens(models[dense], samples, tokens), repeats=repeats)
     if as_json:
         figures = {name: value.to_dict() for name, value in found.items()}
         return _print_json({"models": figures, "tokens": tokens, "provenance": provenance()})
@@ -500,6 +485,11 @@ def _one(
     return given
 
 
+def _options_of(multiple_of: int, min_width: int, protect: list[str] | None) -> dict[str, Any]:
+    """What `SolutionPath.plan` takes beside a budget."""
+    return {"multiple_of": multiple_of, "min_width": min_width, "protect": protect or ()}
+
+
 def _path(folder: Path) -> "SolutionPath":
     from solpath.path import SolutionPath
 
@@ -533,23 +523,6 @@ def _plan_for_latency(
     return plan_for_latency(model, path, batch, latency_ms, latency=table, **options)
 
 
-def _random_tokens(model: Any, samples: int, tokens: int) -> dict[str, Any]:
-    """A batch of random tokens without padding, for timings. ``[samples, tokens]`` each."""
-    import torch
-
-    if _takes(model) != {"text"} or model.config.is_encoder_decoder:
-        raise ConfigError(
-            f"{type(model).__name__} takes more than a batch of texts; time it from Python, with "
-            "solpath.measure or solpath.plan_for_latency and a batch of yours."
-        )
-    limit = getattr(model.config, "max_position_embeddings", tokens)
-    if tokens > limit:
-        raise ConfigError(f"tokens must be at most {limit} for this model, got {tokens}.")
-    shape, generator = (samples, tokens), torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, shape, generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.int64)}
-
-
 def _load(name: str) -> Any:
     """A dense or extracted model."""
     from solpath.pretrained import from_pretrained, quiet_transformers
@@ -559,81 +532,31 @@ def _load(name: str) -> Any:
     return load(name) if (Path(name) / "solpath.json").is_file() else from_pretrained(name)
 
 
-def _batches(name: str, model: Any, text: Path | None, images: Path | None, seed: int) -> Any:
-    """Batches of the images, of the text, or of installed docstrings."""
-    from solpath.batching import image_batches
-    from solpath.corpus import read_corpus, texts_of
-    from solpath.pretrained import load_processor
-
-    takes = _takes(model)
-    if takes == {"image"}:
-        if images is None or text is not None:
-            raise ConfigError(f"{name} takes images; give a folder of them with --images.")
-        return image_batches(images, load_processor(name), seed=seed)
-    if takes != {"text"}:
-        raise ConfigError(
-            f"{name} takes {' and '.join(sorted(takes))}; search it from Python with "
-            "solpath.search and your own batches."
-        )
-    if images is not None:
-        raise ConfigError(f"{name} takes text, not images; give a file with --text.")
-    if text is None:
-        known = texts_of(read_corpus(calibration=0, test=0).search, seed=seed)
-        return _text_batches(model, load_processor(name), known)
-    return _text_batches(model, load_processor(name), text, length=128, seed=seed)
-
-
-def _takes(model: Any) -> set[str]:
-    """What a model takes: ``"text"``, ``"image"``, or several."""
-    kinds = model.input_modalities
-    return {kinds} if isinstance(kinds, str) else set(kinds)
-
-
-def _text_batches(
-    model: Any, tokenizer: Any, source: Any, *, length: int = 32, seed: int | None = None
-) -> Any:
-    """Decoders get full blocks, other models one text a row; no longer than the model allows."""
-    from solpath.batching import text_batches
-
-    config = model.config
-    longest = getattr(config, "max_position_embeddings", None) or length
-    pack = model.can_generate() and not config.is_encoder_decoder
-    return list(text_batches(source, tokenizer, length=min(length, longest), seed=seed, pack=pack))
-
-
-def _print_change(
-    start: Any,
-    better: Any,
-    dense: Any,
-    heldout: list[Any],
+def _improve(
+    small: str,
+    dense: str,
     out: Path,
+    text: Path | None,
+    images: Path | None,
+    seed: int,
     config: dict[str, Any],
+    improved: Callable[[Any, Any, list[Any], list[Any]], Any],
     as_json: bool,
 ) -> None:
-    """How near an extracted model was to the dense one, and how near it is now."""
+    """Save what ``improved(small, dense, batches, heldout)`` makes, and say how near it is now."""
     from solpath.evaluation import evaluate
+    from solpath.files import check_output
+    from solpath.pretrained import load_processor
+    from solpath.store import load, save
 
-    before, after = (dict(evaluate(m, dense, heldout).metrics) for m in (start, better))
+    check_output(out)
+    start, teacher = load(small), _load(dense)
+    batches, heldout = split_batches(dense, teacher, text, images, seed)
+    better = improved(start, teacher, batches, heldout)
+    save(better, out, tokenizer=load_processor(dense))
+    before, after = (dict(evaluate(m, teacher, heldout).metrics) for m in (start, better))
     if as_json:
         return _print_json({"out": str(out), "config": config, "before": before, "after": after})
     rows = [(name, f"{before[name]:.4f}", f"{after[name]:.4f}") for name in before]
     _print_table(("held-out metric", "before", "after"), rows)
     print(f"written to {out}")
-
-
-def _split_batches(
-    name: str, model: Any, text: Path | None, images: Path | None, seed: int
-) -> tuple[list[Any], list[Any]]:
-    """Batches to train on and to judge by: docstrings of other files, or the last tenth of both."""
-    from solpath.corpus import read_corpus, texts_of
-    from solpath.pretrained import load_processor
-
-    if text is None and images is None and _takes(model) == {"text"}:
-        corpus, tokenizer = read_corpus(search=2048, test=0), load_processor(name)
-        held = _text_batches(model, tokenizer, texts_of(corpus.calibration))
-        return _text_batches(model, tokenizer, texts_of(corpus.search, seed=seed)), held
-    batches = list(_batches(name, model, text, images, seed))
-    count = max(1, len(batches) // 10)
-    if len(batches) == count:
-        raise ConfigError("there is one batch of data; give more: a tenth of it is held out.")
-    return batches[:-count], batches[-count:]
