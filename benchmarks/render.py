@@ -65,12 +65,15 @@ def table(name: str) -> str:
     over seeds of every size. ``zoo`` and ``zoo_fidelity`` have a row per model, ``ablation`` one
     per part that is switched off, ``costs`` one per cost, ``checkpoints`` one per
     measure, ``best_<model>`` one per closed-form method (``short_<model>``: of the best),
-    ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision.
+    ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision, ``latency_budget`` one per asked
+    latency.
     """
     if name == "costs":
         return _markdown([("what", "measured", "against", "aim", "script"), *costs()])
     if name == "checkpoints":
         return _markdown([*checkpoints()])
+    if name == "latency_budget":
+        return _markdown([*latency_budget()])
     if name == "exactness":
         record = json.loads((RESULTS / "exactness.json").read_text())
         rows = [(dtype, f"{error:.1e}") for dtype, error in record["worst"].items()]
@@ -180,6 +183,16 @@ def checkpoints() -> Iterator[list[str]]:
             if any(numbers):
                 yield [name, label, *(f"{n:,.0f}" if n >= 100 else f"{n:.1f}" for n in numbers)]
                 name = ""
+
+
+def latency_budget() -> Iterator[list[str]]:
+    """Latency asked for and measured, of plans that were verified and of those that were not."""
+    yield ["asked", "asked, ms", "verified plan, ms", "error", "table alone, ms", "error"]
+    for name, entry in _results("latency_budget").items():
+        row = [name, f"{entry['asked_ms']:.1f}"]
+        for kind in ("verified", "table_alone"):
+            row += [f"{entry[kind]['side_by_side_ms']:.1f}", f"{entry[kind]['error']:+.1%}"]
+        yield row
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
