@@ -65,8 +65,8 @@ def table(name: str) -> str:
     over seeds of every size. ``zoo`` and ``zoo_fidelity`` have a row per model, ``ablation`` one
     per part that is switched off, ``costs`` one per cost, ``checkpoints`` one per
     measure, ``best_<model>`` one per closed-form method (``short_<model>``: of the best),
-    ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision, ``latency_budget`` one per asked
-    latency.
+    ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision,
+    ``latency_budget`` one per asked latency.
     """
     if name == "costs":
         return _markdown([("what", "measured", "against", "aim", "script"), *costs()])
