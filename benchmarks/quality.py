@@ -31,22 +31,29 @@ from solpath.path import SolutionPath
 from solpath.searching import search
 from workloads import WORKLOADS, Workload, workload
 
+BEST = {"basis": "principal", "compensated": True}
 SEARCHES: dict[str, tuple[type, dict[str, Any]]] = {
     "spp": (SearchConfig, {}),
     "spp_principal": (SearchConfig, {"basis": "principal"}),
     "spp_principal_refit": (SearchConfig, {"basis": "principal"}),
-    "spp_best": (SearchConfig, {"basis": "principal", "compensated": True}),
+    "spp_best": (SearchConfig, BEST),
+    "best_coordinate": (SearchConfig, {"compensated": True}),
+    "best_unfitted": (SearchConfig, BEST),
+    "best_continuous": (SearchConfig, BEST | {"binary": False}),
+    "best_constant_pull": (SearchConfig, BEST | {"growing_pull": False}),
     "spp_continuous": (SearchConfig, {"binary": False}),
     "spp_constant_pull": (SearchConfig, {"growing_pull": False}),
     "inclusion": (InclusionConfig, {}),
 }
 FAIREST = {"gauss_newton_refit": turned_gauss_newton}  # solpath's axes and compensation
-COMPENSATED = {
+COMPENSATED = {  # members are compensated, those of other methods are not
     "spp_principal_refit",
     "spp_best",
-    "gauss_newton_refit",
-}  # members are compensated, the others are not
-COMPENSATION_BATCHES = 128
+    "best_coordinate",
+    "best_continuous",
+    "best_constant_pull",
+    *FAIREST,
+}
 DEFAULT = ",".join(["spp", *METHODS])
 SMOKE = {
     "iterative": {"stages": 2, "scale_batches": 1},
@@ -112,30 +119,32 @@ def _run(
     cached: list[torch.Tensor],
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """One search and its scores at every size; inside `masked`, which equals the cut model."""
+    """One search and its scores at every size; without compensation inside `masked`."""
     start = time.perf_counter()
     path = _search(work, name, seed, batches, settings)
-    seconds = time.perf_counter() - start
-    sizes = []
-    for keep in work.keeps:
-        plan = path.plan(sparsity=1 - keep)
-        size: dict[str, Any] = {"keep": keep, "sparsity": plan.achieved.sparsity}
-        if name in COMPENSATED:
-            start = time.perf_counter()
-            small = extract(work.model, plan)
-            calibration = batches[: 4 if settings["smoke"] else COMPENSATION_BATCHES]
-            small = compensate(small, work.model, calibration, progress=False)
-            size["compensation_seconds"] = time.perf_counter() - start
-            metrics = evaluate(small, cached, work.heldout, task=work.task).metrics
-        else:
+    seconds = {"seconds": time.perf_counter() - start}
+    plans = [path.plan(sparsity=1 - keep) for keep in work.keeps]
+    if name in COMPENSATED:
+        start = time.perf_counter()
+        calibration = batches[: 4 if settings["smoke"] else work.calibration]
+        small = [extract(work.model, plan) for plan in plans]
+        members = compensate(small, work.model, calibration, progress=False)
+        seconds["compensation_seconds"] = time.perf_counter() - start
+        scores = [evaluate(model, cached, work.heldout, task=work.task) for model in members]
+    else:
+        scores = []
+        for plan in plans:
             with masked(work.model, plan):
-                metrics = evaluate(work.model, cached, work.heldout, task=work.task).metrics
-        sizes.append({**size, "metrics": dict(metrics)})
+                scores.append(evaluate(work.model, cached, work.heldout, task=work.task))
+    sizes = [
+        {"keep": keep, "sparsity": plan.achieved.sparsity, "metrics": dict(score.metrics)}
+        for keep, plan, score in zip(work.keeps, plans, scores, strict=True)
+    ]
     return {
         "model": work.name,
         "method": name,
         "seed": seed,
-        "seconds": seconds,
+        **seconds,
         "config": dict(path.config),
         "sizes": sizes,
         "provenance": provenance(),

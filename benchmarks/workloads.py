@@ -31,6 +31,7 @@ class Workload:
         keeps: shares of the prunable parameters that are reported.
         batches: ``batches(seed, count, size)`` gives the unlabelled batches of a search.
         batch_size: default samples per batch.
+        calibration: batches for compensation, about 65,000 tokens.
         heldout: batches for fidelity, no sample of which is in `batches`.
         task: the headline score of a model, or None when fidelity is the headline.
         headline: metric of `solpath.evaluate` that the table shows.
@@ -43,6 +44,7 @@ class Workload:
     keeps: tuple[float, ...]
     batches: Callable[[int, int, int], list[Batch]]
     batch_size: int
+    calibration: int
     heldout: list[Batch]
     task: Callable[[nn.Module], float] | None
     headline: str
@@ -74,6 +76,7 @@ def minilm(checkpoint: Path | None, heldout: int | None) -> Workload:
         keeps=(0.8, 0.6, 0.4, 0.25),
         batches=batches,
         batch_size=16,
+        calibration=128,
         heldout=list(text_batches(texts, tokenizer, batch_size=64, length=64, seed=None)),
         task=None,
         headline="cosine",
@@ -102,6 +105,7 @@ def images(
         keeps=keeps,
         batches=batches,
         batch_size=32,
+        calibration=128,
         heldout=[{"pixel_values": part} for part in test.split(200)],
         task=lambda model: digits.accuracy(model, test, labels),
         headline="task",
@@ -137,6 +141,7 @@ def clip(checkpoint: Path | None, heldout: int | None) -> Workload:
         keeps=IMAGE_KEEPS,
         batches=batches,
         batch_size=32,
+        calibration=128,
         heldout=[pairs(pixels, names, i) for i, (pixels, names) in enumerate(parts)],
         task=lambda model: captions.zero_shot_accuracy(model, test, labels),
         headline="task",
@@ -163,6 +168,7 @@ def language(name: str, checkpoint: Path | None, heldout: int | None) -> Workloa
         keeps=LANGUAGE_KEEPS,
         batches=batches,
         batch_size=16,
+        calibration=32,
         heldout=[{"input_ids": part} for part in test.split(64)],
         task=lambda model: stdlib_bytes.bits_per_byte(model, test),
         headline="task",
@@ -189,6 +195,7 @@ def t5(checkpoint: Path | None, heldout: int | None) -> Workload:
         keeps=LANGUAGE_KEEPS,
         batches=batches,
         batch_size=32,
+        calibration=32,
         heldout=_split(test, 128),
         task=lambda model: denoising.bits_per_byte(model, test, said),
         headline="task",

@@ -1,6 +1,6 @@
 """Forward passes of many batches side by side, each waiting at every layer for the others."""
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -38,10 +38,17 @@ class Stream:
 
 @dataclass(frozen=True)
 class Visit:
-    """One batch at one layer: its input, and the stream that its output will be added to."""
+    """One batch at one layer.
+
+    Attributes:
+        hidden: the layer's input.
+        stream: what its output will be added to, if that was found.
+        output: what it gives, where it was waited for.
+    """
 
     hidden: Tensor
     stream: Tensor | None
+    output: Tensor | None = None
 
 
 class _Run(greenlet):
@@ -69,21 +76,25 @@ def lockstep(
     batches: Sequence[Batch],
     layers: Iterable[str],
     streams: Mapping[str, Stream],
+    after: Container[str] = (),
 ) -> Generator[tuple[str, list[Visit]], None, None]:
     """Run all batches side by side, so that each layer sees all of them before any runs it.
 
+    Args:
+        after: of `layers`, those to wait behind, for their outputs.
+
     Yields:
         The layer that all batches wait at, and each one's visit. They run it, as it then is, when
-        the next is asked for.
+        the next is asked for; or have run it, if it is one of `after`.
     """
 
     def wait_at(name: str) -> Any:
         stream = streams.get(name)
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any = None) -> None:
             one = _Run.current()
             known = None if stream is None else one.seen[stream.place]
-            one.driver.switch((name, Visit(args[0], known)))
+            one.driver.switch((name, Visit(args[0], known, output)))
 
         return hook
 
@@ -93,9 +104,13 @@ def lockstep(
 
         return hook
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(wait_at(name)) for name in layers
-    ]
+    handles = []
+    for name in layers:
+        module = model.get_submodule(name)
+        if name in after:
+            handles.append(module.register_forward_hook(wait_at(name)))
+        else:
+            handles.append(module.register_forward_pre_hook(wait_at(name)))
     for place in {stream.place for stream in streams.values()}:
         module = model.get_submodule(place.module)
         if place.output:
