@@ -6,7 +6,7 @@ import torch
 import solpath
 from conftest import CASES, batches, build, inputs
 from solpath import searching
-from solpath.basis import moment_hooks, principal_axes, principal_basis, turnable, turned
+from solpath.basis import moment_hooks, obstacle, principal_axes, principal_basis, turned
 from solpath.discover import find_pairs
 from solpath.errors import FingerprintError
 from solpath.objective import forward, run
@@ -16,7 +16,7 @@ CONFIG = solpath.SearchConfig(steps=6, scale_batches=2, basis="principal")
 
 
 def basis_of(model):
-    pairs = [pair for pair in find_pairs(model) if turnable(model, pair)]
+    pairs = [pair for pair in find_pairs(model) if obstacle(model, pair) is None]
     with torch.no_grad(), moment_hooks(model, pairs, None) as moments:
         run(model, inputs(model), labels=False)
     return principal_basis(model, pairs, moments)
@@ -40,6 +40,16 @@ def test_the_dense_model_is_the_same_function(model):
                                for n, p in layer.named_parameters())  # fmt: skip
         assert (same - dense).abs().max() <= bound * dense.abs().max()
     assert all(p is before[name] for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [("bert", None), ("llama", "a rotary embedding"), ("qwen3", "a rotary embedding")],
+)
+def test_what_stands_in_the_way_is_named(label, expected):
+    model = build(label)
+    found = {pair.kind: obstacle(model, pair) for pair in find_pairs(model)}
+    assert found == {"qk": expected, "vo": None, "mlp": "an activation"}
 
 
 @pytest.mark.parametrize("label", ["bert", "gpt2", "t5", "whisper", "swin"])

@@ -140,6 +140,12 @@ def test_compensate(path, texts, tmp_path, capsys):
     assert (tmp_path / "better" / "tokenizer.json").exists()
 
 
+def test_a_search_along_principal_axes_says_which_pairs_have_none(texts, tmp_path, capsys):
+    arguments = ["search", str(installed_model()), "--steps", "2", "--text", str(texts)]
+    assert run([*arguments, "--basis", "principal", "--out", str(tmp_path / "path")]) == 0
+    assert "6 of 18 pairs keep their axes: an activation" in capsys.readouterr().out
+
+
 def test_a_short_search_goes_on_from_its_checkpoint(texts, tmp_path, capsys):
     arguments = ["search", str(installed_model()), "--steps", "2", "--text", str(texts), "--json"]
     checkpoint = ["--checkpoint", str(tmp_path / "state")]

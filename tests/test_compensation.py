@@ -137,6 +137,24 @@ def test_the_same_inputs_give_the_same_bits():
     assert_same(state(compensated(small, dense)), state(compensated(small, dense)))
 
 
+@pytest.mark.parametrize("label", ["bert", "llama", "gpt2", "t5"])
+def test_several_sizes_are_refitted_as_each_alone(label):
+    dense = build(label)
+    whole = plan_of(dense, [p.width for p in find_pairs(dense)])
+    plans = [random_plan(dense, HALF), whole, random_plan(dense, (0.2, 0.3, 0.1), seed=1)]
+    small = [solpath.extract(dense, plan) for plan in plans]
+    data = batches(dense, 8)
+    runs = []
+    handle = dense.register_forward_pre_hook(lambda *args: runs.append(1))
+    together = compensated(small, dense, data)
+    handle.remove()
+    alone = [compensated(one, dense, data) for one in small]
+    assert isinstance(together, list)
+    assert len(runs) <= len(data) * 5 / 4 + 2  # it, and the check; not once for every size
+    for one, other in zip(together, alone, strict=True):
+        assert_same(state(one), state(other))
+
+
 def test_a_saved_model_can_be_compensated_and_saved_again(tmp_path):
     dense = build("vit")
     small = solpath.extract(dense, random_plan(dense, HALF))

@@ -54,9 +54,16 @@ def make_family(path: solpath.SolutionPath) -> dict:
     ]
     return {
         "format": "solpath.family",
-        "version": 1,
+        "version": 2,
         "model": {"name": "a <b>model</b>", "class": "BertModel", "sha256": None, "units": 224},
-        "search": {"method": "spp", "seconds": 61.0, "steps": 200, "seed": 0, "text": ""},
+        "search": {
+            "method": "spp",
+            "seconds": 61.0,
+            "compensation_seconds": 30.0,
+            "steps": 200,
+            "seed": 0,
+            "text": "",
+        },
         "task": {"name": "retrieval accuracy@1", "pairs": 64},
         "methods": methods,
         "members": members,

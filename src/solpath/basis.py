@@ -21,16 +21,18 @@ Basis = Mapping[str, Tensor]
 _FLOOR = 1e-8  # of eigenvalues and singular values, relative to the largest
 
 
-def turnable(model: nn.Module, pair: Pair) -> bool:
-    """Whether nothing stands between the two maps of `pair` but the product itself.
-
-    Not so for neurons (an activation), under rotary embeddings, with norms over the heads, and for
-    `nn.MultiheadAttention`, whose projections cannot be observed.
-    """
-    if pair.kind == "mlp" or pair.channels > 1 or pair.norms:
-        return False
+def obstacle(model: nn.Module, pair: Pair) -> str | None:
+    """What stands between the two maps of `pair`, so that it keeps its axes; None if nothing."""
+    if pair.kind == "mlp":
+        return "an activation"
+    if pair.channels > 1:
+        return "a rotary embedding"
+    if pair.norms:
+        return "a norm over the heads"
     layers = {model.get_submodule(side.module) for side in pair.left}
-    return not any(isinstance(layer, nn.MultiheadAttention) for layer in layers)
+    if any(isinstance(layer, nn.MultiheadAttention) for layer in layers):
+        return "a fused nn.MultiheadAttention"
+    return None
 
 
 def principal_axes(one: Tensor, other: Tensor) -> Tensor:

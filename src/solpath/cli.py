@@ -5,6 +5,7 @@ Nothing heavy is imported here: torch and transformers come in when a command ru
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -156,6 +157,7 @@ def search(
 ) -> None:
     """Put all units of a model in order, once."""
     from solpath import baselines
+    from solpath.basis import obstacle
     from solpath.config import InclusionConfig, SearchConfig
     from solpath.files import check_output
     from solpath.searching import search as search_path
@@ -187,6 +189,11 @@ def search(
             {"out": str(out), "method": path.method, "units": units, "config": dict(path.config)}
         )
     print(f"{path!r}\nwritten to {out}")
+    if basis == "principal":
+        fixed = Counter(obstacle(loaded, pair) for pair in path.pairs)
+        for reason, count in fixed.items():
+            if reason is not None:
+                print(f"{count} of {len(path.pairs)} pairs keep their axes: {reason}")
 
 
 @app.command()

@@ -40,7 +40,8 @@ class SearchConfig:
         binary: draw masks from {0, 1}; False uses the continuous mask itself (ablation).
         growing_pull: let the pull grow with the steps; False holds it constant (ablation).
         basis: ``coordinate`` searches the channels as they are; ``principal`` first turns query-key
-            and value-output dimensions to their principal axes, where nothing stands in the way.
+            and value-output dimensions to their principal axes, where nothing stands in the way
+            (`solpath.basis.obstacle` says what does: rotary embeddings, norms over the heads).
     """
 
     steps: int = 200

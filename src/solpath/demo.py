@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from solpath import baselines, store
 from solpath.batching import text_batches
+from solpath.compensation import compensate
 from solpath.config import SearchConfig
 from solpath.corpus import (
     Corpus,
@@ -48,6 +49,7 @@ class Scale:
         tokens: per text when latency is measured, on 8 texts.
         repeats: timed passes.
         scale_batches: batches of the one-shot scale.
+        fit_batches: batches that the cut models are compensated on.
     """
 
     steps: int
@@ -56,10 +58,12 @@ class Scale:
     tokens: int
     repeats: int
     scale_batches: int
+    fit_batches: int
 
 
-FULL = Scale(200, 256, ("random", "magnitude", "taylor", "gauss_newton", "iterative"), 128, 20, 16)
-QUICK = Scale(40, 96, ("random", "magnitude", "taylor"), 64, 5, 4)
+_RIVALS = ("random", "magnitude", "taylor", "gauss_newton", "iterative")
+FULL = Scale(200, 256, _RIVALS, 128, 20, scale_batches=16, fit_batches=128)
+QUICK = Scale(40, 96, _RIVALS[:3], 64, 5, scale_batches=4, fit_batches=16)
 
 
 def run_demo(
@@ -72,7 +76,7 @@ def run_demo(
     progress: bool = True,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
-    """Search, cut, save, compare, measure and report. See `solpath demo --help`.
+    """Search, cut, compensate, save, compare, measure and report. See `solpath demo --help`.
 
     An interrupted search goes on when the demo is started again with the same settings.
 
@@ -94,6 +98,8 @@ def run_demo(
         steps=scale.steps if steps is None else steps,
         seed=seed,
         scale_batches=scale.scale_batches,
+        basis="principal",
+        compensated=True,
     )
     folder = Path(out)
     resumed = (folder / CHECKPOINT).is_dir()
@@ -110,19 +116,27 @@ def run_demo(
     path = search(dense, batches, config, checkpoint=folder / CHECKPOINT, progress=progress)
     seconds = time.perf_counter() - start
     path.save(folder / "path", overwrite=resumed)
-    say(f"searched in {seconds:.0f} s; cutting {len(SIZES)} sizes")
+    say(f"searched in {seconds:.0f} s; cutting and compensating {len(SIZES)} sizes")
 
+    plans = [path.plan(sparsity=sparsity) for sparsity in SIZES.values()]
+    start = time.perf_counter()
+    cuts = compensate(
+        [extract(dense, plan) for plan in plans],
+        dense,
+        batches[: scale.fit_batches],
+        progress=progress,
+    )
+    fitted = time.perf_counter() - start
     small = {}
-    for name, sparsity in SIZES.items():
+    for name, cut in zip(SIZES, cuts, strict=True):
         target = folder / "models" / name
-        cut = extract(dense, path.plan(sparsity=sparsity))
         store.save(cut, target, tokenizer=tokenizer, overwrite=resumed)
         small[name] = store.load(target)
     judge = Judge(embedder(dense, tokenizer), corpus)
     quality = {"dense": judge.quality(embedder(dense, tokenizer))}
     quality |= {name: judge.quality(embedder(cut, tokenizer)) for name, cut in small.items()}
     methods = [
-        {"name": path.method, "seconds": seconds,
+        {"name": path.method, "seconds": seconds + fitted,
          "points": [{"sparsity": {"dense": 0.0, **SIZES}[n], **q} for n, q in quality.items()]}
     ]  # fmt: skip
     for name in scale.methods:
@@ -153,6 +167,7 @@ def run_demo(
         },
         "search": {
             "method": path.method, "seconds": seconds, "steps": config.steps, "seed": seed,
+            "compensation_seconds": fitted,
             "text": f"{len(corpus.search)} pairs of docstrings from {corpus.files} files, "
             f"digest {corpus.digest()}",
         },

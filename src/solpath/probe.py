@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from solpath.basis import moment_hooks, principal_basis, turnable
+from solpath.basis import moment_hooks, obstacle, principal_basis
 from solpath.data import BatchSource, batch_size, check_device, local_share, mix, share
 from solpath.errors import NonFiniteLossError, UnsupportedModelError
 from solpath.masks import Masks, energy_hooks, mask_hooks
@@ -185,7 +185,7 @@ class Probe:
 
     def measure_basis(self, batches: int) -> dict[str, Tensor]:
         """Principal axes of every pair that can be turned, from some batches of the dense model."""
-        pairs = [pair for pair in self._pairs if turnable(self._model, pair)]
+        pairs = [pair for pair in self._pairs if obstacle(self._model, pair) is None]
         return principal_basis(self._model, pairs, self._add_up(batches, moment_hooks, pairs))
 
     def measure_inputs(self, batches: int) -> Inputs:

@@ -10,7 +10,7 @@ from solpath.figures import LEVELS, Series, entry_chart, quality_chart
 from solpath.files import read_json, write_file
 from solpath.path import SolutionPath
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LABELS = {
     "spp": "solpath",
     "inclusion": "inclusion",
@@ -72,7 +72,8 @@ def read_family(file: Path) -> dict[str, Any]:
         if not isinstance(family.get(section), list) or not family[section]:
             raise FileError(f"{file}: {section} is missing, empty or not a list.")
     _need(file, "model", family["model"], text=("name", "class"), number=("units",))
-    _need(file, "search", family["search"], text=("method",), number=("seconds", "steps", "seed"))
+    numbers = ("seconds", "compensation_seconds", "steps", "seed")
+    _need(file, "search", family["search"], text=("method",), number=numbers)
     _need(file, "task", family["task"], text=("name",), number=("pairs",))
     _need(file, "measured", family["measured"], number=("samples", "tokens", "repeats"))
     for i, method in enumerate(family["methods"]):
