@@ -50,6 +50,14 @@ BEST = {
     "torch_pruning_taylor_global": "Torch-Pruning, Taylor, global",
     "torch_pruning_magnitude": "Torch-Pruning, magnitude",
 }
+PARTS = {
+    "spp_best": "**everything**",
+    "best_coordinate": "channels as they are in place of principal axes",
+    "spp_principal_refit": "order without compensation in view",
+    "best_unfitted": "weights not compensated",
+    "best_continuous": "continuous masks in place of binary ones",
+    "best_constant_pull": "constant pull in place of a growing one",
+}
 SHORT = ("spp_best", "spp_principal_refit", "gauss_newton_refit", "corp_pooled", "modegpt")
 Runs = dict[str, list[dict[str, Any]]]
 

@@ -18,6 +18,7 @@ from quality_runs import (
     BEST,
     NAMES,
     NORMS,
+    PARTS,
     SHORT,
     Runs,
     fidelity,
@@ -65,6 +66,8 @@ def table(name: str) -> str:
     over seeds of every size. ``zoo`` and ``zoo_fidelity`` have a row per model, ``ablation`` one
     per part that is switched off, ``costs`` one per cost, ``checkpoints`` one per
     measure, ``best_<model>`` one per closed-form method (``short_<model>``: of the best),
+    ``parts_<model>`` one per part of the best that is switched off, ``speed_<model>`` one per
+    member that was timed,
     ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision,
     ``latency_budget`` one per asked latency.
     """
@@ -97,6 +100,12 @@ def table(name: str) -> str:
         runs = read_runs(model, "compensated") | read_runs(model, "rivals")
         labels = BEST if name.startswith("best_") else {key: BEST[key] for key in SHORT}
         return _quality(runs, fidelity(runs), labels)
+    if name.startswith("parts_"):
+        model = name.removeprefix("parts_")
+        runs = read_runs(model, "compensated") | read_runs(model, "parts")
+        return _quality(runs, headline(runs), PARTS, extents=True)
+    if name.startswith("speed_"):
+        return _markdown([*speed(name.removeprefix("speed_"))])
     model = name.removesuffix("_fidelity")
     runs = read_runs(model)
     if "spp" not in runs:
@@ -104,13 +113,17 @@ def table(name: str) -> str:
     return _quality(runs, headline(runs) if name == model else fidelity(runs), NAMES)
 
 
-def _quality(runs: Runs, metric: str, labels: dict[str, str]) -> str:
+def _quality(runs: Runs, metric: str, labels: dict[str, str], *, extents: bool = False) -> str:
     digits = 4 if metric == "kl" else 3
     rows = [["kept", *(f"{keep:.0%}" for keep in keeps(runs))]]
     for method, label in labels.items():
         if method not in runs:
             continue
         cells = [f"{mean:.{digits}f}" for mean in means(runs[method], metric)]
+        if extents:
+            columns = [values(runs[method], metric, i) for i in range(len(cells))]
+            half = [f"±{(max(column) - min(column)) / 2:.{digits}f}" for column in columns]
+            cells = [f"{cell} {extent}" for cell, extent in zip(cells, half, strict=True)]
         if method != "spp":
             rows.append([label, *cells])
             continue
@@ -193,6 +206,17 @@ def latency_budget() -> Iterator[list[str]]:
         for kind in ("verified", "table_alone"):
             row += [f"{entry[kind]['side_by_side_ms']:.1f}", f"{entry[kind]['error']:+.1%}"]
         yield row
+
+
+def speed(model: str) -> Iterator[list[str]]:
+    """Members cut to a share of the parameters or of the latency: what they keep and take."""
+    yield ["cut to", "method", "parameters", "MACs", "measured latency", "quality"]
+    for method, result in _results(f"quality_latency_{model}").items():
+        for name, member in result["members"].items():
+            metrics = member["metrics"]
+            quality = metrics.get("task", metrics["cosine"])
+            shares = [f"{member[key]:.0%}" for key in ("keep", "macs_share", "latency")]
+            yield [name, BEST[method], *shares, f"{quality:.3f}"]
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
