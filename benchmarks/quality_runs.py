@@ -1,8 +1,8 @@
-"""The results of quality.py and rival_quality.py: stored, and read back for the docs."""
+"""The results of quality.py, rival_quality.py and tuning.py: stored, and read back for the docs."""
 
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,12 @@ def same_run(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def add_run(file: Path, run: dict[str, Any]) -> None:
     """Add a run; one that is the same is replaced."""
-    runs = [*(other for other in stored_runs(file) if not same_run(other, run)), run]
-    write_file(file, (json.dumps({"runs": runs}, indent=1, allow_nan=False) + "\n").encode())
+    save_runs(file, [*(other for other in stored_runs(file) if not same_run(other, run)), run])
+
+
+def save_runs(file: Path, runs: Sequence[Mapping[str, Any]]) -> None:
+    """Write all runs, atomically."""
+    write_file(file, (json.dumps({"runs": list(runs)}, indent=1, allow_nan=False) + "\n").encode())
 
 
 def read_runs(model: str, kind: str = "quality") -> Runs:

@@ -26,6 +26,7 @@ from quality_runs import (
     keeps,
     means,
     read_runs,
+    stored_runs,
     values,
 )
 from record import RESULTS
@@ -67,7 +68,7 @@ def table(name: str) -> str:
     per part that is switched off, ``costs`` one per cost, ``checkpoints`` one per
     measure, ``best_<model>`` one per closed-form method (``short_<model>``: of the best),
     ``parts_<model>`` one per part of the best that is switched off, ``speed_<model>`` one per
-    member that was timed,
+    member that was timed, ``tuning`` one per member that was tuned,
     ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision,
     ``latency_budget`` one per asked latency.
     """
@@ -104,6 +105,8 @@ def table(name: str) -> str:
         model = name.removeprefix("parts_")
         runs = read_runs(model, "compensated") | read_runs(model, "parts")
         return _quality(runs, headline(runs), PARTS, extents=True)
+    if name == "tuning":
+        return _markdown([*tuning()])
     if name.startswith("speed_"):
         return _markdown([*speed(name.removeprefix("speed_"))])
     model = name.removesuffix("_fidelity")
@@ -165,6 +168,15 @@ def costs() -> Iterator[tuple[str, str, str, str, str]]:
         ("load_verified/read", "`load(verify=True)`", "reading the files", ""),
     ):
         yield label, _x(ratios[name]["median"]), against, aim, "store_speed"
+    cost = _results("compensation_cost")
+    passes, script = "one forward pass of every model", "compensation_cost"
+    yield "compensation of 5 sizes", _x(cost["together"]["ratio"]), passes, "", script
+    for label, seconds, aim in (
+        ("… each further size", cost["per_further_size"], "≤ 15 s"),
+        ("… one size alone, keep 40%", cost["alone"]["0.4"]["seconds"], "≤ 15 s"),
+        ("search and 5 compensated sizes", cost["family"], "≤ 600 s"),
+    ):
+        yield label, f"{seconds:.0f} s", "", aim, script
     imports = _results("import_time")
     over, help_ = (f"{imports[key]:.2f} s" for key in ("import_over_torch", "help"))
     yield "`import solpath`", over, "`import torch`", "≤ 0.3 s", "import_time"
@@ -217,6 +229,23 @@ def speed(model: str) -> Iterator[list[str]]:
             quality = metrics.get("task", metrics["cosine"])
             shares = [f"{member[key]:.0%}" for key in ("keep", "macs_share", "latency")]
             yield [name, BEST[method], *shares, f"{quality:.3f}"]
+
+
+def tuning() -> Iterator[list[str]]:
+    """Fidelity of compensated members after some minutes of tuning."""
+    limits = ("1", "3", "10")
+    yield ["model", "kept", "metric", "before", *(f"{limit} min" for limit in limits), "won back"]
+    for file in sorted(RESULTS.glob("tuning_*.json")):
+        rows: dict[float, dict[str, Any]] = {}
+        for run in stored_runs(file):
+            rows.setdefault(run["settings"]["keep"], {})[f"{run['settings']['minutes']:g}"] = run
+        for keep, runs in rows.items():
+            first = next(iter(runs.values()))
+            metric = "kl" if "kl" in first["dense"] else "cosine"
+            cells = [f"{runs[t]['after'][metric]:.4f}" if t in runs else "" for t in limits]
+            shares = ", ".join(f"{runs[t]['share_won_back']:.0%}" for t in limits if t in runs)
+            before = f"{first['before'][metric]:.4f}"
+            yield [first["settings"]["model"], f"{keep:.0%}", metric, before, *cells, shares]
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -1,13 +1,12 @@
-"""What tuning wins back: fidelity before, and after 1, 3 and 10 minutes of `solpath.tune`.
+"""What tuning wins back of a compensated member's fidelity in 1, 3 and 10 minutes.
 
     python benchmarks/tuning.py --model minilm
 
 The time of a step is measured first; each run then has as many steps as fit in its minutes, so that
-its schedule ends with its time. Searches, cuts and data are those of quality.py. Every run is added
-to the JSON as soon as it ends; runs that are there already are not repeated.
+its schedule ends with its time. Members and data are those of quality.py's best method. Every run
+is added to the JSON as soon as it ends; runs that are there already are not repeated.
 """
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +16,12 @@ import torch
 import typer
 from torch import nn
 
+from quality_runs import save_runs, stored_runs
 from record import RESULTS, show
+from solpath.compensation import compensate
 from solpath.config import SearchConfig, TuneConfig
 from solpath.evaluation import evaluate, reference_outputs
 from solpath.extraction import extract
-from solpath.files import write_file
 from solpath.measurement import provenance
 from solpath.searching import search
 from solpath.tuning import tune
@@ -46,7 +46,12 @@ def main(
     torch.set_num_threads(threads)
     out = out or RESULTS / f"tuning_{model}.json"
     work = workload(model, checkpoint, heldout=32 if smoke else None)
-    search_config = SearchConfig(seed=seed, **({"steps": 4, "scale_batches": 1} if smoke else {}))
+    search_config = SearchConfig(
+        seed=seed,
+        basis="principal",
+        compensated=True,
+        **({"steps": 4, "scale_batches": 1} if smoke else {}),
+    )
     settings = {
         "model": model,
         "seed": seed,
@@ -62,19 +67,24 @@ def main(
     held, batches = batches[:HELDOUT_BATCHES], batches[HELDOUT_BATCHES:]
     targets = reference_outputs(work.model, work.heldout)
     dense = dict(evaluate(work.model, targets, work.heldout, task=work.task).metrics)
+    config = TuneConfig(seed=seed, learning_rate=learning_rate, lora_rank=lora_rank)
+    limits = [0.02] if smoke else [float(value) for value in minutes.split(",")]
     path = None
     for keep in (float(keep) for keep in keeps.split(",")):
-        for limit in (0.02,) if smoke else (float(value) for value in minutes.split(",")):
+        small = None
+        for limit in limits:
             key = {**settings, "keep": keep, "minutes": limit}
-            if any(run["settings"] == key for run in _read(out)):
+            if any(run["settings"] == key for run in stored_runs(out)):
                 continue
             path = path or search(work.model, batches[:256], search_config, progress=False)
-            small = extract(work.model, path.plan(sparsity=1 - keep))
-            config = TuneConfig(seed=seed, learning_rate=learning_rate, lora_rank=lora_rank)
+            if small is None:
+                small = extract(work.model, path.plan(sparsity=1 - keep))
+                small = compensate(small, work.model, batches[: work.calibration], progress=False)
             run = _run(work, small, config, batches, held, targets, limit)
             run |= {"settings": key, "dense": dense, "search": dict(path.config)}
-            _add(out, run | {"share_won_back": _share_won_back(run, work.headline, dense)})
-    _table(work, settings, _read(out))
+            run |= {"share_won_back": _share_won_back(run, _fidelity(dense), dense)}
+            save_runs(out, [*stored_runs(out), run])
+    _table(work, settings, stored_runs(out))
 
 
 def _run(
@@ -117,30 +127,27 @@ def _share_won_back(run: dict[str, Any], metric: str, dense: dict[str, float]) -
     return (after - before) / (dense[metric] - before)
 
 
-def _read(out: Path) -> list[dict[str, Any]]:
-    return json.loads(out.read_text())["runs"] if out.exists() else []
-
-
-def _add(out: Path, run: dict[str, Any]) -> None:
-    value = {"runs": [*_read(out), run]}
-    write_file(out, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+def _fidelity(metrics: dict[str, float]) -> str:
+    """What compares with the dense model: accuracy hardly moves where little is lost."""
+    return "kl" if "kl" in metrics else "cosine"
 
 
 def _table(work: Workload, settings: dict[str, Any], runs: list[dict[str, Any]]) -> None:
+    metric = _fidelity(runs[0]["dense"])
     rows = [
         (
             f"keep {run['settings']['keep']:.2f}",
             f"{run['settings']['minutes']:g}",
             run["config"]["steps"],
-            f"{run['before'][work.headline]:.4f}",
-            f"{run['after'][work.headline]:.4f}",
+            f"{run['before'][metric]:.4f}",
+            f"{run['after'][metric]:.4f}",
             f"{run['share_won_back']:.1%}",
             f"{run['seconds']:.0f}",
         )
         for run in runs
         if {k: v for k, v in run["settings"].items() if k not in ("keep", "minutes")} == settings
     ]
-    title = f"{work.name}: {work.headline}"
+    title = f"{work.name}: {metric}"
     show(title, ["size", "minutes", "steps", "before", "after", "won back", "seconds"], rows)
 
 
