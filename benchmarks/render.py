@@ -31,7 +31,7 @@ from quality_runs import (
 )
 from record import RESULTS
 from solpath.figures import spread
-from zoo_page import zoo_page, zoo_table
+from zoo_page import compensated_table, zoo_page, zoo_table
 
 ROOT = RESULTS.parents[1]
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("benchmarks", "zoo"))]
@@ -64,12 +64,12 @@ def table(name: str) -> str:
     """One markdown table.
 
     `name` is a model, for its headline metric, or ``<model>_fidelity``: a row per method, the mean
-    over seeds of every size. ``zoo`` and ``zoo_fidelity`` have a row per model, ``ablation`` one
-    per part that is switched off, ``costs`` one per cost, ``checkpoints`` one per
-    measure, ``best_<model>`` one per closed-form method (``short_<model>``: of the best),
-    ``parts_<model>`` one per part of the best that is switched off, ``speed_<model>`` one per
-    member that was timed, ``tuning`` one per member that was tuned,
-    ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision,
+    over seeds of every size. ``zoo`` and ``zoo_fidelity`` have a row per model,
+    ``zoo_compensated`` one per model and closed form, ``ablation`` one per part that is switched
+    off, ``costs`` one per cost, ``checkpoints`` one per measure, ``best_<model>`` one per
+    closed-form method (``short_<model>``: of the best), ``parts_<model>`` one per part of the best
+    that is switched off, ``speed_<model>`` one per member that was timed, ``tuning`` one per member
+    that was tuned, ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision,
     ``latency_budget`` one per asked latency.
     """
     if name == "costs":
@@ -86,6 +86,8 @@ def table(name: str) -> str:
         return _markdown([*qk_norm()])
     if name in ("zoo", "zoo_fidelity"):
         return zoo_table("task" if name == "zoo" else "fidelity")
+    if name == "zoo_compensated":
+        return compensated_table()
     if name == "ablation":
         return _quality(read_runs("digits", "ablation"), "kl", ABLATION)
     if name.startswith("basis_"):
@@ -102,9 +104,10 @@ def table(name: str) -> str:
         labels = BEST if name.startswith("best_") else {key: BEST[key] for key in SHORT}
         return _quality(runs, fidelity(runs), labels)
     if name.startswith("parts_"):
-        model = name.removeprefix("parts_")
+        model = name.removeprefix("parts_").removesuffix("_fidelity")
         runs = read_runs(model, "compensated") | read_runs(model, "parts")
-        return _quality(runs, headline(runs), PARTS, extents=True)
+        metric = fidelity(runs) if name.endswith("_fidelity") else headline(runs)
+        return _quality(runs, metric, PARTS, extents=True)
     if name == "tuning":
         return _markdown([*tuning()])
     if name.startswith("speed_"):

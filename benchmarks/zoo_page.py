@@ -90,6 +90,31 @@ def zoo_table(compared: str) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def compensated_table() -> str:
+    """Distance to the dense model, a markdown row per model and closed form."""
+    labels = {
+        "spp_principal": "as cut, principal axes",
+        "spp_principal_refit": "weights compensated",
+        "spp_best": "**order and weights compensated**",
+        "gauss_newton_refit": "one-shot Gauss-Newton, same axes and compensation",
+    }
+    shares = [f"{keep:.0%}" for keep in COMMON]
+    rows = [["model", "metric, seeds", "members", *shares], ["---"] * (3 + len(COMMON))]
+    for model, title in {"minilm": "MiniLM", **{m: t for m, (t, _) in PANELS.items()}}.items():
+        runs = read_runs(model, "compensated")
+        first = True
+        for method, label in labels.items():
+            if method in runs:
+                metric = fidelity(runs)
+                column = means(runs[method], metric)
+                where = keeps(runs)
+                cells = [f"{column[where.index(keep)]:#.3g}" for keep in COMMON]
+                seeds = f"{metric}, {len(runs[method])}"
+                rows.append([title if first else "", seeds if first else "", label, *cells])
+                first = False
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def _task(axes: Axes, runs: Runs, label: str) -> None:
     """The metric of the task, from the dense model on."""
     metric = headline(runs)
