@@ -150,6 +150,7 @@ def test_several_sizes_are_refitted_as_each_alone(label):
     handle.remove()
     alone = [compensated(one, dense, data) for one in small]
     assert isinstance(together, list)
+    assert compensated([], dense, data) == []
     assert len(runs) <= len(data) * 5 / 4 + 2  # it, and the check; not once for every size
     for one, other in zip(together, alone, strict=True):
         assert_same(state(one), state(other))

@@ -26,6 +26,7 @@ from solpath.slicing import LinearMap, linear_map
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_Rows = tuple[Tensor, Tensor, Tensor]  # inputs, what they are fitted to, weights of the tokens
 _CHECKED = 4  # every so many batches, one decides whether a refit is kept
 _AT_ONCE = 8  # batches whose tokens go into one product
 _SAMPLES = 8  # of one batch, from which the residual streams are found
@@ -98,6 +99,8 @@ def compensate(
         >>> small = solpath.compensate(small, model, batches)  # doctest: +SKIP
     """
     models = [small] if isinstance(small, nn.Module) else list(small)
+    if not models:
+        return []
     plans = [_plan_of(model) for model in models]
     if not ridge > 0:
         raise ConfigError(f"ridge must be positive, got {ridge!r}.")
@@ -221,17 +224,14 @@ def _refit_layers_(
         yield
 
 
-Rows = tuple[Tensor, Tensor, Tensor]
-
-
-def _input_rows(batch: Batch, goal: Visit, visit: Visit) -> Rows:
+def _input_rows(batch: Batch, goal: Visit, visit: Visit) -> _Rows:
     """Of a first layer: inputs, what they lack, and weights 1, ``[tokens, ...]``."""
     keep = _counted(batch, visit.hidden)
     hidden = _tokens(visit.hidden, keep)
     return hidden, _tokens(goal.hidden, keep) - hidden, hidden.new_ones(len(hidden), 1)
 
 
-def _output_rows(stream: Stream | None, batch: Batch, goal: Visit, visit: Visit) -> Rows:
+def _output_rows(stream: Stream | None, batch: Batch, goal: Visit, visit: Visit) -> _Rows:
     """Of a last layer: inputs, what its outputs should be, and the weights of the tokens."""
     assert goal.output is not None
     keep = _counted(batch, visit.hidden)
@@ -289,7 +289,7 @@ class _Moments(NamedTuple):
 
 
 def _moments(
-    rows: Callable[[Batch, Visit, Visit], Rows],
+    rows: Callable[[Batch, Visit, Visit], _Rows],
     batches: Sequence[Batch],
     goals: Sequence[Visit],
     visits: Sequence[Visit],
@@ -302,7 +302,7 @@ def _moments(
 
 
 def _add_up(
-    rows: Callable[[Batch, Visit, Visit], Rows], triples: Sequence[tuple[Batch, Visit, Visit]]
+    rows: Callable[[Batch, Visit, Visit], _Rows], triples: Sequence[tuple[Batch, Visit, Visit]]
 ) -> _Moments:
     """Sums over tokens: products of a few batches in their precision, all of them in float64."""
 
