@@ -1,4 +1,4 @@
-"""What the best family costs: search, then compensation of five sizes, alone and together.
+"""What the best family costs: search, then compensation of five sizes together, and of one alone.
 
     python benchmarks/compensation_cost.py --threads 2
 
@@ -32,7 +32,7 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON to write.")] = RESULTS / "compensation_cost.json",
     smoke: Annotated[bool, typer.Option(help="Tiny settings: does it run?")] = False,
 ) -> None:
-    """Time the search, each size alone, all sizes together, and plain forward passes."""
+    """Time the search, all sizes together, one alone, and plain forward passes."""
     torch.set_num_threads(threads)
     work = workload(model, checkpoint, heldout=1)
     batches = work.batches(seed, 4 if smoke else 256, work.batch_size)
@@ -53,27 +53,30 @@ def main(
     start = time.perf_counter()
     compensate(cut, work.model, batches)
     together = time.perf_counter() - start
-    alone: dict[str, Any] = {}
-    for keep, small in zip(sizes, cut, strict=True):
-        start = time.perf_counter()
-        compensate(small, work.model, batches)
-        seconds = time.perf_counter() - start
-        floor = dense_pass + _passes(small, batches)
-        alone[f"{keep:g}"] = {"seconds": seconds, "floor": floor, "ratio": seconds / floor}
-    floor = sum(size["floor"] for size in alone.values()) - (len(sizes) - 1) * dense_pass
+    start = time.perf_counter()
+    compensate(cut[len(cut) // 2], work.model, batches)
+    alone = time.perf_counter() - start
+    passes = [_passes(small, batches) for small in cut]
+    floors = {"together": dense_pass + sum(passes), "alone": dense_pass + passes[len(cut) // 2]}
     results = {
         "search": searched,
-        "together": {"seconds": together, "floor": floor, "ratio": together / floor},
-        "per_further_size": (together - max(s["seconds"] for s in alone.values()))
-        / (len(sizes) - 1),
+        "together": together,
         "alone": alone,
+        "further_size": (together - alone) / (len(sizes) - 1),
         "family": searched + together,
+        "over_forward_passes": {
+            "together": together / floors["together"],
+            "alone": alone / floors["alone"],
+        },
     }
-    rows = [[f"keep {keep}", size["seconds"], size["ratio"]] for keep, size in alone.items()]
-    rows.append(["all together", together, together / floor])
-    rows.append(["each further size", results["per_further_size"], "-"])
-    rows.append(["search and all sizes", results["family"], "-"])
-    show(f"{model}, {threads} threads", ["compensation", "s", "x forward passes"], rows)
+    rows: list[list[Any]] = [
+        [name, value] for name, value in results.items() if isinstance(value, float)
+    ]
+    rows += [
+        [f"{name}, x forward passes", ratio]
+        for name, ratio in results["over_forward_passes"].items()
+    ]
+    show(f"{model}, {threads} threads", ["", "s"], rows)
     settings = {"model": model, "seed": seed, "threads": threads, "smoke": smoke}
     save(out, settings | {"batches": len(batches)}, results)
 
