@@ -83,14 +83,17 @@ def save_runs(file: Path, runs: Sequence[Mapping[str, Any]]) -> None:
     write_file(file, (json.dumps({"runs": list(runs)}, indent=1, allow_nan=False) + "\n").encode())
 
 
-def read_runs(model: str, kind: str = "quality") -> Runs:
-    """The runs of every method in a result file, with the seeds that all of them have.
+def read_runs(model: str, *kinds: str) -> Runs:
+    """The runs of every method in result files, with the seeds that all of them have.
 
-    Empty if there is no ``<kind>_<model>.json``.
+    Args:
+        kinds: of files ``<kind>_<model>.json``, default ``quality``; those that do not exist are
+            empty.
     """
     runs: Runs = {}
-    for run in stored_runs(RESULTS / f"{kind}_{model}.json"):
-        runs.setdefault(run["method"], []).append(run)
+    for kind in kinds or ("quality",):
+        for run in stored_runs(RESULTS / f"{kind}_{model}.json"):
+            runs.setdefault(run["method"], []).append(run)
     seeds = [{run["seed"] for run in chosen} for chosen in runs.values()]
     common = set.intersection(*seeds) if seeds else set()
     return {m: [run for run in chosen if run["seed"] in common] for m, chosen in runs.items()}
