@@ -68,8 +68,8 @@ def table(name: str) -> str:
     ``zoo_compensated`` one per model and closed form, ``ablation`` one per part that is switched
     off, ``costs`` one per cost, ``checkpoints`` one per measure, ``best_<model>`` one per
     closed-form method (``short_<model>``: of the best), ``parts_<model>`` one per part of the best
-    that is switched off, ``tuning`` one per member that was tuned, ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision,
-    ``latency_budget`` one per asked latency.
+    that is switched off, ``tuning`` one per member that was tuned, ``qk_norm`` one per way to treat
+    the norms, ``exactness`` one per precision, ``latency_budget`` one per asked latency.
     """
     if name == "costs":
         return _markdown([("what", "measured", "against", "aim", "script"), *costs()])
