@@ -68,8 +68,9 @@ def table(name: str) -> str:
     ``zoo_compensated`` one per model and closed form, ``ablation`` one per part that is switched
     off, ``costs`` one per cost, ``checkpoints`` one per measure, ``best_<model>`` one per
     closed-form method (``short_<model>``: of the best), ``parts_<model>`` one per part of the best
-    that is switched off, ``tuning`` one per member that was tuned, ``qk_norm`` one per way to treat
-    the norms, ``exactness`` one per precision, ``latency_budget`` one per asked latency.
+    that is switched off, ``speed_<model>`` one per member that was timed, ``tuning`` one per member
+    that was tuned, ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision,
+    ``latency_budget`` one per asked latency.
     """
     if name == "costs":
         return _markdown([("what", "measured", "against", "aim", "script"), *costs()])
@@ -107,6 +108,8 @@ def table(name: str) -> str:
         runs = read_runs(model, "compensated", "parts")
         metric = fidelity(runs) if name.endswith("_fidelity") else headline(runs)
         return _quality(runs, metric, PARTS, extents=True)
+    if name.startswith("speed_"):
+        return _markdown([*speed(name.removeprefix("speed_"))])
     if name == "tuning":
         return _markdown([*tuning()])
     model = name.removesuffix("_fidelity")
@@ -218,6 +221,17 @@ def latency_budget() -> Iterator[list[str]]:
         for kind in ("verified", "table_alone"):
             row += [f"{entry[kind]['side_by_side_ms']:.1f}", f"{entry[kind]['error']:+.1%}"]
         yield row
+
+
+def speed(model: str) -> Iterator[list[str]]:
+    """Members cut to a share of the parameters or of the latency: what they keep and take."""
+    yield ["cut to", "method", "parameters", "MACs", "measured latency", "quality"]
+    for method, result in _results(f"quality_latency_{model}").items():
+        for name, member in result["members"].items():
+            metrics = member["metrics"]
+            quality = metrics.get("task", metrics["cosine"])
+            shares = [f"{member[key]:.0%}" for key in ("keep", "macs_share", "latency")]
+            yield [name, BEST[method], *shares, f"{quality:.3f}"]
 
 
 def tuning() -> Iterator[list[str]]:

@@ -261,6 +261,7 @@ def test_a_run_has_the_form_of_the_other_benchmarks(case):
         keeps=(0.7, 0.4),
         batches=lambda seed, count, size: heldout,
         batch_size=4,
+        calibration=4,
         heldout=heldout,
         task=lambda model: float(sum(p.abs().sum() for p in model.parameters())),
         headline="task",
