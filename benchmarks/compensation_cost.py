@@ -16,11 +16,10 @@ from torch import nn
 
 from record import RESULTS, save, show
 from solpath.compensation import compensate
-from solpath.config import SearchConfig
 from solpath.extraction import extract
 from solpath.objective import forward
 from solpath.searching import search
-from workloads import Batch, workload
+from workloads import Batch, best_search, workload
 
 
 def main(
@@ -36,14 +35,8 @@ def main(
     torch.set_num_threads(threads)
     work = workload(model, checkpoint, heldout=1)
     batches = work.batches(seed, 4 if smoke else 256, work.batch_size)
-    config = SearchConfig(
-        seed=seed,
-        basis="principal",
-        compensated=True,
-        **({"steps": 4, "scale_batches": 1} if smoke else {}),
-    )
     start = time.perf_counter()
-    path = search(work.model, batches, config)
+    path = search(work.model, batches, best_search(seed, smoke=smoke))
     searched = time.perf_counter() - start
     sizes = [float(keep) for keep in keeps.split(",")]
     cut = [extract(work.model, path.plan(sparsity=1 - keep)) for keep in sizes]

@@ -17,7 +17,7 @@ import torch
 import typer
 from rich.console import Console
 
-from quality_runs import add_run, same_run, stored_runs
+from quality_runs import add_run, fidelity_of, same_run, stored_runs
 from record import RESULTS, show
 from rivals.gauss_newton import turned_gauss_newton
 from solpath.baselines import METHODS
@@ -54,6 +54,7 @@ COMPENSATED = {  # members are compensated, those of other methods are not
     "best_constant_pull",
     *FAIREST,
 }
+Paths = dict[str, tuple[SolutionPath, float]]  # by search: its result and seconds
 DEFAULT = ",".join(["spp", *METHODS])
 SMOKE = {
     "iterative": {"stages": 2, "scale_batches": 1},
@@ -98,12 +99,13 @@ def main(
     dense = evaluate(work.model, cached, work.heldout, task=work.task).metrics
     for seed in (int(seed) for seed in seeds.split(",")):
         batches = work.batches(seed, settings["batch_count"], settings["batch_size"])
+        paths: Paths = {}
         for name in names:
             wanted = {"method": name, "seed": seed, "settings": settings}
             known = [run for run in stored_runs(out) if same_run(run, wanted)]
             if not force and any(_current(run, work, dense) for run in known):
                 continue
-            run = _run(work, name, seed, batches, cached, settings)
+            run = _run(work, name, seed, batches, cached, settings, paths)
             add_run(out, {**run, "dense": dict(dense), "settings": settings})
             row = "  ".join(f"{size['metrics'][work.headline]:.4f}" for size in run["sizes"])
             line = f"{model} {name} seed {seed}: {row}  ({run['seconds']:.1f} s)"
@@ -118,11 +120,19 @@ def _run(
     batches: list[Any],
     cached: list[torch.Tensor],
     settings: dict[str, Any],
+    paths: Paths,
 ) -> dict[str, Any]:
-    """One search and its scores at every size; without compensation inside `masked`."""
-    start = time.perf_counter()
-    path = _search(work, name, seed, batches, settings)
-    seconds = {"seconds": time.perf_counter() - start}
+    """One search and its scores at every size; without compensation inside `masked`.
+
+    Methods that differ only in what is done with the order share the search in `paths`.
+    """
+    key = str(SEARCHES.get(name, name))
+    if key not in paths:
+        start = time.perf_counter()
+        path = _search(work, name, seed, batches, settings)
+        paths[key] = path, time.perf_counter() - start
+    path, searched = paths[key]
+    seconds = {"seconds": searched}
     plans = [path.plan(sparsity=1 - keep) for keep in work.keeps]
     if name in COMPENSATED:
         start = time.perf_counter()
@@ -179,7 +189,7 @@ def _table(
 ) -> None:
     """Mean over seeds (and half the range) per method and size; SPP against the best rival."""
     runs = [r for r in runs if r["settings"] == settings and _current(r, work, dense)]
-    fidelity = "kl" if "kl" in dense else "cosine"
+    fidelity = fidelity_of(dense)
     for metric in dict.fromkeys([work.headline, fidelity]):
         higher = metric == "cosine" or (metric == work.headline and work.higher_is_better)
         means: dict[str, list[float]] = {}

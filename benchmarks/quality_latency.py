@@ -19,15 +19,15 @@ from quality_runs import BEST
 from record import RESULTS, save, show
 from rivals.gauss_newton import turned_gauss_newton
 from solpath.compensation import compensate
-from solpath.config import SearchConfig
 from solpath.evaluation import evaluate, reference_outputs
 from solpath.extraction import extract
 from solpath.measurement import interquartile_range, latencies
 from solpath.objective import forward
+from solpath.path import SolutionPath
 from solpath.plan import Plan
 from solpath.searching import search
 from solpath.timing import measure_latency
-from workloads import Batch, Workload, random_tokens, workload
+from workloads import Batch, Workload, best_search, random_tokens, workload
 
 METHODS = ("spp_best", "gauss_newton_refit")
 
@@ -110,16 +110,12 @@ def main(
     save(out or RESULTS / f"quality_latency_{model}.json", settings, results)
 
 
-def _path(method: str, work: Workload, batches: list[Batch], seed: int, smoke: bool) -> Any:
+def _path(
+    method: str, work: Workload, batches: list[Batch], seed: int, smoke: bool
+) -> SolutionPath:
     if method == "gauss_newton_refit":
         return turned_gauss_newton(work.model, batches, seed=seed)
-    config = SearchConfig(
-        seed=seed,
-        basis="principal",
-        compensated=True,
-        **({"steps": 4, "scale_batches": 1} if smoke else {}),
-    )
-    return search(work.model, batches, config)
+    return search(work.model, batches, best_search(seed, smoke=smoke))
 
 
 if __name__ == "__main__":

@@ -121,4 +121,9 @@ def headline(runs: Runs) -> str:
 
 def fidelity(runs: Runs) -> str:
     """The metric that compares with the dense model: ``kl`` with logits, else ``cosine``."""
-    return "kl" if "kl" in next(iter(runs.values()))[0]["dense"] else "cosine"
+    return fidelity_of(next(iter(runs.values()))[0]["dense"])
+
+
+def fidelity_of(metrics: Mapping[str, float]) -> str:
+    """The same, of the metrics of one model."""
+    return "kl" if "kl" in metrics else "cosine"

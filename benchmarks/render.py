@@ -22,6 +22,7 @@ from quality_runs import (
     SHORT,
     Runs,
     fidelity,
+    fidelity_of,
     headline,
     keeps,
     means,
@@ -244,7 +245,7 @@ def tuning() -> Iterator[list[str]]:
             rows.setdefault(run["settings"]["keep"], {})[f"{run['settings']['minutes']:g}"] = run
         for keep, runs in rows.items():
             first = next(iter(runs.values()))
-            metric = "kl" if "kl" in first["dense"] else "cosine"
+            metric = fidelity_of(first["dense"])
             cells = [f"{runs[t]['after'][metric]:.4f}" if t in runs else "" for t in limits]
             shares = ", ".join(f"{runs[t]['share_won_back']:.0%}" for t in limits if t in runs)
             before = f"{first['before'][metric]:.4f}"

@@ -16,16 +16,16 @@ import torch
 import typer
 from torch import nn
 
-from quality_runs import save_runs, stored_runs
+from quality_runs import fidelity_of, save_runs, stored_runs
 from record import RESULTS, show
 from solpath.compensation import compensate
-from solpath.config import SearchConfig, TuneConfig
+from solpath.config import TuneConfig
 from solpath.evaluation import evaluate, reference_outputs
 from solpath.extraction import extract
 from solpath.measurement import provenance
 from solpath.searching import search
 from solpath.tuning import tune
-from workloads import Batch, Workload, workload
+from workloads import Batch, Workload, best_search, workload
 
 HELDOUT_BATCHES = 16
 
@@ -46,12 +46,7 @@ def main(
     torch.set_num_threads(threads)
     out = out or RESULTS / f"tuning_{model}.json"
     work = workload(model, checkpoint, heldout=32 if smoke else None)
-    search_config = SearchConfig(
-        seed=seed,
-        basis="principal",
-        compensated=True,
-        **({"steps": 4, "scale_batches": 1} if smoke else {}),
-    )
+    search_config = best_search(seed, smoke=smoke)
     settings = {
         "model": model,
         "seed": seed,
@@ -82,7 +77,7 @@ def main(
                 small = compensate(small, work.model, batches[: work.calibration], progress=False)
             run = _run(work, small, config, batches, held, targets, limit)
             run |= {"settings": key, "dense": dense, "search": dict(path.config)}
-            run |= {"share_won_back": _share_won_back(run, _fidelity(dense), dense)}
+            run |= {"share_won_back": _share_won_back(run, fidelity_of(dense), dense)}
             save_runs(out, [*stored_runs(out), run])
     _table(work, settings, stored_runs(out))
 
@@ -127,13 +122,8 @@ def _share_won_back(run: dict[str, Any], metric: str, dense: dict[str, float]) -
     return (after - before) / (dense[metric] - before)
 
 
-def _fidelity(metrics: dict[str, float]) -> str:
-    """What compares with the dense model: accuracy hardly moves where little is lost."""
-    return "kl" if "kl" in metrics else "cosine"
-
-
 def _table(work: Workload, settings: dict[str, Any], runs: list[dict[str, Any]]) -> None:
-    metric = _fidelity(runs[0]["dense"])
+    metric = fidelity_of(runs[0]["dense"])
     rows = [
         (
             f"keep {run['settings']['keep']:.2f}",

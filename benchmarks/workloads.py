@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from solpath.batching import text_batches
+from solpath.config import SearchConfig
 from solpath.corpus import read_corpus, texts_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -214,6 +215,12 @@ WORKLOADS = {
     "opt": partial(language, "opt"),
     "t5": t5,
 }
+
+
+def best_search(seed: int, *, smoke: bool = False) -> SearchConfig:
+    """The search whose members are compensated; `smoke` makes it tiny."""
+    tiny: dict[str, Any] = {"steps": 4, "scale_batches": 1} if smoke else {}
+    return SearchConfig(seed=seed, basis="principal", compensated=True, **tiny)
 
 
 def workload(name: str, checkpoint: Path | None = None, heldout: int | None = None) -> Workload:
