@@ -3,7 +3,7 @@
     python benchmarks/tuning.py --model minilm
 
 The time of a step is measured first; each run then has as many steps as fit in its minutes, so that
-its schedule ends with its time. Members and data are those of quality.py's best method. Every run
+its schedule ends with its time. Members are those of quality.py's best method. Every run
 is added to the JSON as soon as it ends; runs that are there already are not repeated.
 """
 
@@ -27,8 +27,6 @@ from solpath.searching import search
 from solpath.tuning import tune
 from workloads import Batch, Workload, best_search, workload
 
-HELDOUT_BATCHES = 16
-
 
 def main(
     model: Annotated[str, typer.Option(help="minilm, digits or llama.")],
@@ -50,16 +48,15 @@ def main(
     settings = {
         "model": model,
         "seed": seed,
-        "batch_size": work.batch_size,
-        "batch_count": 24 if smoke else 2048,
+        "batches": 24 if smoke else 2048,
         "threads": threads,
         "learning_rate": learning_rate,
         "lora_rank": lora_rank,
         "smoke": smoke,
         "data": work.data,
     }
-    batches = work.batches(seed, settings["batch_count"], work.batch_size)
-    held, batches = batches[:HELDOUT_BATCHES], batches[HELDOUT_BATCHES:]
+    batches = work.batches(seed, 24 if smoke else 256, work.batch_size)
+    train, judges = work.tuning(seed, settings["batches"])
     targets = reference_outputs(work.model, work.heldout)
     dense = dict(evaluate(work.model, targets, work.heldout, task=work.task).metrics)
     config = TuneConfig(seed=seed, learning_rate=learning_rate, lora_rank=lora_rank)
@@ -71,11 +68,11 @@ def main(
             key = {**settings, "keep": keep, "minutes": limit}
             if any(run["settings"] == key for run in stored_runs(out)):
                 continue
-            path = path or search(work.model, batches[:256], search_config, progress=False)
+            path = path or search(work.model, batches, search_config, progress=False)
             if small is None:
                 small = extract(work.model, path.plan(sparsity=1 - keep))
                 small = compensate(small, work.model, batches[: work.calibration], progress=False)
-            run = _run(work, small, config, batches, held, targets, limit)
+            run = _run(work, small, config, train, judges, targets, limit)
             run |= {"settings": key, "dense": dense, "search": dict(path.config)}
             run |= {"share_won_back": _share_won_back(run, fidelity_of(dense), dense)}
             save_runs(out, [*stored_runs(out), run])
@@ -86,8 +83,8 @@ def _run(
     work: Workload,
     small: nn.Module,
     config: TuneConfig,
-    batches: list[Batch],
-    held: list[Batch],
+    train: list[Batch],
+    judges: list[Batch],
     targets: list[torch.Tensor],
     minutes: float,
 ) -> dict[str, Any]:
@@ -96,13 +93,15 @@ def _run(
     for steps in (8, 24):  # two runs of different length: start and checks cancel
         start = time.perf_counter()
         probe = replace(config, steps=steps, evaluate_every=steps)
-        tune(small, work.model, batches, probe, heldout=held, progress=False)
+        tune(small, work.model, train, probe, heldout=judges, progress=False)
         seconds.append(time.perf_counter() - start)
     step = (seconds[1] - seconds[0]) / 16
     fixed = seconds[0] - 8 * step
     steps = max(8, round((60 * minutes - fixed) / (step + fixed / 2 / config.evaluate_every)))
     start = time.perf_counter()
-    tuned = tune(small, work.model, batches, replace(config, steps=steps), heldout=held)
+    tuned = tune(
+        small, work.model, train, replace(config, steps=steps), heldout=judges, progress=False
+    )
     spent = time.perf_counter() - start
     before, after = (
         dict(evaluate(m, targets, work.heldout, task=work.task).metrics) for m in (small, tuned)

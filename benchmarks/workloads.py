@@ -2,7 +2,8 @@
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ sys.path.insert(0, str(ROOT / "examples" / "zoo"))  # its modules are imported w
 Batch = dict[str, Tensor]
 IMAGE_KEEPS = (0.8, 0.6, 0.4, 0.25, 0.15)
 LANGUAGE_KEEPS = (0.9, 0.8, 0.6, 0.4, 0.25)
+JUDGES = 256  # samples that decide which tuned weights are kept
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Workload:
         batches: ``batches(seed, count, size)`` gives the unlabelled batches of a search.
         batch_size: default samples per batch.
         calibration: batches for compensation, about 65,000 tokens.
+        tuning: ``tuning(seed, count)`` gives batches to train on (augmented images), and batches to
+            judge by, which are neither in the former nor in `heldout`.
         heldout: batches for fidelity, no sample of which is in `batches`.
         task: the headline score of a model, or None when fidelity is the headline.
         headline: metric of `solpath.evaluate` that the table shows.
@@ -46,6 +50,7 @@ class Workload:
     batches: Callable[[int, int, int], list[Batch]]
     batch_size: int
     calibration: int
+    tuning: Callable[[int, int], tuple[list[Batch], list[Batch]]]
     heldout: list[Batch]
     task: Callable[[nn.Module], float] | None
     headline: str
@@ -71,6 +76,16 @@ def minilm(checkpoint: Path | None, heldout: int | None) -> Workload:
             text_batches(drawn[: count * size], tokenizer, batch_size=size, length=32, seed=None)
         )
 
+    def tuning(seed: int, count: int) -> tuple[list[Batch], list[Batch]]:
+        longer = read_corpus(search=8192, calibration=JUDGES // 2, test=256)
+        texts, judges = texts_of(longer.search, seed=seed), texts_of(longer.calibration)
+        texts = (texts * (count * 16 // len(texts) + 1))[: count * 16]
+        train, held = (
+            text_batches(part, tokenizer, batch_size=16, length=64, seed=None)
+            for part in (texts, judges)
+        )
+        return list(train), list(held)
+
     return Workload(
         name="minilm",
         model=AutoModel.from_pretrained(folder, add_pooling_layer=False).eval(),
@@ -78,6 +93,7 @@ def minilm(checkpoint: Path | None, heldout: int | None) -> Workload:
         batches=batches,
         batch_size=16,
         calibration=128,
+        tuning=tuning,
         heldout=list(text_batches(texts, tokenizer, batch_size=64, length=64, seed=None)),
         task=None,
         headline="cosine",
@@ -100,6 +116,13 @@ def images(
     def batches(seed: int, count: int, size: int) -> list[Batch]:
         return [{"pixel_values": train[pick]} for pick in _picks(len(train), seed, count, size)]
 
+    def tuning(seed: int, count: int) -> tuple[list[Batch], list[Batch]]:
+        pick = _picks(len(train) - JUDGES, seed, count, 32).flatten()
+        with _seeded(seed):
+            moved = digits.augment(train[pick])
+        seen, judges = {"pixel_values": moved}, {"pixel_values": train[-JUDGES:]}
+        return _split(seen, 32), _split(judges, 32)
+
     return Workload(
         name=name,
         model=load(model, checkpoint or MODELS / model),
@@ -107,6 +130,7 @@ def images(
         batches=batches,
         batch_size=32,
         calibration=128,
+        tuning=tuning,
         heldout=[{"pixel_values": part} for part in test.split(200)],
         task=lambda model: digits.accuracy(model, test, labels),
         headline="task",
@@ -135,6 +159,13 @@ def clip(checkpoint: Path | None, heldout: int | None) -> Workload:
             pairs(train[pick], train_labels[pick], seed * count + i) for i, pick in enumerate(picks)
         ]
 
+    def tuning(seed: int, count: int) -> tuple[list[Batch], list[Batch]]:
+        pick = _picks(len(train) - JUDGES, seed, count, 32).flatten()
+        with _seeded(seed):
+            moved = digits.augment(train[pick])
+        seen = _split(pairs(moved, train_labels[pick], seed), 32)
+        return seen, _split(pairs(train[-JUDGES:], train_labels[-JUDGES:], seed + 1), 32)
+
     parts = zip(test.split(200), labels.split(200), strict=True)
     return Workload(
         name="clip",
@@ -143,6 +174,7 @@ def clip(checkpoint: Path | None, heldout: int | None) -> Workload:
         batches=batches,
         batch_size=32,
         calibration=128,
+        tuning=tuning,
         heldout=[pairs(pixels, names, i) for i, (pixels, names) in enumerate(parts)],
         task=lambda model: captions.zero_shot_accuracy(model, test, labels),
         headline="task",
@@ -163,6 +195,10 @@ def language(name: str, checkpoint: Path | None, heldout: int | None) -> Workloa
         tokens = stdlib_bytes.sequences("train", count * size, seed=seed + 1)
         return [{"input_ids": part} for part in tokens.split(size)]
 
+    def tuning(seed: int, count: int) -> tuple[list[Batch], list[Batch]]:
+        drawn = batches(seed, count + JUDGES // 16, 16)  # at random places: they hardly overlap
+        return drawn[:count], drawn[count:]
+
     return Workload(
         name=name,
         model=load(name, checkpoint or MODELS / name),
@@ -170,6 +206,7 @@ def language(name: str, checkpoint: Path | None, heldout: int | None) -> Workloa
         batches=batches,
         batch_size=16,
         calibration=32,
+        tuning=tuning,
         heldout=[{"input_ids": part} for part in test.split(64)],
         task=lambda model: stdlib_bytes.bits_per_byte(model, test),
         headline="task",
@@ -190,6 +227,10 @@ def t5(checkpoint: Path | None, heldout: int | None) -> Workload:
         batch, _ = denoising.examples("train", count * size, seed=seed + 1)
         return _split(batch, size)
 
+    def tuning(seed: int, count: int) -> tuple[list[Batch], list[Batch]]:
+        drawn = batches(seed, count + JUDGES // 32, 32)  # at random places: they hardly overlap
+        return drawn[:count], drawn[count:]
+
     return Workload(
         name="t5",
         model=load("t5", checkpoint or MODELS / "t5"),
@@ -197,6 +238,7 @@ def t5(checkpoint: Path | None, heldout: int | None) -> Workload:
         batches=batches,
         batch_size=32,
         calibration=32,
+        tuning=tuning,
         heldout=_split(test, 128),
         task=lambda model: denoising.bits_per_byte(model, test, said),
         headline="task",
@@ -265,6 +307,14 @@ def _picks(available: int, seed: int, count: int, size: int) -> Tensor:
     epochs = count * size // available + 1
     order = [torch.randperm(available, generator=generator) for _ in range(epochs)]
     return torch.cat(order)[: count * size].view(count, size)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch; its random state comes back afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def _split(batch: Batch, size: int) -> list[Batch]:

@@ -262,6 +262,7 @@ def test_a_run_has_the_form_of_the_other_benchmarks(case):
         batches=lambda seed, count, size: heldout,
         batch_size=4,
         calibration=4,
+        tuning=lambda seed, count: (heldout, heldout),
         heldout=heldout,
         task=lambda model: float(sum(p.abs().sum() for p in model.parameters())),
         headline="task",

@@ -140,29 +140,47 @@ def test_the_updates_are_those_of_a_plain_training_loop():
     assert not same(tuned, small)
 
 
-def test_the_learning_rate_follows_its_schedule(bert, monkeypatch):
-    """Plain gradient descent shows the rate of every step."""
-    rates = []
+@pytest.fixture
+def rates(monkeypatch):
+    """The learning rate of every update."""
+    seen = []
     real = torch.optim.AdamW.step
 
     def step(self, *args, **options):
-        rates.append([group["lr"] for group in self.param_groups])
+        [rate] = {group["lr"] for group in self.param_groups}
+        seen.append(rate)
         return real(self, *args, **options)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    return seen
+
+
+def test_the_learning_rate_follows_its_schedule(bert, rates):
     small = cut(bert)
     for schedule in ("linear", "cosine", "constant"):
         rates.clear()
         run(small, bert, TuneConfig(steps=10, warmup=0.2, schedule=schedule, learning_rate=1e-4))
-        first = [rate[0] for rate in rates]
+        first = list(rates)
         assert len(first) == 10
-        assert all(len(set(rate)) == 1 and 0 < rate[0] <= 1e-4 for rate in rates)
+        assert all(0 < rate <= 1e-4 for rate in first)
         assert first[0] == pytest.approx(0.25e-4)
         if schedule == "constant":
             assert first[2:] == [1e-4] * 8
         else:
             assert first[2:] == sorted(first[2:], reverse=True)
             assert first[-1] < 0.1e-4
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_the_default_rate_goes_with_the_root_of_the_first_look(bert, monkeypatch, rates, rank):
+    """A member that is near the dense model takes short steps."""
+    small, times = cut(bert), 1 if rank is None else 10
+    config = TuneConfig(steps=2, schedule="constant", warmup=0.0, lora_rank=rank)
+    for look, rate in ((1e-6, 1.5e-6), (0.04, 3e-4), (9.0, 1e-3)):
+        rates.clear()
+        monkeypatch.setattr(Lessons, "divergence", lambda self, model, look=look: look)
+        run(small, bert, config)
+        assert rates == [pytest.approx(times * rate)] * 2
 
 
 def test_adapters_change_linear_layers_by_a_low_rank(bert):
@@ -191,7 +209,7 @@ def test_never_worse_than_at_the_start(bert, config):
 def test_the_best_look_wins_not_the_last(bert, monkeypatch):
     """With looks that say 5, 3, 4, 6 the result is that of a run of one step."""
     small = cut(bert)
-    options = {"schedule": "constant", "warmup": 0.0, "evaluate_every": 1}
+    options = {"schedule": "constant", "warmup": 0.0, "evaluate_every": 1, "learning_rate": 1e-3}
     expected = run(small, bert, TuneConfig(steps=1, **options))
     looks = [5.0, 3.0, 4.0, 6.0]
     monkeypatch.setattr(Lessons, "divergence", lambda self, model: looks.pop(0))

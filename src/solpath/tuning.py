@@ -5,7 +5,7 @@ import copy
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +32,8 @@ from solpath.teacher import Lessons
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_LEARNING_RATE, _LORA_LEARNING_RATE = 5e-4, 5e-3
+_RATE, _MAX_RATE = 1.5e-3, 1e-3  # per root of the held-out loss; and at most
+_ADAPTERS = 10  # times the rate of all weights
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _FIGURES = (
     "loss {task.fields[loss]:.4f}  held out {task.fields[now]:.4f}  best {task.fields[best]:.4f}"
@@ -155,7 +156,7 @@ class _Training:
         )
         named = accelerator.unwrap_model(self._model).named_parameters()
         self._trained = {name: p for name, p in named if p.requires_grad}
-        self._factor = _schedule(config)
+        self._schedule = _schedule(config)
         self.losses: list[float] = []
         self.checks: list[tuple[int, float]] = []
         self.best = {name: whole(p) for name, p in self._trained.items()}
@@ -173,6 +174,15 @@ class _Training:
         stale = len(values) - 1 - values.index(min(values))
         patience = self._config.patience
         return self.steps == self._config.steps or (patience is not None and stale >= patience)
+
+    @property
+    def _peak(self) -> float:
+        """Of the learning rate. An update of Adam is as long as its rate, whatever the gradient, so
+        the default goes with the distance to the dense model: with the root of the loss there."""
+        if self._config.learning_rate is not None:
+            return self._config.learning_rate
+        rate = min(_RATE * math.sqrt(self.checks[0][1]), _MAX_RATE)
+        return rate if self._config.lora_rank is None else _ADAPTERS * rate
 
     def check_(self) -> None:
         """Look at the held-out batches, if it is time to, and remember the best weights."""
@@ -205,7 +215,7 @@ class _Training:
         self.accelerator.clip_grad_norm_(list(self._trained.values()), config.max_grad_norm)
         self.settled = False
         for group in self._optimizer.param_groups:
-            group["lr"] = self._factor(done)
+            group["lr"] = self._peak * self._schedule(done)
         self._optimizer.step()
         self.losses.append(value)
         self.settled = True
@@ -294,16 +304,13 @@ def _result(small: Model, config: TuneConfig, training: _Training, exam: Lessons
     return result
 
 
-def _schedule(config: TuneConfig) -> Any:
-    """Learning rate of a step: a function of its number, so that a resumed run needs no state."""
-    peak = config.learning_rate
-    if peak is None:
-        peak = _LEARNING_RATE if config.lora_rank is None else _LORA_LEARNING_RATE
+def _schedule(config: TuneConfig) -> Callable[[int], float]:
+    """Share of the peak learning rate of a step: by its number, so that resuming needs no state."""
     name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     warmup = round(config.warmup * config.steps)
     unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     [factor] = get_scheduler(name, unit, warmup, config.steps).lr_lambdas
-    return lambda step: peak * factor(step + 0.5)  # of its middle: at both ends it may be 0
+    return lambda step: factor(step + 0.5)  # of its middle: at both ends it may be 0
 
 
 def _split(
