@@ -246,9 +246,9 @@ def tuning() -> Iterator[list[str]]:
         for keep, runs in rows.items():
             first = next(iter(runs.values()))
             metric = fidelity_of(first["dense"])
-            cells = [f"{runs[t]['after'][metric]:.4f}" if t in runs else "" for t in limits]
+            cells = [f"{runs[t]['after'][metric]:#.3g}" if t in runs else "" for t in limits]
             shares = ", ".join(f"{runs[t]['share_won_back']:.0%}" for t in limits if t in runs)
-            before = f"{first['before'][metric]:.4f}"
+            before = f"{first['before'][metric]:#.3g}"
             yield [first["settings"]["model"], f"{keep:.0%}", metric, before, *cells, shares]
 
 

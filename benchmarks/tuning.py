@@ -118,7 +118,7 @@ def _run(
 def _share_won_back(run: dict[str, Any], metric: str, dense: dict[str, float]) -> float:
     """1: as good as the dense model; 0: as before."""
     before, after = run["before"][metric], run["after"][metric]
-    return (after - before) / (dense[metric] - before)
+    return (after - before) / (dense[metric] - before) + 0.0  # no minus before a zero
 
 
 def _table(work: Workload, settings: dict[str, Any], runs: list[dict[str, Any]]) -> None:

@@ -3,8 +3,6 @@
 Nothing heavy is imported here: torch and transformers come in when a command runs.
 """
 
-import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +10,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from solpath.arguments import (
+    Bytes,
+    Cache,
+    Images,
+    Json,
+    LatencyMs,
+    Macs,
+    MinWidth,
+    ModelName,
+    MultipleOf,
+    Params,
+    PathFolder,
+    Protect,
+    Samples,
+    Sparsity,
+    Text,
+    Tokens,
+    budget_of,
+    plan_options,
+)
 from solpath.errors import BudgetError, ConfigError, FileError, SolpathError
 from solpath.feed import batches_for, random_tokens, rows_of, split_batches, takes
+from solpath.terminal import fail, print_json, print_table, say
 
 if TYPE_CHECKING:
     from solpath.latency import LatencyTable
@@ -28,37 +47,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-ModelName = Annotated[str, typer.Argument(help="Folder or hub id of a dense model.")]
-PathFolder = Annotated[Path, typer.Argument(help="Folder of a path, written by search.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Sparsity = Annotated[
-    float | None, typer.Option(help="Share of the prunable parameters to remove, in [0, 1).")
-]
-Params = Annotated[
-    float | None, typer.Option(help="Parameters to keep: a share in (0, 1], or a count.")
-]
-Bytes = Annotated[float | None, typer.Option(help="Bytes of the weights to keep, likewise.")]
-Macs = Annotated[float | None, typer.Option(help="Multiply-accumulates to keep, likewise.")]
-Cache = Annotated[
-    float | None, typer.Option(help="Bytes of the key-value cache per token to keep, likewise.")
-]
-LatencyMs = Annotated[
-    float | None, typer.Option(help="Milliseconds that a forward pass of one batch may take.")
-]
-MultipleOf = Annotated[int, typer.Option(help="Units every head keeps are a multiple of this.")]
-MinWidth = Annotated[int, typer.Option(help="Units every head keeps at least.")]
-Protect = Annotated[
-    list[str] | None, typer.Option(help="Pairs that stay dense, e.g. '*layer.0.*'; repeatable.")
-]
-Samples = Annotated[int, typer.Option(help="Texts in the batch that is timed.", min=1)]
-Tokens = Annotated[int, typer.Option(help="Tokens per text in it.", min=1)]
-Text = Annotated[
-    Path | None, typer.Option(help="File with one text per line; default: installed docstrings.")
-]
-Images = Annotated[
-    Path | None, typer.Option(help="Folder of images, for a model that takes images.")
-]
 
 # Bad arguments of any kind; typer exports only this subclass of it.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
@@ -89,17 +77,17 @@ def demo(
 
     _state["hint"] = f"{out / CHECKPOINT}; run the same command again to go on"
     family = run_demo(
-        out, quick=quick, model=model, seed=seed, steps=steps, progress=not as_json, say=_say
+        out, quick=quick, model=model, seed=seed, steps=steps, progress=not as_json, say=say
     )
     if as_json:
-        return _print_json(family)
+        return print_json(family)
     rows = [
         (m["name"], f"{m['params'] / 1e6:.1f} M", f"{m['macs_share']:.0%}",
          f"{m['latency_ms']:.1f} ms", f"{m['cosine']:.3f}", f"{m['retrieval']:.3f}")
         for m in family["members"]
     ]  # fmt: skip
-    _print_table(("model", "parameters", "MACs", "latency", "cosine", "retrieval"), rows)
-    _say(f"report: {out / 'report.html'}")
+    print_table(("model", "parameters", "MACs", "latency", "cosine", "retrieval"), rows)
+    say(f"report: {out / 'report.html'}")
 
 
 @app.command()
@@ -124,12 +112,12 @@ def inspect(model: ModelName, as_json: Json = False) -> None:
     ]
     prunable = sum(pair.units * pair.cost for pair in pairs)
     if as_json:
-        return _print_json({"params": total, "prunable": prunable, "pairs": found})
+        return print_json({"params": total, "prunable": prunable, "pairs": found})
     rows = [
         (p["pair"], f"{p['heads']} × {p['width']}", f"{p['cost']:,}", f"{p['share']:.2%}")
         for p in found
     ]
-    _print_table(("pair", "heads × width", "cost per unit", "share of parameters"), rows)
+    print_table(("pair", "heads × width", "cost per unit", "share of parameters"), rows)
     print(f"{prunable:,} of {total:,} parameters are prunable ({prunable / total:.1%}).")
 
 
@@ -185,7 +173,7 @@ def search(
     path.save(out)
     if as_json:
         units = sum(pair.units for pair in path.pairs)
-        return _print_json(
+        return print_json(
             {"out": str(out), "method": path.method, "units": units, "config": dict(path.config)}
         )
     print(f"{path!r}\nwritten to {out}")
@@ -214,19 +202,19 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what a budget means for a path, without making a model."""
-    budget = _one(sparsity, params, bytes, macs, cache, latency_ms)
+    budget = budget_of(sparsity, params, bytes, macs, cache, latency_ms)
     if latency is not None:
         budget["latency"] = _table(latency)
-    options = _options_of(multiple_of, min_width, protect)
+    options = plan_options(multiple_of, min_width, protect)
     made = _path(path).plan(**budget, **options)
     if as_json:
-        return _print_json(made.to_dict())
+        return print_json(made.to_dict())
     rows = [
         (p.name, f"{p.heads} × {p.width}", f"{p.heads} × {made.widths[p.name]}",
          f"{made.widths[p.name] / p.width:.0%}")
         for p in made.pairs
     ]  # fmt: skip
-    _print_table(("pair", "dense", "kept", "share"), rows)
+    print_table(("pair", "dense", "kept", "share"), rows)
     print(repr(made))
 
 
@@ -259,8 +247,8 @@ def extract(
     from solpath.store import save
 
     check_output(out)
-    budget = _one(sparsity, params, bytes, macs, cache, latency_ms)
-    options = _options_of(multiple_of, min_width, protect)
+    budget = budget_of(sparsity, params, bytes, macs, cache, latency_ms)
+    options = plan_options(multiple_of, min_width, protect)
     found = _path(path)
     if latency_ms is None:
         if latency is not None:
@@ -275,14 +263,14 @@ def extract(
     try:
         processor = load_processor(model)
     except FileError as error:
-        _say(f"no tokenizer or image processor is saved with it: {error}")
+        say(f"no tokenizer or image processor is saved with it: {error}")
         processor = None
     save(small, out, tokenizer=processor)
     if as_json:
         summary = made.to_dict()
         found_ms = {"latency_ms": summary["latency_ms"]} if made.latency_ms else {}
         asked = {"out": str(out), "asked": summary["asked"]}
-        return _print_json({**asked, **summary["achieved"], **found_ms})
+        return print_json({**asked, **summary["achieved"], **found_ms})
     print(f"{made!r}\nwritten to {out}")
 
 
@@ -373,9 +361,9 @@ def evaluate_(
     else:
         result = evaluate(small, dense, batches_for(reference, dense, text, images, 0))
     if as_json:
-        return _print_json(result.to_dict())
+        return print_json(result.to_dict())
     names = {"task": "retrieval accuracy@1"}
-    _print_table(
+    print_table(
         ("metric", "value"),
         [(names.get(name, name), f"{value:.4f}") for name, value in result.metrics.items()],
     )
@@ -397,7 +385,7 @@ def bench(
     found = measure(models, random_tokens(models[dense], samples, tokens), repeats=repeats)
     if as_json:
         figures = {name: value.to_dict() for name, value in found.items()}
-        return _print_json({"models": figures, "tokens": tokens, "provenance": provenance()})
+        return print_json({"models": figures, "tokens": tokens, "provenance": provenance()})
     first = found[dense]
     rows = [
         (name, f"{m.params:,}", f"{m.macs / 1e6:,.0f} M", f"{m.bytes_on_disk / 1e6:.1f} MB",
@@ -405,7 +393,7 @@ def bench(
          f"{m.latency_ms / first.latency_ms:.2f}")
         for name, m in found.items()
     ]  # fmt: skip
-    _print_table(("model", "parameters", "MACs", "on disk", "peak", "latency", "ratio"), rows)
+    print_table(("model", "parameters", "MACs", "on disk", "peak", "latency", "ratio"), rows)
 
 
 @app.command()
@@ -419,7 +407,7 @@ def report(
     check_installed()
     file = write_report(folder)
     if as_json:
-        return _print_json({"report": str(file), "bytes": file.stat().st_size})
+        return print_json({"report": str(file), "bytes": file.stat().st_size})
     print(f"written to {file}")
 
 
@@ -436,65 +424,17 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if _state["debug"]:
             raise
         text = error.format_message() if hasattr(error, "format_message") else str(error)
-        _fail(text)
+        fail(text)
         return 2
     except Exception as error:
         if _state["debug"]:
             raise
-        _fail(f"unexpected {type(error).__name__}: {error}; solpath --debug shows where.")
+        fail(f"unexpected {type(error).__name__}: {error}; solpath --debug shows where.")
         return 1
     if code == 130:
         hint = _state["hint"]
-        _fail("stopped." if hint is None else f"stopped; the state is in {hint}.")
+        fail("stopped." if hint is None else f"stopped; the state is in {hint}.")
     return code if isinstance(code, int) else 0
-
-
-def _fail(text: str) -> None:
-    print(f"solpath: {' '.join(text.split())}", file=sys.stderr)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _print_json(value: Mapping[str, Any]) -> None:
-    print(json.dumps(value, indent=1, allow_nan=False))
-
-
-def _print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, title in enumerate(titles):
-        table.add_column(title, justify="right" if i else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-
-
-def _one(
-    sparsity: float | None,
-    params: float | None,
-    bytes: float | None,
-    macs: float | None,
-    cache: float | None,
-    latency_ms: float | None,
-) -> dict[str, Any]:
-    """The one budget that is given, by name."""
-    budgets = {"sparsity": sparsity, "params": params, "bytes": bytes, "macs": macs}
-    budgets |= {"cache": cache, "latency_ms": latency_ms}
-    given = {name: value for name, value in budgets.items() if value is not None}
-    if len(given) != 1:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in budgets)
-        raise BudgetError(f"give exactly one of {names}.")
-    return given
-
-
-def _options_of(multiple_of: int, min_width: int, protect: list[str] | None) -> dict[str, Any]:
-    """What `SolutionPath.plan` takes beside a budget."""
-    return {"multiple_of": multiple_of, "min_width": min_width, "protect": protect or ()}
 
 
 def _path(folder: Path) -> "SolutionPath":
@@ -523,7 +463,7 @@ def _plan_for_latency(
     if file is not None and file.exists():
         table = _table(file)
     else:
-        _say("measuring shapes; keep the machine quiet")
+        say("measuring shapes; keep the machine quiet")
         table = measure_latency(model, batch)
         if file is not None:
             table.save(file)
@@ -563,7 +503,7 @@ def _improve(
     save(better, out, tokenizer=load_processor(dense))
     before, after = (dict(evaluate(m, teacher, heldout).metrics) for m in (start, better))
     if as_json:
-        return _print_json({"out": str(out), "config": config, "before": before, "after": after})
+        return print_json({"out": str(out), "config": config, "before": before, "after": after})
     rows = [(name, f"{before[name]:.4f}", f"{after[name]:.4f}") for name in before]
-    _print_table(("held-out metric", "before", "after"), rows)
+    print_table(("held-out metric", "before", "after"), rows)
     print(f"written to {out}")
