@@ -206,7 +206,7 @@ def checkpoints() -> Iterator[list[str]]:
         for measure, label, unit in (
             ("params", "parameters, M", 1e6),
             ("macs", "MACs, G", 1e9),
-            ("cache", "cache, KiB a token", 512),
+            ("cache", "cache, KiB a token", 1024),
         ):
             numbers = [size[measure] / unit for size in entry["sizes"]]
             if any(numbers):
