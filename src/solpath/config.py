@@ -123,8 +123,8 @@ class TuneConfig:
     Attributes:
         steps: updates, one batch each.
         seed: of the adapters' start and of a shuffling `DataLoader`.
-        learning_rate: peak; None takes 1.5e-3 times the root of the held-out loss before the first
-            step, at most 1e-3, and ten times that for adapters.
+        learning_rate: peak; None takes 0.1 times the root of the held-out loss before the first
+            step, divided by the model's width, at most 1e-3; and ten times that for adapters.
         warmup: share of `steps` in which the learning rate grows from 0 to its peak.
         schedule: after that: ``cosine`` or ``linear`` to 0, or ``constant``.
         weight_decay: of the matrices, not of biases and norms.

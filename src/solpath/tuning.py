@@ -5,6 +5,7 @@ import copy
 import hashlib
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ from solpath.teacher import Lessons
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_RATE, _MAX_RATE = 1.5e-3, 1e-3  # per root of the held-out loss; and at most
+_RATE, _MAX_RATE = 0.1, 1e-3  # times the root of the held-out loss, over the width; and at most
 _ADAPTERS = 10  # times the rate of all weights
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _FIGURES = (
@@ -111,7 +112,7 @@ def tune(
         work = _copy(small).eval()
         if config.lora_rank is not None:
             add_adapters_(work, config.lora_rank, config.lora_alpha)
-        training = _Training(work, config, lessons, exam, accelerator)
+        training = _Training(work, config, lessons, exam, accelerator, _width(small))
         if state is not None and file is not None:
             training.restore_(state, file)
         show = progress and accelerator.is_main_process
@@ -140,8 +141,9 @@ class _Training:
         lessons: Lessons,
         exam: Lessons,
         accelerator: Accelerator,
+        width: float,
     ) -> None:
-        self._config, self._lessons, self._exam = config, lessons, exam
+        self._config, self._lessons, self._exam, self._width = config, lessons, exam, width
         self.accelerator = accelerator
         trained = [p for p in model.parameters() if p.requires_grad]
         decayed = [p for p in trained if p.dim() > 1]
@@ -177,11 +179,15 @@ class _Training:
 
     @property
     def _peak(self) -> float:
-        """Of the learning rate. An update of Adam is as long as its rate, whatever the gradient, so
-        the default goes with the distance to the dense model: with the root of the loss there."""
+        """Of the learning rate.
+
+        An update of Adam is as long as its rate, whatever the gradient, and changes what a layer
+        gives by as much as it has inputs. So the default goes with the distance to the dense
+        model, which is the root of the loss at the start, and against the width.
+        """
         if self._config.learning_rate is not None:
             return self._config.learning_rate
-        rate = min(_RATE * math.sqrt(self.checks[0][1]), _MAX_RATE)
+        rate = min(_RATE * math.sqrt(self.checks[0][1]) / self._width, _MAX_RATE)
         return rate if self._config.lora_rank is None else _ADAPTERS * rate
 
     def check_(self) -> None:
@@ -311,6 +317,12 @@ def _schedule(config: TuneConfig) -> Callable[[int], float]:
     unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     [factor] = get_scheduler(name, unit, warmup, config.steps).lr_lambdas
     return lambda step: factor(step + 0.5)  # of its middle: at both ends it may be 0
+
+
+def _width(model: nn.Module) -> float:
+    """Median number of inputs of the matrices that are trained."""
+    inputs = [p.shape[-1] for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    return statistics.median(inputs) if inputs else 1.0
 
 
 def _split(
