@@ -127,3 +127,8 @@ def fidelity(runs: Runs) -> str:
 def fidelity_of(metrics: Mapping[str, float]) -> str:
     """The same, of the metrics of one model."""
     return "kl" if "kl" in metrics else "cosine"
+
+
+def shown(value: float, metric: str) -> str:
+    """A fidelity as text: four decimals of a cosine, three digits of a distance."""
+    return f"{value:.4f}" if metric == "cosine" else f"{value:#.3g}"

@@ -27,6 +27,7 @@ from quality_runs import (
     keeps,
     means,
     read_runs,
+    shown,
     stored_runs,
     values,
 )
@@ -246,9 +247,9 @@ def tuning() -> Iterator[list[str]]:
         for keep, runs in rows.items():
             first = next(iter(runs.values()))
             metric = fidelity_of(first["dense"])
-            cells = [f"{runs[t]['after'][metric]:#.3g}" if t in runs else "" for t in limits]
+            cells = [shown(runs[t]["after"][metric], metric) if t in runs else "" for t in limits]
             shares = ", ".join(f"{runs[t]['share_won_back']:.0%}" for t in limits if t in runs)
-            before = f"{first['before'][metric]:#.3g}"
+            before = shown(first["before"][metric], metric)
             yield [first["settings"]["model"], f"{keep:.0%}", metric, before, *cells, shares]
 
 

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from quality_runs import NAMES, Runs, fidelity, headline, keeps, means, read_runs
+from quality_runs import NAMES, Runs, fidelity, headline, keeps, means, read_runs, shown
 from record import RESULTS
 
 # Workload, what the panel says, and the task's axis.
@@ -108,7 +108,7 @@ def compensated_table() -> str:
                 metric = fidelity(runs)
                 column = means(runs[method], metric)
                 where = keeps(runs)
-                cells = [f"{column[where.index(keep)]:#.3g}" for keep in COMMON]
+                cells = [shown(column[where.index(keep)], metric) for keep in COMMON]
                 seeds = f"{metric}, {len(runs[method])}"
                 rows.append([title if first else "", seeds if first else "", label, *cells])
                 first = False
