@@ -321,7 +321,7 @@ def _schedule(config: TuneConfig) -> Callable[[int], float]:
 
 def _width(model: nn.Module) -> float:
     """Median number of inputs of the matrices that are trained."""
-    inputs = [p.shape[-1] for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    inputs = [p.shape[-1] for p in model.parameters() if p.requires_grad and p.dim() == 2]
     return statistics.median(inputs) if inputs else 1.0
 
 
