@@ -94,7 +94,7 @@ def tune(
     config = config or TuneConfig()
     device = _check_model(small, config)
     file = None if checkpoint is None else Path(checkpoint) / "tune.safetensors"
-    header: dict[str, Any] = {"version": 2, "kind": "TuneConfig", "config": config.to_dict()}
+    header: dict[str, Any] = {"kind": "TuneConfig", "version": 2, "config": config.to_dict()}
     header["fingerprint"] = {}
     if file is not None:
         header["fingerprint"] = {"small": _digest(small), "dense": _digest(dense)}
