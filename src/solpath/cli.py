@@ -286,7 +286,7 @@ def tune(
         int | None, typer.Option(help="Train adapters of this rank, merged; default: all weights.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak; default: a tested one.")
+        float | None, typer.Option(help="Peak; default: by the distance to the dense model.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the order of texts and of the adapters.")] = 0,
     checkpoint: Annotated[
