@@ -29,18 +29,17 @@ from solpath.masks import masked
 from solpath.measurement import provenance
 from solpath.path import SolutionPath
 from solpath.searching import search
-from workloads import WORKLOADS, Workload, workload
+from workloads import BEST_SETTINGS, WORKLOADS, Workload, workload
 
-BEST = {"basis": "principal", "compensated": True}
 SEARCHES: dict[str, tuple[type, dict[str, Any]]] = {
     "spp": (SearchConfig, {}),
     "spp_principal": (SearchConfig, {"basis": "principal"}),
     "spp_principal_refit": (SearchConfig, {"basis": "principal"}),
-    "spp_best": (SearchConfig, BEST),
+    "spp_best": (SearchConfig, BEST_SETTINGS),
     "best_coordinate": (SearchConfig, {"compensated": True}),
-    "best_unfitted": (SearchConfig, BEST),
-    "best_continuous": (SearchConfig, BEST | {"binary": False}),
-    "best_constant_pull": (SearchConfig, BEST | {"growing_pull": False}),
+    "best_unfitted": (SearchConfig, BEST_SETTINGS),
+    "best_continuous": (SearchConfig, BEST_SETTINGS | {"binary": False}),
+    "best_constant_pull": (SearchConfig, BEST_SETTINGS | {"growing_pull": False}),
     "spp_continuous": (SearchConfig, {"binary": False}),
     "spp_constant_pull": (SearchConfig, {"growing_pull": False}),
     "inclusion": (InclusionConfig, {}),

@@ -16,7 +16,7 @@ import torch
 import typer
 from torch import nn
 
-from quality_runs import fidelity_of, save_runs, stored_runs
+from quality_runs import fidelity_of, save_runs, shown, stored_runs
 from record import RESULTS, show
 from solpath.compensation import compensate
 from solpath.config import TuneConfig
@@ -128,8 +128,8 @@ def _table(work: Workload, settings: dict[str, Any], runs: list[dict[str, Any]])
             f"keep {run['settings']['keep']:.2f}",
             f"{run['settings']['minutes']:g}",
             run["config"]["steps"],
-            f"{run['before'][metric]:.4f}",
-            f"{run['after'][metric]:.4f}",
+            shown(run["before"][metric], metric),
+            shown(run["after"][metric], metric),
             f"{run['share_won_back']:.1%}",
             f"{run['seconds']:.0f}",
         )

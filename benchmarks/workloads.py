@@ -2,8 +2,7 @@
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,10 @@ sys.path.insert(0, str(ROOT / "examples" / "zoo"))  # its modules are imported w
 Batch = dict[str, Tensor]
 IMAGE_KEEPS = (0.8, 0.6, 0.4, 0.25, 0.15)
 LANGUAGE_KEEPS = (0.9, 0.8, 0.6, 0.4, 0.25)
+BEST_SETTINGS: dict[str, Any] = {
+    "basis": "principal",
+    "compensated": True,
+}  # settings of the search that is best
 JUDGES = 256  # samples that decide which tuned weights are kept
 
 
@@ -117,9 +120,7 @@ def images(
         return [{"pixel_values": train[pick]} for pick in _picks(len(train), seed, count, size)]
 
     def tuning(seed: int, count: int) -> tuple[list[Batch], list[Batch]]:
-        pick = _picks(len(train) - JUDGES, seed, count, 32).flatten()
-        with _seeded(seed):
-            moved = digits.augment(train[pick])
+        moved, _ = _augmented(train, seed, count)
         seen, judges = {"pixel_values": moved}, {"pixel_values": train[-JUDGES:]}
         return _split(seen, 32), _split(judges, 32)
 
@@ -160,9 +161,7 @@ def clip(checkpoint: Path | None, heldout: int | None) -> Workload:
         ]
 
     def tuning(seed: int, count: int) -> tuple[list[Batch], list[Batch]]:
-        pick = _picks(len(train) - JUDGES, seed, count, 32).flatten()
-        with _seeded(seed):
-            moved = digits.augment(train[pick])
+        moved, pick = _augmented(train, seed, count)
         seen = _split(pairs(moved, train_labels[pick], seed), 32)
         return seen, _split(pairs(train[-JUDGES:], train_labels[-JUDGES:], seed + 1), 32)
 
@@ -195,10 +194,6 @@ def language(name: str, checkpoint: Path | None, heldout: int | None) -> Workloa
         tokens = stdlib_bytes.sequences("train", count * size, seed=seed + 1)
         return [{"input_ids": part} for part in tokens.split(size)]
 
-    def tuning(seed: int, count: int) -> tuple[list[Batch], list[Batch]]:
-        drawn = batches(seed, count + JUDGES // 16, 16)  # at random places: they hardly overlap
-        return drawn[:count], drawn[count:]
-
     return Workload(
         name=name,
         model=load(name, checkpoint or MODELS / name),
@@ -206,7 +201,7 @@ def language(name: str, checkpoint: Path | None, heldout: int | None) -> Workloa
         batches=batches,
         batch_size=16,
         calibration=32,
-        tuning=tuning,
+        tuning=_apart(batches, 16),
         heldout=[{"input_ids": part} for part in test.split(64)],
         task=lambda model: stdlib_bytes.bits_per_byte(model, test),
         headline="task",
@@ -227,10 +222,6 @@ def t5(checkpoint: Path | None, heldout: int | None) -> Workload:
         batch, _ = denoising.examples("train", count * size, seed=seed + 1)
         return _split(batch, size)
 
-    def tuning(seed: int, count: int) -> tuple[list[Batch], list[Batch]]:
-        drawn = batches(seed, count + JUDGES // 32, 32)  # at random places: they hardly overlap
-        return drawn[:count], drawn[count:]
-
     return Workload(
         name="t5",
         model=load("t5", checkpoint or MODELS / "t5"),
@@ -238,7 +229,7 @@ def t5(checkpoint: Path | None, heldout: int | None) -> Workload:
         batches=batches,
         batch_size=32,
         calibration=32,
-        tuning=tuning,
+        tuning=_apart(batches, 32),
         heldout=_split(test, 128),
         task=lambda model: denoising.bits_per_byte(model, test, said),
         headline="task",
@@ -262,7 +253,7 @@ WORKLOADS = {
 def best_search(seed: int, *, smoke: bool = False) -> SearchConfig:
     """The search whose members are compensated; `smoke` makes it tiny."""
     tiny: dict[str, Any] = {"steps": 4, "scale_batches": 1} if smoke else {}
-    return SearchConfig(seed=seed, basis="principal", compensated=True, **tiny)
+    return SearchConfig(seed=seed, **BEST_SETTINGS, **tiny)
 
 
 def workload(name: str, checkpoint: Path | None = None, heldout: int | None = None) -> Workload:
@@ -309,12 +300,26 @@ def _picks(available: int, seed: int, count: int, size: int) -> Tensor:
     return torch.cat(order)[: count * size].view(count, size)
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch; its random state comes back afterwards."""
+def _augmented(images: Tensor, seed: int, count: int) -> tuple[Tensor, Tensor]:
+    """``count * 32`` images, each a little moved, and their indices; never the last `JUDGES`."""
+    import digits
+
+    pick = _picks(len(images) - JUDGES, seed, count, 32).flatten()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        yield
+        return digits.augment(images[pick]), pick
+
+
+def _apart(
+    batches: Callable[[int, int, int], list[Batch]], size: int
+) -> Callable[[int, int], tuple[list[Batch], list[Batch]]]:
+    """`Workload.tuning` for texts from random places of a long corpus, which hardly overlap."""
+
+    def tuning(seed: int, count: int) -> tuple[list[Batch], list[Batch]]:
+        drawn = batches(seed, count + JUDGES // size, size)
+        return drawn[:count], drawn[count:]
+
+    return tuning
 
 
 def _split(batch: Batch, size: int) -> list[Batch]:

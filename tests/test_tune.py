@@ -160,15 +160,14 @@ def test_the_learning_rate_follows_its_schedule(bert, rates):
     for schedule in ("linear", "cosine", "constant"):
         rates.clear()
         run(small, bert, TuneConfig(steps=10, warmup=0.2, schedule=schedule, learning_rate=1e-4))
-        first = list(rates)
-        assert len(first) == 10
-        assert all(0 < rate <= 1e-4 for rate in first)
-        assert first[0] == pytest.approx(0.25e-4)
+        assert len(rates) == 10
+        assert all(0 < rate <= 1e-4 for rate in rates)
+        assert rates[0] == pytest.approx(0.25e-4)
         if schedule == "constant":
-            assert first[2:] == [1e-4] * 8
+            assert rates[2:] == [1e-4] * 8
         else:
-            assert first[2:] == sorted(first[2:], reverse=True)
-            assert first[-1] < 0.1e-4
+            assert rates[2:] == sorted(rates[2:], reverse=True)
+            assert rates[-1] < 0.1e-4
 
 
 @pytest.mark.parametrize("rank", [None, 2])
