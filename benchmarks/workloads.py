@@ -20,10 +20,7 @@ sys.path.insert(0, str(ROOT / "examples" / "zoo"))  # its modules are imported w
 Batch = dict[str, Tensor]
 IMAGE_KEEPS = (0.8, 0.6, 0.4, 0.25, 0.15)
 LANGUAGE_KEEPS = (0.9, 0.8, 0.6, 0.4, 0.25)
-BEST_SETTINGS: dict[str, Any] = {
-    "basis": "principal",
-    "compensated": True,
-}  # settings of the search that is best
+BEST_SETTINGS: dict[str, Any] = {"basis": "principal", "compensated": True}  # of the best search
 JUDGES = 256  # samples that decide which tuned weights are kept
 
 
