@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import solpath
 from conftest import build, inputs
-from solpath import files, store
+from solpath import files, manifest, store
 from solpath.counting import count_costs
 from solpath.discover import find_pairs, fingerprint
 from solpath.errors import ConfigError, FileError
@@ -334,10 +334,10 @@ def reseal(folder):
     head = json.loads((folder / "solpath.json").read_text())
     if isinstance(head.get("digests"), dict):
         for name in head["digests"]:
-            if store._SHARD.fullmatch(name) or name.endswith(".json"):
+            if manifest.SHARD.fullmatch(name) or name.endswith(".json"):
                 data = (folder / name).read_bytes() if (folder / name).is_file() else b""
                 head["digests"][name] = hashlib.sha256(data).hexdigest()
-    (folder / "solpath.json").write_text(json.dumps({**head, "checksum": store._checksum(head)}))
+    (folder / "solpath.json").write_text(json.dumps({**head, "checksum": manifest.checksum(head)}))
 
 
 def refused(folder, *words):

@@ -42,6 +42,8 @@ class SearchConfig:
         basis: ``coordinate`` searches the channels as they are; ``principal`` first turns query-key
             and value-output dimensions to their principal axes, where nothing stands in the way
             (`solpath.basis.obstacle` says what does: rotary embeddings, norms over the heads).
+        compensated: let a unit count only as far as the others cannot make up for it, for members
+            that go through `compensate`.
     """
 
     steps: int = 200

@@ -10,7 +10,6 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,11 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from solpath.cost import Achieved
 from solpath.discover import EXTRACTED
 from solpath.errors import ConfigError, FileError, SolpathError
 from solpath.files import (
-    Header,
     check_digest,
     check_header,
     check_output,
@@ -34,14 +31,24 @@ from solpath.files import (
     member,
     new_folder,
     read_data,
-    read_header,
     read_json,
     sync,
     write_json,
 )
+from solpath.manifest import (
+    ATTENTION,
+    CONFIG,
+    FORMAT,
+    FORMAT_VERSION,
+    GENERATION,
+    HEADER,
+    INDEX,
+    check_manifest,
+    checksum,
+    read_headers,
+)
 from solpath.plan import Plan
 from solpath.skeleton import (
-    OPTIONS,
     assign_,
     build_skeleton,
     check_same,
@@ -56,17 +63,9 @@ from solpath.skeleton import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMAT, FORMAT_VERSION = "solpath.model", 2
-HEADER, CONFIG, GENERATION = "solpath.json", "config.json", "generation_config.json"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ["*.json", "model*.safetensors", "vocab.txt", "merges.txt"]
 
-_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_DTYPES = {"float64", "float32", "float16", "bfloat16"}
-_ATTENTION = ("sdpa", "eager")
-
 
 Result = TypeVar("Result")
 
@@ -133,10 +132,10 @@ def load(
     folder = _locate(path, revision, token)
     file = member(folder, HEADER)
     head = read_json(file)
-    plan = _check_head(file, head)
+    plan = check_manifest(file, head)
     known = head["digests"]
     config = read_json(member(folder, CONFIG), sha256=known[CONFIG])
-    headers = _read_headers(folder, known)
+    headers = read_headers(folder, known)
     model_class = _named(folder, resolve, head["class"], head["model_type"])
     _named(folder, check_sizes, config, headers.values(), model_class)
     with digests([folder / name for name in headers] if verify else ()) as found:
@@ -230,7 +229,7 @@ class _Contents:
             "model_type": config.model_type,
             "dtype": str(dtype).removeprefix("torch."),
             "options": constructor_options(model),
-            "attention": attention if attention in _ATTENTION else _ATTENTION[0],
+            "attention": attention if attention in ATTENTION else ATTENTION[0],
             "provenance": {
                 "solpath": _version("solpath"),
                 "torch": torch.__version__,
@@ -305,13 +304,7 @@ def _write(
             write_json(folder / name, value)
             known[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     head = {**contents.head, "digests": known}
-    write_json(folder / HEADER, {**head, "checksum": _checksum(head)})
-
-
-def _checksum(head: Mapping[str, Any]) -> str:
-    """SHA-256 of every other field of `solpath.json`, in a canonical form."""
-    rest = {name: value for name, value in head.items() if name != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    write_json(folder / HEADER, {**head, "checksum": checksum(head)})
 
 
 def _named(folder: Path, function: Callable[..., Result], *values: Any) -> Result:
@@ -341,68 +334,6 @@ def _locate(path: str | os.PathLike[str], revision: str | None, token: str | boo
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise FileError(f"there is no folder {name}, and not from the Hub: {error}") from error
     return Path(found)
-
-
-def _check_head(file: Path, head: Mapping[str, Any]) -> Plan:
-    """Check every field of `solpath.json`; returns the plan."""
-    if head.get("format") != FORMAT or head.get("version") != FORMAT_VERSION:
-        raise FileError(
-            f"{file}: format and version are {head.get('format')!r} and {head.get('version')!r}; "
-            f"this solpath reads {FORMAT!r} and {FORMAT_VERSION}."
-        )
-    texts, maps = ("class", "model_type", "dtype", "attention"), ("options", "digests", "plan")
-    for names, kind in ((texts, str), (maps, dict)):
-        for name in names:
-            if not isinstance(head.get(name), kind):
-                raise FileError(f"{file}: {name} is missing or not a {kind.__name__}.")
-    if head.get("checksum") != _checksum(head):
-        raise FileError(f"{file}: checksum does not fit the other fields; the file was changed.")
-    for name, allowed in (("dtype", _DTYPES), ("attention", _ATTENTION)):
-        if head[name] not in allowed:
-            raise FileError(f"{file}: {name} is {head[name]!r}, not one of {sorted(allowed)}.")
-    for name, value in head["options"].items():
-        if name not in OPTIONS or not isinstance(value, bool):
-            raise FileError(f"{file}: options has {name!r}: {value!r}.")
-    for name, digest in head["digests"].items():
-        if name not in (CONFIG, GENERATION, INDEX) and not _SHARD.fullmatch(name):
-            raise FileError(f"{file}: digests names {name!r}, which is no file of this format.")
-        if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
-            raise FileError(f"{file}: digests[{name!r}] is not a SHA-256.")
-    if CONFIG not in head["digests"]:
-        raise FileError(f"{file}: digests does not name {CONFIG}.")
-    try:
-        plan = Plan.from_dict(head["plan"])
-        for field in fields(Achieved):
-            if type(getattr(plan.achieved, field.name)) not in (int, float):
-                raise ValueError(f"achieved.{field.name} is not a number")
-        if plan.fingerprint.architecture != head["class"]:
-            raise ValueError(f"fingerprint.architecture is not {head['class']}")
-        dict(plan.fingerprint.digests)
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise FileError(f"{file}: plan: {error}") from error
-    return plan
-
-
-def _read_headers(folder: Path, digests: Mapping[str, str]) -> dict[str, Header]:
-    """Headers of the weight files, by file name."""
-    shards = sorted(name for name in digests if _SHARD.fullmatch(name))
-    if INDEX not in digests:
-        if shards != [WEIGHTS]:
-            raise FileError(f"{folder / HEADER}: digests names neither {WEIGHTS} nor {INDEX}.")
-        return {WEIGHTS: read_header(member(folder, WEIGHTS))}
-    index = member(folder, INDEX)
-    places = read_json(index, sha256=digests[INDEX]).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
-        raise FileError(f"{index}: weight_map is missing or does not map names to files.")
-    if wrong := sorted(set(places.values()) ^ set(shards)):
-        raise FileError(
-            f"{index}: weight_map and the digests in {HEADER} differ in the file {wrong[0]!r}."
-        )
-    headers = {shard: read_header(member(folder, shard)) for shard in shards}
-    for shard, header in headers.items():
-        if wrong := sorted(set(header) ^ {key for key, place in places.items() if place == shard}):
-            raise FileError(f"{folder / shard}: tensor {wrong[0]!r} is not where weight_map says.")
-    return headers
 
 
 def _set_generation_(model: Any, folder: Path, sha256: str) -> None:
