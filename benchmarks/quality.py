@@ -7,7 +7,6 @@ already are not repeated, so the command can be interrupted and started again. R
 that scores otherwise (weights trained on another machine) are replaced.
 """
 
-import math
 import statistics
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 import typer
 from rich.console import Console
 
-from quality_runs import add_run, fidelity_of, same_run, stored_runs
+from quality_runs import add_run, fidelity_of, same_dense, same_run, stored_runs
 from record import RESULTS, show
 from rivals.gauss_newton import turned_gauss_newton
 from solpath.baselines import METHODS
@@ -177,10 +176,9 @@ def _search(
 
 
 def _current(run: dict[str, Any], work: Workload, dense: Any) -> bool:
-    """Whether a run has today's sizes and is of this dense model (not of one trained elsewhere)."""
+    """Whether a run has today's sizes and is of this dense model."""
     keeps = tuple(size["keep"] for size in run["sizes"])
-    expected = dense[work.headline]
-    return keeps == work.keeps and math.isclose(run["dense"][work.headline], expected, rel_tol=1e-3)
+    return keeps == work.keeps and same_dense(run, dense, work.headline)
 
 
 def _table(

@@ -1,6 +1,7 @@
 """The results of quality.py, rival_quality.py and tuning.py: stored, and read back for the docs."""
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,6 +72,11 @@ def stored_runs(file: Path) -> list[dict[str, Any]]:
 def same_run(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two runs are of one method with one seed and one choice of settings."""
     return all(one[key] == other[key] for key in ("method", "seed", "settings"))
+
+
+def same_dense(run: Mapping[str, Any], dense: Mapping[str, float], metric: str) -> bool:
+    """Whether a run is of this dense model, and not of one trained on another machine."""
+    return math.isclose(run["dense"][metric], dense[metric], rel_tol=1e-3)
 
 
 def add_run(file: Path, run: dict[str, Any]) -> None:

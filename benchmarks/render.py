@@ -244,7 +244,7 @@ def tuning() -> Iterator[list[str]]:
         rows: dict[float, dict[str, Any]] = {}
         for run in stored_runs(file):
             rows.setdefault(run["settings"]["keep"], {})[f"{run['settings']['minutes']:g}"] = run
-        for keep, runs in rows.items():
+        for keep, runs in sorted(rows.items(), reverse=True):
             first = next(iter(runs.values()))
             metric = fidelity_of(first["dense"])
             cells = [shown(runs[t]["after"][metric], metric) if t in runs else "" for t in limits]

@@ -4,7 +4,8 @@
 
 The time of a step is measured first; each run then has as many steps as fit in its minutes, so that
 its schedule ends with its time. Members are those of quality.py's best method. Every run
-is added to the JSON as soon as it ends; runs that are there already are not repeated.
+is added to the JSON as soon as it ends; runs that are there already are not repeated. Runs of a dense
+model that scores otherwise (weights trained on another machine) are replaced.
 """
 
 import time
@@ -16,7 +17,7 @@ import torch
 import typer
 from torch import nn
 
-from quality_runs import fidelity_of, save_runs, shown, stored_runs
+from quality_runs import fidelity_of, same_dense, save_runs, shown, stored_runs
 from record import RESULTS, show
 from solpath.compensation import compensate
 from solpath.config import TuneConfig
@@ -25,11 +26,11 @@ from solpath.extraction import extract
 from solpath.measurement import provenance
 from solpath.searching import search
 from solpath.tuning import tune
-from workloads import Batch, Workload, best_search, workload
+from workloads import WORKLOADS, Batch, Workload, best_search, workload
 
 
 def main(
-    model: Annotated[str, typer.Option(help="minilm, digits or llama.")],
+    model: Annotated[str, typer.Option(help=f"{', '.join(WORKLOADS)}.")],
     keeps: Annotated[str, typer.Option(help="Comma-separated shares.")] = "0.4,0.25",
     minutes: Annotated[str, typer.Option(help="Comma-separated.")] = "1,3,10",
     seed: Annotated[int, typer.Option(help="Of search, batches and tuning.")] = 0,
@@ -66,7 +67,8 @@ def main(
         small = None
         for limit in limits:
             key = {**settings, "keep": keep, "minutes": limit}
-            if any(run["settings"] == key for run in stored_runs(out)):
+            known = [run for run in stored_runs(out) if run["settings"] == key]
+            if any(same_dense(run, dense, work.headline) for run in known):
                 continue
             path = path or search(work.model, batches, search_config, progress=False)
             if small is None:
@@ -75,7 +77,7 @@ def main(
             run = _run(work, small, config, train, judges, targets, limit)
             run |= {"settings": key, "dense": dense, "search": dict(path.config)}
             run |= {"share_won_back": _share_won_back(run, fidelity_of(dense), dense)}
-            save_runs(out, [*stored_runs(out), run])
+            save_runs(out, [*(r for r in stored_runs(out) if r["settings"] != key), run])
     _table(work, settings, stored_runs(out))
 
 
