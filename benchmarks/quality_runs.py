@@ -59,7 +59,7 @@ PARTS = {
     "best_continuous": "continuous masks in place of binary ones",
     "best_constant_pull": "constant pull in place of a growing one",
 }
-SHORT = ("spp_best", "spp_principal_refit", "gauss_newton_refit", "corp_pooled", "modegpt")
+SHORT = ("spp_best", "gauss_newton_refit", "corp_pooled", "osscar_pooled", "corp")
 Runs = dict[str, list[dict[str, Any]]]
 
 
