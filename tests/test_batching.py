@@ -88,6 +88,19 @@ def test_batches_index_like_a_list(folder):
     assert len(batches) == len(list(batches)) == 4
 
 
+def test_a_part_of_them_reads_nothing_yet(folder, monkeypatch):
+    whole = solpath.image_batches(folder, processor(), batch_size=3, seed=None)
+    expected = values(whole)
+    monkeypatch.setattr("solpath.batching._read_images", None)
+    parts = [whole[:1], whole[1:], whole[-1:], whole[2:]]
+    assert [len(part) for part in parts] == [1, 1, 1, 0]
+    monkeypatch.undo()
+    first, rest, last, _ = map(values, parts)
+    assert first + rest == expected
+    assert rest == last
+    assert values(whole[::-1]) == rest + first
+
+
 def test_images_paths_and_data_sets_are_the_same(folder):
     images = [gray(value) for value in (1, 2, 3)]
     rows = datasets.Dataset.from_dict({"picture": images, "kind": [5, 6, 7]})
@@ -117,6 +130,10 @@ def test_what_is_wrong_with_images_is_named(folder, tmp_path, monkeypatch):
         solpath.image_batches(tmp_path / "empty", processor())
     with pytest.raises(FileError, match="is in no subfolder"):
         solpath.image_batches(folder / "c", processor(), label_column="label")
+    gray(0).save(folder / "z.png")
+    with pytest.raises(FileError, match=r"z\.png is in no subfolder"):
+        solpath.image_batches(folder, processor(), label_column="label")
+    (folder / "z.png").unlink()
     with pytest.raises(BatchError, match="source is empty"):
         solpath.image_batches([], processor())
     with pytest.raises(ConfigError, match="no column 'image'; the columns are photo, kind"):
@@ -125,8 +142,9 @@ def test_what_is_wrong_with_images_is_named(folder, tmp_path, monkeypatch):
         solpath.image_batches([3], processor())[0]
     with pytest.raises(ConfigError, match="limit: a stream"):
         solpath.image_batches(iter([gray(0)]), processor())
-    with pytest.raises(ConfigError, match="batch_size must be an integer of at least 1, got 0"):
-        solpath.image_batches(folder, processor(), batch_size=0)
+    for size in (0, 16.0, "16", True):
+        with pytest.raises(ConfigError, match="batch_size must be an integer of at least 1, got"):
+            solpath.image_batches(folder, processor(), batch_size=size)
     real = builtins.__import__
 
     def without_pillow(name, *args, **options):

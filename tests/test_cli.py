@@ -1,5 +1,6 @@
 """The command line, as a user runs it, on the real model where that takes seconds."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from transformers import ViTImageProcessor
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 import solpath
 from conftest import build, inputs
@@ -176,6 +178,14 @@ def test_a_short_search_goes_on_from_its_checkpoint(texts, tmp_path, capsys):
         ),
         (["plan", "{path}", "--cache", "0.5"], "cache is no budget"),
         (["search", "{model}", "--out", "{tmp}/p", "--steps", "0"], "steps must be an integer"),
+        (
+            ["search", "{model}", "--out", "{tmp}/p", "--method", "random", "--steps", "9"],
+            "not of random",
+        ),
+        (
+            ["compensate", "{tmp}", "{model}", "--out", "{tmp}/c", "--batch-count", "3"],
+            "--batch-count",
+        ),
         (["search", "{model}", "--out", "{tmp}/p", "--text", "{tmp}/no.txt"], "no.txt"),
         (["search", "{model}"], "--out"),
         (["demo", "--out", "{path}"], "is not empty"),
@@ -210,7 +220,35 @@ def test_interrupt_exits_130_with_a_hint(texts, tmp_path, monkeypatch, capsys):
     arguments = ["search", str(installed_model()), "--text", str(texts)]
     arguments += ["--out", str(tmp_path / "path"), "--checkpoint", str(tmp_path / "state")]
     assert run(arguments) == 130
-    assert str(tmp_path / "state") in capsys.readouterr().err
+    assert capsys.readouterr().err == "solpath: stopped.\n"  # before anything was written
+    (tmp_path / "state").mkdir()
+    assert run(arguments) == 130
+    assert f"the state is in {tmp_path / 'state'}; run the same" in capsys.readouterr().err
+
+
+def test_no_arguments_show_the_help(capsys):
+    assert run([]) == 0
+    assert capsys.readouterr().out.count("\n") > 10
+
+
+def test_a_model_with_a_decoder_of_its_own_is_for_python(texts, tmp_path, capsys):
+    build("t5").save_pretrained(tmp_path / "t5")
+    for command in (
+        ["search", str(tmp_path / "t5"), "--text", str(texts), "--out", str(tmp_path / "path")],
+        ["eval", str(tmp_path / "t5"), "--reference", str(tmp_path / "t5")],
+        ["bench", str(tmp_path / "t5"), str(tmp_path / "t5")],
+    ):
+        assert run(command) == 2
+        assert "takes decoder input and text; " in capsys.readouterr().err
+
+
+def test_a_decoder_without_padding_is_compared_on_blocks(tmp_path, capsys):
+    words = Tokenizer(models.WordLevel({"the": 0, "a": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="?").save_pretrained(tmp_path)
+    build("gpt2").save_pretrained(tmp_path)
+    assert run(["eval", str(tmp_path), "--reference", str(tmp_path), "--json"]) == 0
+    assert out_of(capsys)["metrics"]["kl"] == 0
 
 
 @pytest.fixture(scope="module")
@@ -269,6 +307,8 @@ def test_quick_demo(tmp_path):
     assert family == json.loads((out / "family.json").read_text())
     assert [member["name"] for member in family["members"]] == ["dense", "s20", "s40", "s60", "s75"]
     assert (out / "report.html").stat().st_size > 10_000
+    weights = (installed_model() / "model.safetensors").read_bytes()
+    assert family["model"]["sha256"] == hashlib.sha256(weights).hexdigest()
     sizes = []
     for percent in (20, 40, 60, 75):
         model = solpath.load(out / "models" / f"s{percent}")

@@ -183,6 +183,11 @@ def test_bad_input():
         compensated(small, dense, ridge=0)
     with pytest.raises(BatchError, match="at least 4 batches, got 3"):
         compensated(small, dense, batches(dense, 3))
+    with pytest.raises(BatchError, match="a single dict; wrap it in a list"):
+        compensated(small, dense, batches(dense, 1)[0])
+    small.to("meta")
+    with pytest.raises(BatchError, match="input_ids is on cpu, the model on meta"):
+        compensated(small, dense, batches(dense, 4))
 
 
 def test_what_the_kept_variables_cannot_predict():
@@ -226,3 +231,28 @@ def test_twins_are_told_apart_from_loners(label):
     alone = torch.ones(pair.units)
     alone[0] = 0
     assert own_share(model, [pair], inputs_seen, alone)[last] > own[last]
+
+
+def test_a_mean_far_above_the_spread_hides_nothing(bert):
+    """Variances are differences of large numbers, and must come out as from centred inputs."""
+    pair = next(pair for pair in find_pairs(bert) if pair.kind == "mlp")
+    first, second = (linear_map(bert, side.module) for side in pair.sides)
+    with torch.no_grad():
+        first.bias.add_(1000)
+    seen = []
+    hook = bert.get_submodule(pair.right.module).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].flatten(0, -2).double())
+    )
+    data = [batch["input_ids"] for batch in batches(bert, 8)]
+    with torch.no_grad(), input_hooks(bert, [pair], None) as totals:
+        for batch in data:
+            run(bert, batch, labels=False)
+    hook.remove()
+    moments = totals[pair.name]
+    means = moments[-1, :-1] / moments[-1, -1]
+    found = moments[:-1, :-1] / moments[-1, -1] - torch.outer(means, means)
+    expected = torch.cat(seen).T.cov(correction=0)
+    assert second.in_features == len(expected)
+    assert (found - expected).abs().max() < 1e-6 * expected.diagonal().max()
+    own = own_share(bert, [pair], totals, torch.ones(pair.units))  # and can be factorised
+    assert own.max() < 0.01  # the bias after it makes up for the means

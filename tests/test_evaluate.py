@@ -178,6 +178,14 @@ def test_result_goes_to_json(llama):
     assert value["provenance"]["versions"]["torch"] == torch.__version__
 
 
+def test_single_batches_and_other_devices_are_refused(llama):
+    with pytest.raises(BatchError, match="a single dict; wrap it in a list"):
+        evaluate(llama, llama, text(1)[0])
+    there = [{key: value.to("meta") for key, value in text(1)[0].items()}]
+    with pytest.raises(BatchError, match="input_ids is on meta, the model on cpu"):
+        evaluate(llama, reference_outputs(llama, text(1)), there)
+
+
 def test_empty_batches_are_refused(llama):
     with pytest.raises(BatchError, match="empty"):
         evaluate(llama, llama, [])

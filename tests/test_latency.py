@@ -262,6 +262,34 @@ def test_a_plan_is_corrected_until_the_stopwatch_agrees(bert, monkeypatch):
     assert sum(p.numel() for p in small.parameters()) == plan.achieved.params
 
 
+def test_a_latency_near_the_dense_one_is_met(bert, monkeypatch):
+    """The first plan is faster than predicted; the corrected table has a faster dense model."""
+    path = solpath.baselines.magnitude(bert, [inputs(bert)])
+    clock(monkeypatch, additive)
+    found = solpath.measure_latency(bert, inputs(bert))
+    asked = 0.99 * found.dense_ms
+    whole = {pair.name: pair.width for pair in path.pairs}
+    clock(monkeypatch, lambda widths: additive(widths) * (1.0 if widths == whole else 0.9))
+    plan = solpath.plan_for_latency(bert, path, inputs(bert), asked, latency=found)
+    assert plan.widths == whole
+    assert plan.asked["latency_ms"] == asked
+    assert plan.latency_ms["measured"] == pytest.approx(found.dense_ms)
+
+
+def test_what_cannot_be_planned_is_refused_before_anything_is_measured(bert, monkeypatch):
+    path = solpath.baselines.magnitude(bert, [inputs(bert)])
+    monkeypatch.setattr(timing, "latencies", None)
+    for options, words in (
+        ({"latency_ms": 0}, "latency_ms must be a positive number"),
+        ({"latency_ms": 5, "multiple_of": 0}, "multiple_of must be"),
+        ({"latency_ms": 5, "protect": ["zzz"]}, "matches no pair"),
+    ):
+        with pytest.raises((BudgetError, ConfigError), match=words):
+            solpath.plan_for_latency(bert, path, inputs(bert), **options)
+    with pytest.raises(FingerprintError, match="another model"):
+        solpath.plan_for_latency(build("bert", seed=1), path, inputs(bert), 5)
+
+
 def test_what_no_plan_meets_is_an_error_with_what_was_measured(bert, monkeypatch):
     path = solpath.baselines.magnitude(bert, [inputs(bert)])
     clock(monkeypatch, additive)

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+import solpath
 from conftest import CASES, build, inputs
 from plans import random_plan
 from solpath.discover import find_pairs
+from solpath.errors import FingerprintError
 from solpath.masks import energy_hooks, mask_hooks
-from solpath.objective import forward, run
+from solpath.objective import counted, forward, run
 from solpath.plan import norm_gain
 
 NORMED = ["qwen3", "gemma3_text", "gemma3"]
@@ -169,10 +171,31 @@ def test_energy_is_the_sum_of_squares_over_tokens_that_count(label):
     model = build(label).double()
     pairs = [pair for pair in find_pairs(model) if pair.norms]
     batch = inputs(model)
-    with torch.no_grad(), energy_hooks(model, pairs, batch["attention_mask"]) as energy:
+    with torch.no_grad(), energy_hooks(model, pairs, batch) as energy:
         run(model, batch, labels=False)
     for pair in pairs:
         torch.testing.assert_close(energy[pair.name], energy_by_hand(model, pair, batch))
+
+
+def test_padding_of_two_sides_is_told_apart_or_not_used():
+    """Encoder and decoder of equal length: whose activation it is cannot be seen."""
+    states, other = torch.zeros(2, 3, 5), torch.zeros(2, 4, 5)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    batch = {"input_ids": mask, "attention_mask": mask}
+    assert torch.equal(counted(batch, states), mask.bool())
+    assert counted(batch, other) is None
+    assert counted(batch | {"decoder_input_ids": mask}, states) is None
+    assert counted(batch | {"decoder_attention_mask": mask.flip(1)}, states) is None
+    assert torch.equal(counted(batch | {"decoder_attention_mask": mask}, states), mask.bool())
+    longer = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    assert torch.equal(counted(batch | {"decoder_attention_mask": longer}, other), longer.bool())
+    assert counted(mask, states) is None
+
+
+def test_a_plan_of_another_class_is_refused(bert):
+    block = solpath.masked(bert, random_plan(build("vit"), [0.5]))
+    with pytest.raises(FingerprintError, match="the class is BertModel, not ViT"):
+        block.__enter__()
 
 
 def test_cases_are_awkward():

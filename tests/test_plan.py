@@ -150,7 +150,10 @@ def test_bad_budgets(options, words):
     [
         ({"protect": ["nothing*"]}, "matches no pair"),
         ({"multiple_of": 0}, "multiple_of"),
+        ({"multiple_of": 8.0}, "multiple_of"),
+        ({"multiple_of": "8"}, "multiple_of"),
         ({"min_width": -1}, "min_width"),
+        ({"min_width": 2.5}, "min_width"),
     ],
 )
 def test_bad_options(options, words):
@@ -198,6 +201,12 @@ def test_path_round_trip(bert, tmp_path):
     (tmp_path / "old" / "path.json").write_text(json.dumps(header | {"version": 1}))
     with pytest.raises(FileError, match="version 1; a path of another version has to be searched"):
         SolutionPath.load(tmp_path / "old")
+    for part in ("unit_bytes", "unit_macs", "unit_cache", "unit_params"):
+        damaged = json.loads((tmp_path / "path" / "path.json").read_text())
+        damaged["costs"][part].popitem()
+        (tmp_path / "old" / "path.json").write_text(json.dumps(damaged))
+        with pytest.raises(FileError, match=r"path\.json: KeyError in field"):
+            SolutionPath.load(tmp_path / "old")
     with pytest.raises(FileError, match="not empty"):
         path.save(tmp_path / "path")
     path.save(tmp_path / "path", overwrite=True)

@@ -132,6 +132,19 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path):
         from_pretrained(tmp_path)
 
 
+def test_damaged_files_are_named(bert, tmp_path):
+    bert.save_pretrained(tmp_path)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[:1000])
+    with pytest.raises(FileError, match="cannot load"):
+        from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    with pytest.raises(FileError, match="cannot load"):
+        from_pretrained(tmp_path)
+
+
 def test_names_that_lead_nowhere(tmp_path):
     (tmp_path / "file").write_text("")
     for name in (tmp_path / "nothing", tmp_path / "file", "a/b/c", "../up"):

@@ -106,6 +106,11 @@ def test_report_is_deterministic(folder: Path) -> None:
         (("members", 2, "params"), None, "members[2].params"),
         (("members", 1, "widths"), {}, "members[1].widths"),
         (("model",), 3, "model"),
+        (("model", "sha256"), 3, "model.sha256"),
+        (("search", "text"), None, "search.text"),
+        (("provenance", "threads"), None, "provenance.threads"),
+        (("members", 1, "folder"), 3, "members[1].folder"),
+        (("members", 0, "latency_ms"), 0, "members[0].latency_ms must be positive"),
     ],
 )
 def test_damaged_family_names_file_and_field(folder: Path, keys, value, named: str) -> None:

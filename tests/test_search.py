@@ -268,6 +268,23 @@ def test_a_shuffling_loader_is_reproducible_and_cycled(bert):
         assert not torch.equal(torch.cat(forward[:3]), torch.cat(forward[3:6]))
 
 
+def test_a_loader_gives_every_batch_once(bert):
+    """What a step needs twice is read once; only the looks before the steps start again."""
+
+    class Counted:
+        reads = 0
+
+        def __iter__(self):
+            for batch in batches(bert, 60):
+                self.reads += 1
+                yield batch
+
+    loader = Counted()
+    path = run(bert, loader, SearchConfig(steps=40, scale_batches=2))
+    assert loader.reads <= 40 + 20
+    assert same(path, run(bert, batches(bert, 60), SearchConfig(steps=40, scale_batches=2)))
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
@@ -320,7 +337,8 @@ def test_models_that_cannot_be_pruned(bert):
 @pytest.mark.parametrize(
     ("field", "value"),
     [("steps", 1), ("steps", 2.5), ("seed", -1), ("momentum", 1.0), ("relaxation", 0.0),
-     ("final_size", 0.0), ("sharpness", 0.0), ("shrinkage", -1.0), ("memory", 1.1)],
+     ("final_size", 0.0), ("sharpness", 0.0), ("shrinkage", -1.0), ("memory", 1.1),
+     ("momentum", "0.5"), ("binary", "false"), ("compensated", 1)],
 )  # fmt: skip
 def test_bad_settings(field, value):
     with pytest.raises(ConfigError, match=field):
@@ -331,6 +349,26 @@ def test_bad_settings(field, value):
 def test_bad_inclusion_settings(field):
     with pytest.raises(ConfigError, match=field):
         InclusionConfig(**{field: -1.0})
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ("taylor", {"scale_batches": 0}, "scale_batches must be"),
+        ("gauss_newton", {"scale_batches": 1.5}, "scale_batches must be"),
+        ("iterative", {"stages": 0}, "stages must be"),
+        ("iterative_curvature", {"keep": 0}, "keep must be"),
+        ("released", {"steps": 0}, "steps must be"),
+    ],
+)
+def test_bad_settings_of_baselines(bert, method, options, words):
+    with pytest.raises(ConfigError, match=words):
+        baselines.METHODS[method](bert, batches(bert), **options)
+
+
+def test_bad_checkpoint_every(bert):
+    with pytest.raises(ConfigError, match="checkpoint_every must be an integer of at least 1"):
+        run(bert, checkpoint_every=0)
 
 
 def test_units_that_do_nothing_leave_first():

@@ -386,6 +386,8 @@ def test_held_out_by_default(bert):
     data = batches(bert, 20)
     default = run(cut(bert), bert, data=data, heldout=None)
     assert same(default, run(cut(bert), bert, data=data[:-2], heldout=data[-2:]))
+    with pytest.raises(ConfigError, match="checkpoint_every must be"):
+        run(cut(bert), bert, data=data, checkpoint_every=0)
     with pytest.raises(BatchError, match="a tenth of 9 batches; pass heldout="):
         run(cut(bert), bert, data=data[:9], heldout=None)
     with pytest.raises(BatchError, match="of a DataLoader; pass heldout="):
@@ -441,6 +443,9 @@ def test_a_loss_that_is_not_finite_stops_tuning(bert, tmp_path):
         run(small, bert, data=data, **options)
     with pytest.raises(NonFiniteLossError, match="the held-out loss is nan at step 0"):
         run(small, bert, data=data, heldout=data[2:])
+    options = {"checkpoint": tmp_path / "none", "heldout": data[2:]}
+    with pytest.raises(NonFiniteLossError, match=r"nan at step 0\.$"):  # and no checkpoint to go on
+        run(small, bert, data=data, **options)
 
 
 @pytest.mark.parametrize(

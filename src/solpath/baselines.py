@@ -1,4 +1,7 @@
-"""Other ways to order the units. Each gives the same `SolutionPath` as the search does."""
+"""Other ways to order the units. Each gives the same `SolutionPath` as the search does.
+
+`model`, `batches`, `seed` and `loss` are those of `solpath.search`, and so are the errors.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from solpath.config import check_count, check_number
 from solpath.counting import count_costs
 from solpath.discover import find_pairs, fingerprint
 from solpath.dynamics import sparse_copy
@@ -34,7 +38,7 @@ def magnitude(
 
     The product does not change when scale moves from one side to the other. It is divided by its
     mean over the pair, so that layers can be compared. `batches` only gives the sample that MACs
-    are counted on.
+    are counted on and, for norms over the heads, what passes through them.
     """
     with _probe(model, batches, loss, seed) as (model, pairs, probe):
         parts = []
@@ -58,6 +62,7 @@ def taylor(
     With a user's loss the derivative is that of the loss; without one, where it is exactly 0 at
     the dense model, that of a random projection of the output with the loss's curvature.
     """
+    check_count("scale_batches", scale_batches, 1)
     with _probe(model, batches, loss, seed) as (model, pairs, probe):
         score = probe.curvature(scale_batches, absolute=True)[0] / probe.cost
         config = {"seed": seed, "scale_batches": scale_batches}
@@ -73,6 +78,7 @@ def gauss_newton(
     scale_batches: int = 16,
 ) -> SolutionPath:
     """Expected loss of removing a unit from the dense model, to second order, per parameter."""
+    check_count("scale_batches", scale_batches, 1)
     with _probe(model, batches, loss, seed) as (model, pairs, probe):
         diagonal, slope = probe.curvature(scale_batches)
         score = (diagonal / 2 - slope) / probe.cost
@@ -99,6 +105,9 @@ def iterative(
         scale_batches: batches for each, different at every stage.
         first_order: use the gradient at the current size as well as the curvature.
     """
+    check_number("keep", keep, 1e-3, 0.9)
+    check_count("stages", stages, 1)
+    check_count("scale_batches", scale_batches, 1)
     with _probe(model, batches, loss, seed) as (model, pairs, probe):
         mask = torch.ones(probe.units, dtype=torch.float64)
         score = torch.zeros_like(mask)
@@ -165,6 +174,9 @@ def released(
     by V, which is finer than the published count of logged steps with Γ > 0; every head has its
     own mask, where the published code shares one.
     """
+    check_count("steps", steps, 1)
+    check_number("learning_rate", learning_rate, 1e-12, 1e3)
+    check_number("lam", lam, 1e-6, 1e12)
     with _probe(model, batches, loss, seed) as (model, pairs, probe):
         mask = torch.ones(probe.units, dtype=torch.float64, requires_grad=True)
         adam = torch.optim.AdamW([mask], lr=learning_rate, eps=1e-4, weight_decay=0)

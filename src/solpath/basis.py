@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from solpath.objective import Batch, counted
 from solpath.pair import Pair, Side
 from solpath.slicing import linear_map
 
@@ -88,12 +89,12 @@ def principal_basis(
 
 @contextlib.contextmanager
 def moment_hooks(
-    model: nn.Module, pairs: Sequence[Pair], keep: Tensor | None
+    model: nn.Module, pairs: Sequence[Pair], batch: Batch
 ) -> Iterator[dict[str, Tensor]]:
     """Add up second moments while the model runs.
 
     Args:
-        keep: bool or 0/1 ``[batch, tokens]``: tokens that count; None for all.
+        batch: what it runs on; its padding does not count.
 
     Yields:
         Pair name to float64 ``[2, heads, width, width]`` on the CPU: of query and key; or of the
@@ -105,8 +106,8 @@ def moment_hooks(
     def watch(pair: Pair, side: Side, total: Tensor) -> Any:
         def note(states: Tensor) -> None:
             states = states.detach().double()
-            if keep is not None and keep.shape == states.shape[:2]:
-                states = states * keep.unsqueeze(-1)
+            keep = counted(batch, states)
+            states = states if keep is None else states * keep.unsqueeze(-1)
             rows = _by_head(pair, side, states.flatten(0, -2).mT)
             total.add_(torch.einsum("hrin,hrjn->hij", rows, rows).cpu())
 

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, overload
 import torch
 from torch import Tensor
 
+from solpath.config import check_count
 from solpath.errors import BatchError, ConfigError, FileError
 
 Tensors: TypeAlias = dict[str, Tensor]
@@ -23,7 +24,8 @@ _NO_LIMIT = 100_000  # what tokenizers without a longest text give is far above
 class Batches(Sequence[Tensors]):
     """Batches of samples that are read when a batch is asked for, and not kept.
 
-    ``list(batches)`` reads all of them once and keeps them. The last batch may be shorter.
+    ``list(batches)`` reads all of them once and keeps them; ``batches[:100]`` reads none yet. The
+    last batch may be shorter.
     """
 
     def __init__(self, make: Callable[[Sequence[int]], Tensors], order: Sequence[int], size: int):
@@ -35,13 +37,16 @@ class Batches(Sequence[Tensors]):
     @overload
     def __getitem__(self, index: int) -> Tensors: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Tensors]: ...
-    def __getitem__(self, index: int | slice) -> Tensors | list[Tensors]:
+    def __getitem__(self, index: slice) -> Sequence[Tensors]: ...
+    def __getitem__(self, index: int | slice) -> Tensors | Sequence[Tensors]:
         places = range(len(self))[index]
-        if isinstance(places, range):
+        if not isinstance(places, range):
+            start = places * self._size
+            return self._make(self._order[start : start + self._size])
+        if places.step != 1:
             return [self[place] for place in places]
-        start = places * self._size
-        return self._make(self._order[start : start + self._size])
+        part = self._order[places.start * self._size : places.stop * self._size]
+        return Batches(self._make, part, self._size)
 
 
 def image_batches(
@@ -58,12 +63,13 @@ def image_batches(
     """Batches of images, read when they are asked for.
 
     Args:
-        source: a folder, searched with all its subfolders; or a sequence (a data set of `datasets`
-            too) of images, paths, or rows with an `image_column`. All are made RGB.
+        source: a folder, searched with all its subfolders; or images, paths, or rows with an
+            `image_column`: a list, a data set of `datasets`, a stream. All are made RGB.
         processor: the model's image processor.
         batch_size: images per batch.
-        limit: images at most, the first ones in the order of `seed`.
-        seed: of the order; None keeps that of `source`, or for a folder that of the paths.
+        limit: images at most, the first ones in the order of `seed`; a stream needs one.
+        seed: of the order; None keeps that of `source`, or for a folder that of the paths. A stream
+            is read as it comes.
         image_column: of the rows.
         label_column: of the rows; adds ``labels``. In a folder the label is the place of the first
             subfolder among all of them in sorted order, as in ImageNet.
@@ -194,7 +200,7 @@ def image_text_batches(
         batch_size: pairs per batch.
         length: tokens per text, cut or padded; None takes the tokenizer's longest.
         limit: pairs at most; a stream needs one.
-        seed: of the order; None keeps it.
+        seed: of the order; None keeps it. A stream is read as it comes.
         image_column: of the rows.
         text_column: of the rows.
         device: where the batches go.
@@ -248,8 +254,8 @@ def image_text_batches(
 
 def _check_counts(**values: int | None) -> None:
     for name, value in values.items():
-        if value is not None and (isinstance(value, bool) or int(value) != value or value < 1):
-            raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
+        if value is not None:
+            check_count(name, value, 1)
 
 
 def _check_columns(row: Any, columns: Iterable[str]) -> None:
@@ -287,9 +293,9 @@ def _image_files(folder: Path, image_column: str, label_column: str | None) -> l
         raise FileError(f"{folder} has no images; known are {', '.join(sorted(IMAGE_SUFFIXES))}.")
     rows: list[dict[str, Any]] = [{image_column: file} for file in files]
     if label_column is not None:
+        if loose := [file for file in files if file.parent == folder]:
+            raise FileError(f"{loose[0]} is in no subfolder, so it has no label.")
         names = [file.relative_to(folder).parts[0] for file in files]
-        if folder / names[0] == files[0]:
-            raise FileError(f"{files[0]} is in no subfolder, so it has no label.")
         places = {name: place for place, name in enumerate(sorted(set(names)))}
         for row, name in zip(rows, names, strict=True):
             row[label_column] = places[name]

@@ -3,6 +3,7 @@
 Nothing heavy is imported here: torch and transformers come in when a command runs.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Prune a pretrained transformer once, hand it out at any size.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -51,7 +51,7 @@ app = typer.Typer(
 # Bad arguments of any kind; typer exports only this subclass of it.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 
-_state: dict[str, Any] = {"debug": False, "hint": None}
+_state: dict[str, Any] = {"debug": False, "checkpoint": None}
 
 
 @app.callback()
@@ -75,7 +75,7 @@ def demo(
     """Make a family of smaller models of a real one, compare, measure, report."""
     from solpath.demo import CHECKPOINT, run_demo
 
-    _state["hint"] = f"{out / CHECKPOINT}; run the same command again to go on"
+    _state["checkpoint"] = out / CHECKPOINT
     family = run_demo(
         out, quick=quick, model=model, seed=seed, steps=steps, progress=not as_json, say=say
     )
@@ -127,7 +127,7 @@ def search(
     out: Annotated[Path, typer.Option(help="Folder for the path, new or empty.")],
     text: Text = None,
     images: Images = None,
-    steps: Annotated[int, typer.Option(help="Of the search.")] = 200,
+    steps: Annotated[int | None, typer.Option(help="Of the search; default 200.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same path.")] = 0,
     method: Annotated[
         str, typer.Option(help="spp, paper, or a baseline: random, magnitude, taylor, ...")
@@ -156,17 +156,21 @@ def search(
         raise ConfigError(f"method must be one of {names}; got {method!r}.")
     if method != "spp" and (basis != "coordinate" or compensated):
         raise ConfigError(f"basis and compensated are settings of the method spp, not of {method}.")
+    if method not in searches and (steps is not None or checkpoint is not None):
+        raise ConfigError(
+            f"steps and checkpoint are of the methods spp and paper, not of {method}."
+        )
+    length: dict[str, Any] = {} if steps is None else {"steps": steps}
     config: SearchConfig | InclusionConfig = SearchConfig(
-        steps=steps, seed=seed, basis=basis, compensated=compensated
+        **length, seed=seed, basis=basis, compensated=compensated
     )
     if method == "paper":
-        config = InclusionConfig(steps=steps, seed=seed)
+        config = InclusionConfig(**length, seed=seed)
     check_output(out)
     loaded = _load(model)
     batches = batches_for(model, loaded, text, images, seed)
     if method in searches:
-        if checkpoint is not None:
-            _state["hint"] = f"{checkpoint}; run the same command again to go on"
+        _state["checkpoint"] = checkpoint
         path = search_path(loaded, batches, config, checkpoint=checkpoint, progress=not as_json)
     else:
         path = baselines.METHODS[method](loaded, batches, seed=seed)
@@ -300,9 +304,8 @@ def tune(
 
     config = TuneConfig(steps=steps, seed=seed, learning_rate=learning_rate, lora_rank=lora_rank)
 
-    def tuned(start: Any, teacher: Any, batches: list[Any], heldout: list[Any]) -> Any:
-        if checkpoint is not None:
-            _state["hint"] = f"{checkpoint}; run the same command again to go on"
+    def tuned(start: Any, teacher: Any, batches: Sequence[Any], heldout: Sequence[Any]) -> Any:
+        _state["checkpoint"] = checkpoint
         return train(
             start,
             teacher,
@@ -323,14 +326,16 @@ def compensate(
     out: Annotated[Path, typer.Option(help="Folder for the better model, new or empty.")],
     text: Text = None,
     images: Images = None,
-    batch_count: Annotated[int, typer.Option(help="Batches to fit on; more is better.")] = 128,
+    batch_count: Annotated[
+        int, typer.Option(help="Batches to fit on; more is better.", min=4)
+    ] = 128,
     seed: Annotated[int, typer.Option(help="Of the order of texts.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Refit an extracted model to the dense one, layer by layer, without training."""
     from solpath.compensation import compensate as refit
 
-    def refitted(start: Any, teacher: Any, batches: list[Any], heldout: list[Any]) -> Any:
+    def refitted(start: Any, teacher: Any, batches: Sequence[Any], heldout: Sequence[Any]) -> Any:
         return refit(start, teacher, batches[:batch_count], progress=not as_json)
 
     config = {"batch_count": batch_count}
@@ -355,9 +360,12 @@ def evaluate_(
         tokenizer = load_processor(reference)
         pairs = read_corpus(search=0, calibration=0).test
         batches = rows_of(dense, tokenizer, texts_of(pairs))
-        result = evaluate(
-            small, dense, batches, task=lambda m: retrieval_accuracy(embedder(m, tokenizer), pairs)
-        )
+
+        def retrieval(model: Any) -> float:
+            return retrieval_accuracy(embedder(model, tokenizer), pairs)
+
+        task = None if tokenizer.pad_token_id is None else retrieval  # texts are padded for it
+        result = evaluate(small, dense, batches, task=task)
     else:
         result = evaluate(small, dense, batches_for(reference, dense, text, images, 0))
     if as_json:
@@ -402,9 +410,8 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Build report.html again from family.json and path/."""
-    from solpath.report import check_installed, write_report
+    from solpath.report import write_report
 
-    check_installed()
     file = write_report(folder)
     if as_json:
         return print_json({"report": str(file), "bytes": file.stat().st_size})
@@ -412,10 +419,15 @@ def report(
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for bad input, 130 for Ctrl-C."""
-    _state.update(debug=False, hint=None)
+    """Run the command line.
+
+    Returns:
+        The exit code: 0, 1 for what was not expected, 2 for bad input, 130 for Ctrl-C.
+    """
+    _state.update(debug=False, checkpoint=None)
     try:
-        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        code = app(args=given or ["--help"], standalone_mode=False)
     except KeyboardInterrupt:
         code = 130
     except typer.Abort:
@@ -432,8 +444,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         fail(f"unexpected {type(error).__name__}: {error}; solpath --debug shows where.")
         return 1
     if code == 130:
-        hint = _state["hint"]
-        fail("stopped." if hint is None else f"stopped; the state is in {hint}.")
+        folder = _state["checkpoint"]
+        kept = folder is not None and folder.is_dir()
+        again = f"stopped; the state is in {folder}; run the same command again to go on."
+        fail(again if kept else "stopped.")
     return code if isinstance(code, int) else 0
 
 
@@ -458,8 +472,9 @@ def _plan_for_latency(
     options: Mapping[str, Any],
 ) -> "Plan":
     """Read the table, or measure it and write it if a file is given; then plan and verify."""
-    from solpath.timing import measure_latency, plan_for_latency
+    from solpath.timing import check_request, measure_latency, plan_for_latency
 
+    check_request(model, path, batch, latency_ms, **options)
     if file is not None and file.exists():
         table = _table(file)
     else:
@@ -487,7 +502,7 @@ def _improve(
     images: Path | None,
     seed: int,
     config: dict[str, Any],
-    improved: Callable[[Any, Any, list[Any], list[Any]], Any],
+    improved: Callable[[Any, Any, Sequence[Any], Sequence[Any]], Any],
     as_json: bool,
 ) -> None:
     """Save what ``improved(small, dense, batches, heldout)`` makes, and say how near it is now."""

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from solpath.data import batch_size, check_device, share
+from solpath.data import batch_size, check_batches, check_device, share
 from solpath.discover import EXTRACTED
 from solpath.errors import BatchError, ConfigError, UnsupportedModelError
 from solpath.lockstep import Stream, Visit, lockstep, residual_streams, visited
 from solpath.measurement import evaluating
-from solpath.objective import Batch, divergence_from, run, target_of
+from solpath.objective import Batch, counted, divergence_from, run, target_of
 from solpath.pair import Pair
 from solpath.plan import Plan
 from solpath.progress import progress_bar
@@ -104,15 +104,17 @@ def compensate(
     plans = [_plan_of(model) for model in models]
     if not ridge > 0:
         raise ConfigError(f"ridge must be positive, got {ridge!r}.")
+    check_batches(batches)
     batches = list(batches)
     if len(batches) < _CHECKED:
         raise BatchError(f"compensate needs at least {_CHECKED} batches, got {len(batches)}.")
-    device = next(dense.parameters()).device
-    for batch in batches:
-        check_device(batch, device)
+    given: list[nn.Module] = [dense, *models]
+    for device in {next(model.parameters()).device for model in given}:
+        for batch in batches:
+            check_device(batch, device)
 
     refitted = [_copied(model, plan) for model, plan in zip(models, plans, strict=True)]
-    everyone: list[nn.Module] = [dense, *models, *refitted]
+    everyone: list[nn.Module] = [*given, *refitted]
     with torch.no_grad(), torch.random.fork_rng(), ExitStack() as stack:
         for model in everyone:
             stack.enter_context(evaluating(model))
@@ -226,7 +228,7 @@ def _refit_layers_(
 
 def _input_rows(batch: Batch, goal: Visit, visit: Visit) -> _Rows:
     """Of a first layer: inputs, what they lack, and weights 1, ``[tokens, ...]``."""
-    keep = _counted(batch, visit.hidden)
+    keep = counted(batch, visit.hidden)
     hidden = _tokens(visit.hidden, keep)
     return hidden, _tokens(goal.hidden, keep) - hidden, hidden.new_ones(len(hidden), 1)
 
@@ -234,7 +236,7 @@ def _input_rows(batch: Batch, goal: Visit, visit: Visit) -> _Rows:
 def _output_rows(stream: Stream | None, batch: Batch, goal: Visit, visit: Visit) -> _Rows:
     """Of a last layer: inputs, what its outputs should be, and the weights of the tokens."""
     assert goal.output is not None
-    keep = _counted(batch, visit.hidden)
+    keep = counted(batch, visit.hidden)
     hidden, wanted = _tokens(visit.hidden, keep), _tokens(goal.output, keep)
     if stream is None or goal.stream is None or visit.stream is None:
         return hidden, wanted, hidden.new_ones(len(hidden), 1)
@@ -324,21 +326,11 @@ def _affine(linear: LinearMap) -> Tensor:
     return torch.cat([weight, bias.unsqueeze(1)], 1).double()
 
 
-def _counted(batch: Batch, hidden: Tensor) -> Tensor | None:
-    """Which tokens of an activation are not padding, by the mask of the same shape, if any."""
-    if isinstance(batch, Mapping) and hidden.dim() == 3:
-        for name in ("attention_mask", "decoder_attention_mask"):
-            mask = batch.get(name)
-            if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2]:
-                return mask.bool().flatten()
-    return None
-
-
 def _tokens(hidden: Tensor, keep: Tensor | None) -> Tensor:
     """``[..., features] -> [tokens, features]``, at least float32."""
     rows = hidden.flatten(0, -2)
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    return rows if keep is None else rows[keep]
+    return rows if keep is None else rows[keep.flatten()]
 
 
 def _divergences(

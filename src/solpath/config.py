@@ -6,9 +6,11 @@ from typing import Any
 from solpath.errors import ConfigError
 
 
-def _check(field: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ConfigError(f"{field} must be between {low:g} and {high:g}, got {value!r}.")
+def check_number(field: str, value: float, low: float, high: float) -> None:
+    """Raise `ConfigError` unless `value` is a number from `low` to `high`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
+        raise ConfigError(f"{field} must be a number between {low:g} and {high:g}, got {value!r}.")
 
 
 def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
@@ -16,7 +18,13 @@ def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{field} must be one of {', '.join(choices)}; got {value!r}.")
 
 
-def _check_count(field: str, value: int, low: int) -> None:
+def _check_flag(field: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{field} must be True or False, got {value!r}.")
+
+
+def check_count(field: str, value: int, low: int) -> None:
+    """Raise `ConfigError` unless `value` is an integer of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ConfigError(f"{field} must be an integer of at least {low}, got {value!r}.")
 
@@ -29,12 +37,14 @@ class SearchConfig:
 
     Attributes:
         steps: forward-backward passes after the scale has been measured.
-        seed: of the mask draws and of a shuffling `DataLoader`. Same seed, same path.
-        momentum: of the running mean of the marginals, in [0, 1).
-        relaxation: share of the way to its equilibrium that the mask moves in a step, in (0, 1].
+        seed: of the mask draws, the noise of the one-shot scale, and a shuffling `DataLoader`. Same
+            seed, same path.
+        momentum: of the running mean of the marginals, in [0, 0.999].
+        relaxation: share of the way to its equilibrium that the mask moves in a step, in
+            [0.001, 1].
         sharpness: exponent of the marginals in the mask; 1 is the plain equilibrium.
         shrinkage: pull of noisy marginals towards the one-shot scale; 0 switches it off.
-        final_size: expected share of the cost kept at the last step, in (0, 1).
+        final_size: expected share of the cost kept at the last step, in [0.001, 0.9].
         memory: steps, as a share of `steps`, that a mask is remembered for when the order is read.
         scale_batches: batches the one-shot scale is measured on.
         binary: draw masks from {0, 1}; False uses the continuous mask itself (ablation).
@@ -62,15 +72,17 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         _check_choice("basis", self.basis, ("coordinate", "principal"))
-        _check_count("steps", self.steps, 2)
-        _check_count("seed", self.seed, 0)
-        _check_count("scale_batches", self.scale_batches, 1)
-        _check("momentum", self.momentum, 0, 0.999)
-        _check("relaxation", self.relaxation, 1e-3, 1)
-        _check("sharpness", self.sharpness, 0.1, 10)
-        _check("shrinkage", self.shrinkage, 0, 1e6)
-        _check("final_size", self.final_size, 1e-3, 0.9)
-        _check("memory", self.memory, 0, 1)
+        check_count("steps", self.steps, 2)
+        check_count("seed", self.seed, 0)
+        check_count("scale_batches", self.scale_batches, 1)
+        check_number("momentum", self.momentum, 0, 0.999)
+        check_number("relaxation", self.relaxation, 1e-3, 1)
+        check_number("sharpness", self.sharpness, 0.1, 10)
+        check_number("shrinkage", self.shrinkage, 0, 1e6)
+        check_number("final_size", self.final_size, 1e-3, 0.9)
+        check_number("memory", self.memory, 0, 1)
+        for field in ("binary", "growing_pull", "compensated"):
+            _check_flag(field, getattr(self, field))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -85,12 +97,12 @@ class InclusionConfig:
 
     Attributes:
         steps: iterations.
-        seed: of a shuffling `DataLoader`; the iteration itself draws nothing.
+        seed: of the noise of the one-shot scale and of a shuffling `DataLoader`.
         nu: strength of the coupling is 1/nu; None takes 0.2 / median of the one-shot scale.
         kappa: inverse of the ridge on the sparse copy, at least 0.
         lam: threshold that V crosses when a unit enters; None takes
             ``step_size * steps / 4``, which a mask that stays 1 crosses in a quarter of the steps.
-        step_size: of the mask, as a share of the way to its stationary point, in (0, 1].
+        step_size: of the mask, as a share of the way to its stationary point, in [0.0001, 1].
         scale_batches: batches the one-shot scale is measured on.
     """
 
@@ -103,15 +115,15 @@ class InclusionConfig:
     scale_batches: int = 16
 
     def __post_init__(self) -> None:
-        _check_count("steps", self.steps, 2)
-        _check_count("seed", self.seed, 0)
-        _check_count("scale_batches", self.scale_batches, 1)
-        _check("kappa", self.kappa, 0, 1e6)
-        _check("step_size", self.step_size, 1e-4, 1)
+        check_count("steps", self.steps, 2)
+        check_count("seed", self.seed, 0)
+        check_count("scale_batches", self.scale_batches, 1)
+        check_number("kappa", self.kappa, 0, 1e6)
+        check_number("step_size", self.step_size, 1e-4, 1)
         if self.nu is not None:
-            _check("nu", self.nu, 1e-12, 1e12)
+            check_number("nu", self.nu, 1e-12, 1e12)
         if self.lam is not None:
-            _check("lam", self.lam, 1e-6, 1e12)
+            check_number("lam", self.lam, 1e-6, 1e12)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -152,18 +164,18 @@ class TuneConfig:
     mixed_precision: str = "no"
 
     def __post_init__(self) -> None:
-        _check_count("steps", self.steps, 1)
-        _check_count("seed", self.seed, 0)
-        _check_count("evaluate_every", self.evaluate_every, 1)
+        check_count("steps", self.steps, 1)
+        check_count("seed", self.seed, 0)
+        check_count("evaluate_every", self.evaluate_every, 1)
         for field in ("patience", "lora_rank"):
             if getattr(self, field) is not None:
-                _check_count(field, getattr(self, field), 1)
+                check_count(field, getattr(self, field), 1)
         if self.learning_rate is not None:
-            _check("learning_rate", self.learning_rate, 1e-12, 1e3)
-        _check("warmup", self.warmup, 0, 1)
-        _check("weight_decay", self.weight_decay, 0, 1e3)
-        _check("max_grad_norm", self.max_grad_norm, 1e-12, 1e12)
-        _check("lora_alpha", self.lora_alpha, 1e-6, 1e6)
+            check_number("learning_rate", self.learning_rate, 1e-12, 1e3)
+        check_number("warmup", self.warmup, 0, 1)
+        check_number("weight_decay", self.weight_decay, 0, 1e3)
+        check_number("max_grad_norm", self.max_grad_norm, 1e-12, 1e12)
+        check_number("lora_alpha", self.lora_alpha, 1e-6, 1e6)
         _check_choice("schedule", self.schedule, ("cosine", "linear", "constant"))
         _check_choice("mixed_precision", self.mixed_precision, ("no", "bf16"))
 

@@ -16,26 +16,33 @@ def mix(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def check_batches(batches: Iterable[Any]) -> None:
+    """Raise `BatchError` for a single batch in place of several."""
+    if isinstance(batches, Mapping | Tensor | str):
+        raise BatchError(
+            f"batches must be an iterable of batches, got a single {type(batches).__name__}; "
+            "wrap it in a list."
+        )
+
+
 class BatchSource:
     """Batches by step number: ``source[k]`` is batch k of the endless repetition of `batches`.
 
     A sequence is indexed. Another re-iterable (a `DataLoader`) is iterated once per epoch, with
-    torch's global generator seeded by (seed, epoch), so that shuffling is reproducible; going
-    back restarts the epoch. A one-shot iterator is kept in memory, so that it can be repeated.
+    torch's global generator seeded by (seed, epoch), so that shuffling is reproducible; the last
+    batch stays at hand, and going further back starts again. A one-shot iterator is kept in memory,
+    so that it can be repeated.
     """
 
     def __init__(self, batches: Iterable[Any], seed: int) -> None:
-        if isinstance(batches, Mapping | Tensor | str):
-            raise BatchError(
-                f"batches must be an iterable of batches, got a single {type(batches).__name__}; "
-                "wrap it in a list."
-            )
+        check_batches(batches)
         if isinstance(batches, Iterator):
             batches = list(batches)
         self._batches = batches
         self._seed = seed
-        self._epoch, self._position, self._start = -1, 0, 0
+        self._epoch, self._position = -1, 0
         self._iterator: Iterator[Any] = iter(())
+        self._last: Any = None  # batch number `_position` - 1
         self.length: int | None = len(batches) if isinstance(batches, Sequence) else None
         if self.length == 0:
             raise BatchError("batches is empty; give at least one batch.")
@@ -44,23 +51,25 @@ class BatchSource:
         """Batch of this step."""
         if isinstance(self._batches, Sequence):
             return self._batches[step % len(self._batches)]
-        if step < self._position:
+        if step < self._position - 1:
             self._epoch, self._position, self._iterator = -1, 0, iter(())
-        while True:
-            for batch in self._iterator:
-                self._position += 1
-                if self._position == step + 1:
-                    return batch
-            before = self._position
+        while self._position <= step:
+            self._advance()
+        return self._last
+
+    def _advance(self) -> None:
+        """Read the next batch, of the next epoch if this one is over."""
+        end = object()
+        batch = next(self._iterator, end)
+        if batch is end:
             self._epoch += 1
             torch.manual_seed(mix(self._seed, "epoch", self._epoch))
             self._iterator = iter(self._batches)
-            first = next(self._iterator, None)
-            if first is None:
+            batch = next(self._iterator, end)
+            if batch is end:
                 raise BatchError("batches is empty; give at least one batch.")
-            self._position = before + 1
-            if self._position == step + 1:
-                return first
+        self._last = batch
+        self._position += 1
 
 
 def batch_size(batch: Any) -> int:

@@ -106,8 +106,8 @@ def run_demo(
     check_output(folder, overwrite=resumed)
     check_installed()
     quiet_transformers()
-    name = installed_model() if model is None else model
-    dense, tokenizer = from_pretrained(name), load_processor(name)
+    source = installed_model() if model is None else model
+    dense, tokenizer = from_pretrained(source), load_processor(source)
     corpus = read_corpus(test=scale.test)
     texts = texts_of(corpus.search, seed=seed)
     batches = list(text_batches(texts, tokenizer, length=32, seed=None))
@@ -161,7 +161,7 @@ def run_demo(
         "model": {
             "name": "all-MiniLM-L6-v2" if model is None else Path(model).name,
             "class": type(dense).__name__,
-            "sha256": _sha256(Path(name)),
+            "sha256": _sha256(Path(source)),
             "units": sum(pair.units for pair in path.pairs),
             "prunable": path.costs.prunable(path.pairs),
         },

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from solpath.arch import Attention, Mlp, Stack, lookup, type_of
-from solpath.errors import UnsupportedModelError
+from solpath.errors import FingerprintError, UnsupportedModelError
 from solpath.pair import Fingerprint, Norm, Pair, Side
 from solpath.pretrained import Name, as_model
 from solpath.slicing import LinearMap, linear_map
@@ -50,6 +50,7 @@ def find_pairs(model: nn.Module | Name) -> tuple[Pair, ...]:
         UnsupportedModelError: unknown type of model (the message lists the known ones), blocks of
             another form than the table's, an already extracted model, a quantised or wrapped layer,
             or weights shared with another module.
+        FileError, ConfigError: by name: see `from_pretrained`.
 
     Example:
         >>> from transformers import BertConfig, BertModel
@@ -247,6 +248,13 @@ def fingerprint(model: nn.Module, pairs: tuple[Pair, ...]) -> Fingerprint:
         return Fingerprint(
             type(model).__name__, {p.name: d for p, d in zip(pairs, digests, strict=True)}
         )
+
+
+def check_fingerprint(expected: Fingerprint, model: nn.Module, pairs: tuple[Pair, ...]) -> None:
+    """Raise `FingerprintError` unless a path or plan is for this model, naming what differs."""
+    difference = expected.differences(fingerprint(model, pairs))
+    if difference:
+        raise FingerprintError(f"the plan is for another model: {difference}.")
 
 
 def _layers(model: nn.Module, pair: Pair) -> list[LinearMap]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from solpath.cost import Achieved
+from solpath.data import check_batches, check_device
 from solpath.discover import EXTRACTED
 from solpath.errors import BatchError
 from solpath.measurement import evaluating, provenance
@@ -72,13 +73,16 @@ def evaluate(
         task: called with `model`; what it returns is reported as ``metrics["task"]``.
 
     Raises:
-        BatchError: no batches, an output that does not fit the reference, or one that is not
-            finite.
+        BatchError: no batches, or on another device than `model`; an output that does not fit the
+            reference, or is not finite.
     """
+    check_batches(batches)
+    device = next(model.parameters()).device
     totals: Counter[str] = Counter()
     samples = 0
     with _quietly(model, reference if isinstance(reference, nn.Module) else None):
         for i, (batch, target) in enumerate(_with_targets(reference, batches)):
+            check_device(batch, device)
             output, logits = _run(model, batch)
             target = target.to(output.device)
             _check(i, output, target)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from solpath.basis import turned
-from solpath.discover import EXTRACTED, Site, fingerprint, survey
-from solpath.errors import FingerprintError
+from solpath.discover import EXTRACTED, Site, check_fingerprint, survey
 from solpath.nn.attention import slim_class
 from solpath.pair import Pair, Side
 from solpath.plan import Plan
@@ -43,6 +42,7 @@ def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Mo
     Raises:
         FingerprintError: the plan belongs to another model; the message says what differs.
         UnsupportedModelError: the model cannot be cut, or was cut already.
+        FileError, ConfigError: by name: see `from_pretrained`.
 
     Example:
         >>> small = solpath.extract(model, path.plan(sparsity=0.5))  # doctest: +SKIP
@@ -50,9 +50,7 @@ def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Mo
     model = as_model(model)
     pairs, sites = survey(model)
     if check:
-        difference = plan.fingerprint.differences(fingerprint(model, pairs))
-        if difference:
-            raise FingerprintError(f"the plan is for another model: {difference}.")
+        check_fingerprint(plan.fingerprint, model, pairs)
 
     # The copy finds the cut parameters in `memo`, so what is cut is never copied whole.
     cut = {pair.name for pair in pairs if plan.kept[pair.name].shape[1] < pair.width}

@@ -1,5 +1,6 @@
 """Batches for the command line: from files and folders, installed docstrings, or at random."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ def random_tokens(model: Any, samples: int, tokens: int) -> dict[str, Any]:
     """A batch of random tokens without padding, for timings. ``[samples, tokens]`` each."""
     import torch
 
-    if takes(model) != {"text"} or model.config.is_encoder_decoder:
+    if takes(model) != {"text"}:
         raise ConfigError(
-            f"{type(model).__name__} takes more than a batch of texts; time it from Python, with "
-            "solpath.measure or solpath.plan_for_latency and a batch of yours."
+            f"{type(model).__name__} takes {' and '.join(sorted(takes(model)))}; time it from "
+            "Python, with solpath.measure or solpath.plan_for_latency and a batch of yours."
         )
     limit = getattr(model.config, "max_position_embeddings", tokens)
     if tokens > limit:
@@ -36,8 +37,8 @@ def batches_for(name: str, model: Any, text: Path | None, images: Path | None, s
         return image_batches(images, load_processor(name), seed=seed)
     if kinds != {"text"}:
         raise ConfigError(
-            f"{name} takes {' and '.join(sorted(kinds))}; search it from Python with "
-            "solpath.search and your own batches."
+            f"{name} takes {' and '.join(sorted(kinds))}; use it from Python, with your own "
+            "batches."
         )
     if images is not None:
         raise ConfigError(f"{name} takes text, not images; give a file with --text.")
@@ -48,9 +49,10 @@ def batches_for(name: str, model: Any, text: Path | None, images: Path | None, s
 
 
 def takes(model: Any) -> set[str]:
-    """What a model takes: ``"text"``, ``"image"``, or several."""
+    """What a model takes: ``"text"``, ``"image"``, or several, a decoder's own input too."""
     kinds = model.input_modalities
-    return {kinds} if isinstance(kinds, str) else set(kinds)
+    found = {kinds} if isinstance(kinds, str) else set(kinds)
+    return found | {"decoder input"} if model.config.is_encoder_decoder else found
 
 
 def rows_of(
@@ -61,13 +63,13 @@ def rows_of(
 
     config = model.config
     longest = getattr(config, "max_position_embeddings", None) or length
-    pack = model.can_generate() and not config.is_encoder_decoder
-    return list(text_batches(source, tokenizer, length=min(length, longest), seed=seed, pack=pack))
+    pack = model.can_generate()
+    return text_batches(source, tokenizer, length=min(length, longest), seed=seed, pack=pack)
 
 
 def split_batches(
     name: str, model: Any, text: Path | None, images: Path | None, seed: int
-) -> tuple[list[Any], list[Any]]:
+) -> tuple[Sequence[Any], Sequence[Any]]:
     """Batches to train on and to judge by: docstrings of other files, or the last tenth of both."""
     from solpath.corpus import read_corpus, texts_of
     from solpath.pretrained import load_processor
@@ -76,7 +78,7 @@ def split_batches(
         corpus, tokenizer = read_corpus(search=2048, test=0), load_processor(name)
         held = rows_of(model, tokenizer, texts_of(corpus.calibration))
         return rows_of(model, tokenizer, texts_of(corpus.search, seed=seed)), held
-    batches = list(batches_for(name, model, text, images, seed))
+    batches = batches_for(name, model, text, images, seed)
     count = max(1, len(batches) // 10)
     if len(batches) == count:
         raise ConfigError("there is one batch of data; give more: a tenth of it is held out.")

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from solpath.basis import turned
-from solpath.errors import BatchError
+from solpath.errors import BatchError, FingerprintError
 from solpath.nn.pooling import QueryHook
+from solpath.objective import Batch, counted
 from solpath.pair import Norm, Pair
 from solpath.plan import Plan, norm_gain
 
@@ -66,10 +67,24 @@ def mask_hooks(model: nn.Module, pairs: Sequence[Pair]) -> Iterator[Masks]:
 def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     """Run `model` as if it had been cut to `plan`, without cutting it.
 
+    Hooks and turned parameters are there inside the block and gone after it.
+
+    Args:
+        model: the dense model the plan was made for. Only its class is checked, not its weights.
+        plan: from `SolutionPath.plan`.
+
+    Raises:
+        FingerprintError: the plan is for a model of another class.
+
     Example:
         >>> with solpath.masked(model, path.plan(sparsity=0.5)):  # doctest: +SKIP
         ...     outputs = model(**batch)
     """
+    if type(model).__name__ != plan.fingerprint.architecture:
+        raise FingerprintError(
+            f"the plan is for another model: the class is {type(model).__name__}, "
+            f"not {plan.fingerprint.architecture}."
+        )
     device = next(model.parameters()).device
     with turned(model, plan.pairs, plan.turns()), mask_hooks(model, plan.pairs) as masks:
         masks.units.update({name: mask.to(device) for name, mask in plan.masks().items()})
@@ -145,12 +160,12 @@ def _on_norm(masks: Masks, pair: Pair, norm: Norm, query: bool) -> Any:
 
 @contextlib.contextmanager
 def energy_hooks(
-    model: nn.Module, pairs: Sequence[Pair], keep: Tensor | None
+    model: nn.Module, pairs: Sequence[Pair], batch: Batch
 ) -> Iterator[Mapping[str, Tensor]]:
     """Add up the squares that the norms of `pairs` see while the model runs.
 
     Args:
-        keep: bool or 0/1 ``[batch, tokens]``: tokens that count; None for all.
+        batch: what it runs on; its padding does not count.
 
     Yields:
         Pair name to float64 ``[heads, query heads per head + 1, width]``, on the CPU: queries,
@@ -163,7 +178,7 @@ def energy_hooks(
         totals[pair.name] = torch.zeros(pair.heads, repeat + 1, pair.width).double()
         slots = (slice(0, repeat), slice(repeat, repeat + 1))
         for norm, slot in zip(pair.norms, slots, strict=True):
-            hook = _on_energy(totals[pair.name][:, slot], pair, norm, keep)
+            hook = _on_energy(totals[pair.name][:, slot], pair, norm, batch)
             handles.append(model.get_submodule(norm.module).register_forward_pre_hook(hook))
     try:
         yield totals
@@ -172,12 +187,12 @@ def energy_hooks(
             handle.remove()
 
 
-def _on_energy(total: Tensor, pair: Pair, norm: Norm, keep: Tensor | None) -> Any:
+def _on_energy(total: Tensor, pair: Pair, norm: Norm, batch: Batch) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         # [batch, tokens, heads, head_dim], whatever the model's order is
         square = args[0].double().square().movedim(norm.heads_dim, 2)
-        if keep is not None and keep.shape == square.shape[:2]:
-            square = square * keep[:, :, None, None]
+        keep = counted(batch, square)
+        square = square if keep is None else square * keep[:, :, None, None]
         by_unit = square.sum((0, 1)).view(-1, pair.channels, pair.width).sum(1)
         total.add_(by_unit.view(total.shape).cpu())
 

@@ -119,6 +119,24 @@ def token_mask(batch: Batch, output: Tensor) -> Tensor | None:
     return mask.bool()
 
 
+def counted(batch: Batch, states: Tensor) -> Tensor | None:
+    """Which tokens of an activation are not padding. bool ``[batch, tokens]``, or None for all.
+
+    By the mask of its shape. Where encoder and decoder are equally long and not padded alike, their
+    activations cannot be told apart, and all tokens count.
+
+    Args:
+        states: ``[batch, tokens, ...]``.
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    masks = [batch.get("attention_mask"), batch.get("decoder_attention_mask")]
+    if masks[1] is None and isinstance(batch.get("decoder_input_ids"), Tensor):
+        masks[1] = torch.ones_like(batch["decoder_input_ids"])
+    fits = [m.bool() for m in masks if isinstance(m, Tensor) and m.shape == states.shape[:2]]
+    return fits[0] if fits and all(torch.equal(fits[0], other) for other in fits[1:]) else None
+
+
 def divergence(output: Tensor, target: Tensor, mask: Tensor | None, *, logits: bool) -> Tensor:
     """Distance of every sample to its target; exactly 0, with gradient 0, where they are equal.
 

@@ -130,8 +130,12 @@ class SolutionPath:
     def curve(self, points: int = 20) -> list[CurvePoint]:
         """Sizes from dense to almost nothing, with the loss the search saw there.
 
-        The loss is that of random sub-networks of the expected size during the search. It ranks
-        sizes of one path; use `evaluate` on extracted models for figures to report.
+        The loss is that of the search where it was at that expected size: of random sub-networks,
+        or of continuous masks. It ranks sizes of one path; use `evaluate` on extracted models for
+        figures to report.
+
+        Raises:
+            ConfigError: `points` is less than 2.
         """
         if points < 2:
             raise ConfigError(f"points must be at least 2, got {points}.")
@@ -147,8 +151,17 @@ class SolutionPath:
         return result
 
     def plot(self) -> "Figure":
-        """Loss against size, and the share kept by kind of pair, as a matplotlib figure."""
-        from matplotlib.figure import Figure
+        """Loss against size, and the share kept by kind of pair, as a matplotlib figure.
+
+        Raises:
+            ConfigError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ConfigError(
+                "plot needs matplotlib; install it with: pip install 'solpath[report]'."
+            ) from error
 
         points = self.curve(40)
         figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -228,7 +241,8 @@ class SolutionPath:
             steps = int(header["steps_recorded"])
             method, config = str(header["method"]), dict(header["config"])
             turned = [str(name) for name in header["basis"]]
-            costs.prunable(pairs)
+            costs.achieved(pairs, {pair.name: pair.width for pair in pairs})
+            dict(fingerprint.digests)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise FileError(f"{file}: {type(error).__name__} in field {error}.") from error
         expected = {

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from solpath.config import check_count
 from solpath.cost import Achieved, CostTable
 from solpath.errors import BudgetError, ConfigError, FingerprintError
 from solpath.latency import LatencyTable
@@ -29,8 +30,8 @@ class Plan:
         gains: for pairs with norms, pair name to float64 ``[heads, query heads per head]``: what
             the normed query is multiplied by, see `norm_gain`.
         basis: see `SolutionPath.basis`.
-        turned: pairs whose units are along another basis; with a plan that was read back without
-            its basis, these can no longer be found in the dense model.
+        turned: of a plan that was read back: the pairs whose units are along another basis, which
+            it no longer has, so that they cannot be found in the dense model.
         latency_ms: of a plan for a latency: ``"predicted"`` by the table and, from
             `plan_for_latency`, ``"measured"`` on the extracted model.
     """
@@ -191,11 +192,8 @@ def make_plan(
     budgets = {"sparsity": sparsity, "params": params, "bytes": bytes, "macs": macs}
     budgets |= {"cache": cache, "latency_ms": latency_ms}
     name, value = _budget(budgets)
-    if multiple_of < 1 or min_width < 0:
-        raise ConfigError(
-            f"multiple_of must be at least 1 and min_width at least 0, "
-            f"got {multiple_of} and {min_width}."
-        )
+    check_count("multiple_of", multiple_of, 1)
+    check_count("min_width", min_width, 0)
     unmatched = [p for p in protect if not any(fnmatchcase(pair.name, p) for pair in pairs)]
     if unmatched:
         raise ConfigError(f"protect pattern {unmatched[0]!r} matches no pair.")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from solpath.arch import TIMM_WRAPPER, lookup, timm
@@ -20,7 +22,17 @@ Name: TypeAlias = str | os.PathLike[str]
 """A folder, or the id of a Hub repository."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
-_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError)
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    ImportError,
+    RuntimeError,
+    AttributeError,
+    TypeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 def from_pretrained(
@@ -42,7 +54,7 @@ def from_pretrained(
 
     Raises:
         UnsupportedModelError: unknown ``model_type`` (the message lists the known ones), or a
-            model that was already extracted. Both before any weights are read.
+            folder with an extracted model. Both before any weights are read.
         FileError: nothing there, no safetensors, or weights that are not all in the files.
         ConfigError: the extra ``timm`` is not installed, or the folder asks timm for more than a
             model.

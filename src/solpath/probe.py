@@ -31,10 +31,10 @@ from solpath.redundancy import Inputs, input_hooks
 _ENERGY_BATCHES = 4
 
 Hooks = Callable[
-    [nn.Module, Sequence[Pair], Tensor | None],
+    [nn.Module, Sequence[Pair], Batch],
     contextlib.AbstractContextManager[Mapping[str, Tensor]],
 ]
-"""``hooks(model, pairs, keep)`` adds up what is noted of every pair, on the CPU, in a block."""
+"""``hooks(model, pairs, batch)`` adds up what is noted of every pair, on the CPU, in a block."""
 
 
 class Probe:
@@ -199,8 +199,7 @@ class Probe:
         totals: dict[str, Tensor] = {}
         for step in range(batches if pairs else 0):
             batch = self._local(step)[0]
-            keep = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            with torch.no_grad(), hooks(self._model, pairs, keep) as seen:
+            with torch.no_grad(), hooks(self._model, pairs, batch) as seen:
                 run(self._model, batch, labels=False)
             for name, value in seen.items():
                 totals[name] = totals[name] + value if name in totals else value

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from solpath.dynamics import unpredicted
+from solpath.objective import Batch, counted
 from solpath.pair import Pair
 from solpath.slicing import linear_map
 
@@ -18,12 +19,12 @@ right-hand layer sees, bordered by their sums and the number of tokens."""
 
 @contextlib.contextmanager
 def input_hooks(
-    model: nn.Module, pairs: Sequence[Pair], keep: Tensor | None
+    model: nn.Module, pairs: Sequence[Pair], batch: Batch
 ) -> Iterator[dict[str, Tensor]]:
     """Add up `Inputs` while the model runs.
 
     Args:
-        keep: bool or 0/1 ``[batch, tokens]``: tokens that count; None for all.
+        batch: what it runs on; its padding does not count.
     """
     totals: dict[str, Tensor] = {}
     handles = []
@@ -32,10 +33,10 @@ def input_hooks(
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             states = args[0].detach()
             weight = torch.ones_like(states[..., :1])
-            if keep is not None and keep.shape == states.shape[:2]:
-                weight = weight * keep.unsqueeze(-1)
-            rows = torch.cat([states * weight, weight], -1).flatten(0, -2)
-            total.add_((rows.T @ rows).double().cpu())
+            keep = counted(batch, states)
+            weight = weight if keep is None else weight * keep.unsqueeze(-1)
+            rows = torch.cat([states * weight, weight], -1).flatten(0, -2).double()
+            total.add_((rows.T @ rows).cpu())  # variances are small beside squared means
 
         return hook
 
@@ -72,7 +73,7 @@ def own_share(model: nn.Module, pairs: Sequence[Pair], inputs: Inputs, mask: Ten
             square = square - torch.outer(moments[-1, :-1], moments[-1, :-1]) / tokens
         unit = pair.unit_of_channel(pair.right)
         spread = square.diagonal().clamp(min=0)
-        root = spread.sqrt().clamp(min=1e-9 * float(spread.max().sqrt()) + 1e-30)
+        root = torch.maximum(spread, 1e-12 * energy).sqrt().clamp(min=1e-30)
         left = spread * unpredicted(square / torch.outer(root, root), kept[unit])
         total = torch.zeros_like(kept).index_add(0, unit, energy)
         own = torch.zeros_like(kept).index_add(0, unit, left)

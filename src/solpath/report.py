@@ -32,6 +32,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         FileError: a missing or damaged file, naming the file and the field.
         ConfigError: jinja2 or matplotlib is not installed.
     """
+    check_installed()
     file = Path(folder) / "family.json"
     family = read_family(file)
     path = SolutionPath.load(Path(folder) / "path")
@@ -71,9 +72,11 @@ def read_family(file: Path) -> dict[str, Any]:
     for section in ("methods", "members"):
         if not isinstance(family.get(section), list) or not family[section]:
             raise FileError(f"{file}: {section} is missing, empty or not a list.")
-    _need(file, "model", family["model"], text=("name", "class"), number=("units",))
+    model = family["model"]
+    _need(file, "model", model, text=("name", "class"), number=("units",), optional=("sha256",))
     numbers = ("seconds", "compensation_seconds", "steps", "seed")
-    _need(file, "search", family["search"], text=("method",), number=numbers)
+    _need(file, "search", family["search"], text=("method", "text"), number=numbers)
+    _need(file, "provenance", family["provenance"], number=("threads",))
     _need(file, "task", family["task"], text=("name",), number=("pairs",))
     _need(file, "measured", family["measured"], number=("samples", "tokens", "repeats"))
     for i, method in enumerate(family["methods"]):
@@ -85,10 +88,13 @@ def read_family(file: Path) -> dict[str, Any]:
             where = f"methods[{i}].points[{j}]"
             _need(file, where, point, number=("sparsity", "cosine", "retrieval"))
     for i, member in enumerate(family["members"]):
-        _need(file, f"members[{i}]", member, text=("name",))
+        _need(file, f"members[{i}]", member, text=("name",), optional=("folder",))
         _need(file, f"members[{i}]", member, number=(*_MEMBER[1:], *_MEMBER_FIGURES))
         if not isinstance(member.get("widths"), dict):
             raise FileError(f"{file}: members[{i}].widths is missing or not an object.")
+    for name in ("bytes", "latency_ms"):  # of the dense model, which shares are of
+        if not family["members"][0][name] > 0:
+            raise FileError(f"{file}: members[0].{name} must be positive.")
     return family
 
 
@@ -105,12 +111,20 @@ def check_widths(file: Path, family: Mapping[str, Any], path: SolutionPath) -> N
 
 
 def _need(
-    file: Path, where: str, value: Any, *, text: Sequence[str] = (), number: Sequence[str] = ()
+    file: Path,
+    where: str,
+    value: Any,
+    *,
+    text: Sequence[str] = (),
+    number: Sequence[str] = (),
+    optional: Sequence[str] = (),
 ) -> None:
+    """Raise `FileError` unless `value` has these fields; `optional` texts may be None."""
     if not isinstance(value, dict):
         raise FileError(f"{file}: {where} is not an object.")
-    for name in text:
-        if not isinstance(value.get(name), str):
+    for name in (*text, *optional):
+        found = value.get(name, ...)
+        if not isinstance(found, str) and not (found is None and name in optional):
             raise FileError(f"{file}: {where}.{name} is {value.get(name)!r}, expected text.")
     for name in number:
         found = value.get(name)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from solpath.basis import turned
 from solpath.checkpoint import State, read_checkpoint, write_checkpoint
-from solpath.config import InclusionConfig, SearchConfig
+from solpath.config import InclusionConfig, SearchConfig, check_count
 from solpath.cost import CostTable
 from solpath.counting import count_costs
 from solpath.discover import find_pairs, fingerprint
@@ -72,7 +72,8 @@ def search(
 
     Raises:
         UnsupportedModelError: see `find_pairs`; or half precision on a CPU.
-        FileError: see `from_pretrained`.
+        FileError: see `from_pretrained`; or a damaged checkpoint, or one that cannot be written.
+        ConfigError: a bad `checkpoint_every`.
         BatchError: empty batches, or on another device.
         NonFiniteLossError: the loss became NaN or infinite; the last checkpoint is kept.
         FingerprintError: the checkpoint belongs to another model or other settings.
@@ -81,6 +82,7 @@ def search(
         >>> path = solpath.search(model, batches)  # doctest: +SKIP
         >>> small = solpath.extract(model, path.plan(sparsity=0.5))  # doctest: +SKIP
     """
+    check_count("checkpoint_every", checkpoint_every, 1)
     model, batches = for_batches(model, batches)
     config = config or SearchConfig()
     pairs = find_pairs(model)
@@ -185,7 +187,9 @@ def _run(
             if (k + 1) % every == 0 or k + 1 == config.steps:
                 saved = _save(file, header, state)
     except NonFiniteLossError as error:
-        where = f"; the checkpoint of step {saved} is kept in {file.parent}" if file else ""
+        where = (
+            f"; the checkpoint of step {saved} is kept in {file.parent}" if file and saved else ""
+        )
         raise NonFiniteLossError(f"{str(error).rstrip('.')} of {config.steps}{where}.") from error
     except KeyboardInterrupt:
         _save(file, header, state)

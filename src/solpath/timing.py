@@ -15,7 +15,7 @@ from torch import nn
 
 from solpath.counting import count_costs
 from solpath.data import batch_size, check_device, shapes_of, share
-from solpath.discover import survey
+from solpath.discover import check_fingerprint, survey
 from solpath.errors import BudgetError, ConfigError
 from solpath.extraction import extract
 from solpath.latency import BlockLatency, LatencyTable, pair_shapes
@@ -124,42 +124,66 @@ def plan_for_latency(
 
     Raises:
         BudgetError: not reachable, or not met in some attempts, with what was measured.
-        ConfigError: a bad `tolerance`, or a table that was measured under other conditions.
+        ConfigError: a bad `tolerance` or option, or a table that was measured under other
+            conditions.
         FingerprintError: path or table belong to another model.
+        BatchError: a batch on another device.
+        UnsupportedModelError: see `find_pairs`.
 
     Example:
         >>> plan = solpath.plan_for_latency(model, path, batch, 3.5)  # doctest: +SKIP
     """
     if not 0 < tolerance < 1:
         raise ConfigError(f"tolerance must be in (0, 1), got {tolerance!r}.")
-    if latency is None:
-        table = measure_latency(model, batch)
-    else:
-        table = latency
-        _check_conditions(table, _conditions(model, batch))
-    dense_ms, found = table.dense_ms, []
+    if latency is not None:
+        _check_conditions(latency, _conditions(model, batch))
+    options: dict[str, Any] = {"multiple_of": multiple_of, "min_width": min_width}
+    options["protect"] = protect
+    check_request(model, path, batch, latency_ms, **options)
+    table = measure_latency(model, batch) if latency is None else latency
+    dense_ms = table.dense_ms
+    found: list[str] = []
     for _ in range(ATTEMPTS):
-        plan = path.plan(
-            latency_ms=latency_ms,
-            latency=table,
-            multiple_of=multiple_of,
-            min_width=min_width,
-            protect=protect,
-        )
+        # What the first table can reach, a corrected one can: the dense model at most.
+        target = min(latency_ms, table.dense_ms) if found else latency_ms
+        plan = path.plan(latency_ms=target, latency=table, **options)
         with torch.no_grad(), evaluating(model):
             models = {"dense": model, "small": extract(model, plan)}
             _, [ratio] = _beside(models, batch, _CHECKS)
         measured = ratio * dense_ms
-        plan = replace(plan, latency_ms={**plan.latency_ms, "measured": measured})
+        predicted = plan.latency_ms["predicted"]
+        plan = replace(
+            plan,
+            asked={**plan.asked, "latency_ms": latency_ms},
+            latency_ms={"predicted": predicted, "measured": measured},
+        )
         if abs(measured / latency_ms - 1) <= tolerance:
             return plan
         found.append(f"{measured:.2f}")
-        error = measured / plan.latency_ms["predicted"]
+        error = measured / max(predicted, 0.01 * measured)  # a table may predict almost nothing
         table = table.scaled(error if len(found) == 1 else math.sqrt(error))
     raise BudgetError(
         f"latency_ms {latency_ms} was not met to {tolerance:.1%} in {ATTEMPTS} attempts, which "
         f"took {', '.join(found)} ms; measure on a quieter machine, or raise tolerance."
     )
+
+
+def check_request(
+    model: nn.Module,
+    path: SolutionPath,
+    batch: Any,
+    latency_ms: float,
+    *,
+    multiple_of: int,
+    min_width: int,
+    protect: Sequence[str],
+) -> None:
+    """Raise what `plan_for_latency` would, as far as it is known before anything is measured."""
+    if not isinstance(latency_ms, int | float) or not 0 < latency_ms < math.inf:
+        raise BudgetError(f"latency_ms must be a positive number, got {latency_ms!r}.")
+    path.plan(sparsity=0, multiple_of=multiple_of, min_width=min_width, protect=protect)
+    check_fingerprint(path.fingerprint, model, survey(model)[0])
+    check_device(batch, next(model.parameters()).device)
 
 
 def _alike(blocks: Sequence[Block]) -> list[list[Block]]:

@@ -17,7 +17,7 @@ from transformers import get_scheduler
 
 from solpath.adapters import add_adapters_, merge_adapters_
 from solpath.checkpoint import State, read_checkpoint, write_checkpoint
-from solpath.config import TuneConfig
+from solpath.config import TuneConfig, check_count
 from solpath.data import BatchSource, mix
 from solpath.discover import EXTRACTED
 from solpath.distributed import accelerating, part, whole
@@ -81,7 +81,9 @@ def tune(
 
     Raises:
         BatchError: empty batches, on another device, or outputs of different shapes.
-        ConfigError: `lora_rank` without peft, or a way of ``accelerate`` that does not fit.
+        ConfigError: `lora_rank` without peft, a bad `checkpoint_every`, or a way of ``accelerate``
+            that does not fit.
+        FileError: a damaged checkpoint, or one that cannot be written.
         UnsupportedModelError: no parameter to train, or half-precision ones.
         NonFiniteLossError: the loss became NaN or infinite; the last checkpoint is kept.
         FingerprintError: the checkpoint belongs to other models or other settings.
@@ -91,6 +93,7 @@ def tune(
         >>> tuned = solpath.tune(small, dense, batches)  # doctest: +SKIP
         >>> solpath.save(tuned, "tuned/")  # doctest: +SKIP
     """
+    check_count("checkpoint_every", checkpoint_every, 1)
     config = config or TuneConfig()
     device = _check_model(small, config)
     file = None if checkpoint is None else Path(checkpoint) / "tune.safetensors"
@@ -272,7 +275,7 @@ def _run(
             training.accelerator.wait_for_everyone()
         return training.steps
 
-    saved = training.steps
+    saved = training.steps  # 0: no checkpoint yet
     try:
         training.check_()
         while not training.finished:
@@ -283,7 +286,9 @@ def _run(
             if training.steps % every == 0 or training.finished:
                 saved = save()
     except NonFiniteLossError as error:
-        where = f"; the checkpoint of step {saved} is kept in {file.parent}" if file else ""
+        where = (
+            f"; the checkpoint of step {saved} is kept in {file.parent}" if file and saved else ""
+        )
         raise NonFiniteLossError(f"{str(error).rstrip('.')}{where}.") from error
     except KeyboardInterrupt:
         if training.settled and training.accelerator.num_processes == 1:
