@@ -125,7 +125,7 @@ def _need(
     for name in (*text, *optional):
         found = value.get(name, ...)
         if not isinstance(found, str) and not (found is None and name in optional):
-            raise FileError(f"{file}: {where}.{name} is {value.get(name)!r}, expected text.")
+            raise FileError(f"{file}: {where}.{name} is missing or not text.")
     for name in number:
         found = value.get(name)
         if isinstance(found, bool) or not isinstance(found, int | float):
