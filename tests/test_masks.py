@@ -190,6 +190,7 @@ def test_padding_of_two_sides_is_told_apart_or_not_used():
     longer = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
     assert torch.equal(counted(batch | {"decoder_attention_mask": longer}, other), longer.bool())
     assert counted(mask, states) is None
+    assert counted(batch, torch.zeros(2, 3)) is None  # pooled, of as many features as tokens
 
 
 def test_a_plan_of_another_class_is_refused(bert):

@@ -126,9 +126,9 @@ def counted(batch: Batch, states: Tensor) -> Tensor | None:
     activations cannot be told apart, and all tokens count.
 
     Args:
-        states: ``[batch, tokens, ...]``.
+        states: ``[batch, tokens, ..., features]``; of ``[batch, features]``, pooled, all count.
     """
-    if not isinstance(batch, Mapping):
+    if not isinstance(batch, Mapping) or states.dim() < 3:
         return None
     masks = [batch.get("attention_mask"), batch.get("decoder_attention_mask")]
     if masks[1] is None and isinstance(batch.get("decoder_input_ids"), Tensor):
