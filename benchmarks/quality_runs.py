@@ -76,7 +76,7 @@ def same_run(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def same_dense(run: Mapping[str, Any], dense: Mapping[str, float], metric: str) -> bool:
     """Whether a run is of this dense model, and not of one trained on another machine."""
-    return math.isclose(run["dense"][metric], dense[metric], rel_tol=1e-3)
+    return math.isclose(run["dense"][metric], dense[metric], rel_tol=1e-5)
 
 
 def add_run(file: Path, run: dict[str, Any]) -> None:
