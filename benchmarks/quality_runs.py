@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,8 @@ def stored_runs(file: Path) -> list[dict[str, Any]]:
 
 
 def same_run(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two runs are of one method with one seed and one choice of settings."""
-    return all(one[key] == other[key] for key in ("method", "seed", "settings"))
+    """Whether two runs are of one method with one seed (if they name them) and of one setting."""
+    return all(one.get(key) == other.get(key) for key in ("method", "seed", "settings"))
 
 
 def same_dense(run: Mapping[str, Any], dense: Mapping[str, float], metric: str) -> bool:
@@ -80,13 +80,9 @@ def same_dense(run: Mapping[str, Any], dense: Mapping[str, float], metric: str) 
 
 
 def add_run(file: Path, run: dict[str, Any]) -> None:
-    """Add a run; one that is the same is replaced."""
-    save_runs(file, [*(other for other in stored_runs(file) if not same_run(other, run)), run])
-
-
-def save_runs(file: Path, runs: Sequence[Mapping[str, Any]]) -> None:
-    """Write all runs, atomically."""
-    write_file(file, (json.dumps({"runs": list(runs)}, indent=1, allow_nan=False) + "\n").encode())
+    """Add a run, atomically; one that is the same is replaced."""
+    runs = [*(other for other in stored_runs(file) if not same_run(other, run)), run]
+    write_file(file, (json.dumps({"runs": runs}, indent=1, allow_nan=False) + "\n").encode())
 
 
 def read_runs(model: str, *kinds: str) -> Runs:

@@ -17,7 +17,7 @@ import torch
 import typer
 from torch import nn
 
-from quality_runs import fidelity_of, same_dense, save_runs, shown, stored_runs
+from quality_runs import add_run, fidelity_of, same_dense, same_run, shown, stored_runs
 from record import RESULTS, show
 from solpath.compensation import compensate
 from solpath.config import TuneConfig
@@ -66,8 +66,8 @@ def main(
     for keep in (float(keep) for keep in keeps.split(",")):
         small = None
         for limit in limits:
-            key = {**settings, "keep": keep, "minutes": limit}
-            known = [run for run in stored_runs(out) if run["settings"] == key]
+            wanted = {"settings": {**settings, "keep": keep, "minutes": limit}}
+            known = [run for run in stored_runs(out) if same_run(run, wanted)]
             if any(same_dense(run, dense, work.headline) for run in known):
                 continue
             path = path or search(work.model, batches, search_config, progress=False)
@@ -75,9 +75,9 @@ def main(
                 small = extract(work.model, path.plan(sparsity=1 - keep))
                 small = compensate(small, work.model, batches[: work.calibration], progress=False)
             run = _run(work, small, config, train, judges, targets, limit)
-            run |= {"settings": key, "dense": dense, "search": dict(path.config)}
+            run |= {**wanted, "dense": dense, "search": dict(path.config)}
             run |= {"share_won_back": _share_won_back(run, fidelity_of(dense), dense)}
-            save_runs(out, [*(r for r in stored_runs(out) if r["settings"] != key), run])
+            add_run(out, run)
     _table(work, settings, stored_runs(out))
 
 

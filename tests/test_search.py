@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -279,9 +280,21 @@ def test_a_loader_gives_every_batch_once(bert):
                 self.reads += 1
                 yield batch
 
-    loader = Counted()
+    class Indexed(Sequence):
+        reads = 0
+
+        def __len__(self):
+            return 60
+
+        def __getitem__(self, place):
+            self.reads += 1
+            return batches(bert, 60)[place]
+
+    loader, sequence = Counted(), Indexed()
     path = run(bert, loader, SearchConfig(steps=40, scale_batches=2))
     assert loader.reads <= 40 + 20
+    assert same(path, run(bert, sequence, SearchConfig(steps=40, scale_batches=2)))
+    assert sequence.reads <= 40 + 20
     assert same(path, run(bert, batches(bert, 60), SearchConfig(steps=40, scale_batches=2)))
 
 

@@ -48,6 +48,11 @@ def read_checkpoint(file: Path, header: Mapping[str, Any]) -> State | None:
     return state
 
 
+def kept(file: Path | None, step: int) -> str:
+    """What an error adds about the state that is left; nothing where none was written."""
+    return f"; the checkpoint of step {step} is kept in {file.parent}" if file and step else ""
+
+
 def _fields(header: Mapping[str, Any]) -> dict[str, Any]:
     """The header without its nesting."""
     rest = {name: value for name, value in header.items() if name not in ("config", "fingerprint")}

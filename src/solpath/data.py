@@ -28,10 +28,10 @@ def check_batches(batches: Iterable[Any]) -> None:
 class BatchSource:
     """Batches by step number: ``source[k]`` is batch k of the endless repetition of `batches`.
 
-    A sequence is indexed. Another re-iterable (a `DataLoader`) is iterated once per epoch, with
-    torch's global generator seeded by (seed, epoch), so that shuffling is reproducible; the last
-    batch stays at hand, and going further back starts again. A one-shot iterator is kept in memory,
-    so that it can be repeated.
+    The last batch stays at hand. A sequence is indexed. Another re-iterable (a `DataLoader`) is
+    iterated once per epoch, with torch's global generator seeded by (seed, epoch), so that
+    shuffling is reproducible; going back starts again. A one-shot iterator is kept in memory, so
+    that it can be repeated.
     """
 
     def __init__(self, batches: Iterable[Any], seed: int) -> None:
@@ -49,9 +49,13 @@ class BatchSource:
 
     def __getitem__(self, step: int) -> Any:
         """Batch of this step."""
+        if step == self._position - 1:
+            return self._last
         if isinstance(self._batches, Sequence):
-            return self._batches[step % len(self._batches)]
-        if step < self._position - 1:
+            self._last = self._batches[step % len(self._batches)]
+            self._position = step + 1
+            return self._last
+        if step < self._position:
             self._epoch, self._position, self._iterator = -1, 0, iter(())
         while self._position <= step:
             self._advance()

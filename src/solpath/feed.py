@@ -76,10 +76,10 @@ def split_batches(
 
     if text is None and images is None and takes(model) == {"text"}:
         corpus, tokenizer = read_corpus(search=2048, test=0), load_processor(name)
-        held = rows_of(model, tokenizer, texts_of(corpus.calibration))
+        held = list(rows_of(model, tokenizer, texts_of(corpus.calibration)))
         return rows_of(model, tokenizer, texts_of(corpus.search, seed=seed)), held
     batches = batches_for(name, model, text, images, seed)
     count = max(1, len(batches) // 10)
     if len(batches) == count:
         raise ConfigError("there is one batch of data; give more: a tenth of it is held out.")
-    return batches[:-count], batches[-count:]
+    return batches[:-count], list(batches[-count:])  # these are looked at again and again

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from solpath.basis import turned
-from solpath.checkpoint import State, read_checkpoint, write_checkpoint
+from solpath.checkpoint import State, kept, read_checkpoint, write_checkpoint
 from solpath.config import InclusionConfig, SearchConfig, check_count
 from solpath.cost import CostTable
 from solpath.counting import count_costs
@@ -187,10 +187,8 @@ def _run(
             if (k + 1) % every == 0 or k + 1 == config.steps:
                 saved = _save(file, header, state)
     except NonFiniteLossError as error:
-        where = (
-            f"; the checkpoint of step {saved} is kept in {file.parent}" if file and saved else ""
-        )
-        raise NonFiniteLossError(f"{str(error).rstrip('.')} of {config.steps}{where}.") from error
+        text = f"{str(error).rstrip('.')} of {config.steps}{kept(file, saved)}."
+        raise NonFiniteLossError(text) from error
     except KeyboardInterrupt:
         _save(file, header, state)
         raise

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from solpath.adapters import add_adapters_, merge_adapters_
-from solpath.checkpoint import State, read_checkpoint, write_checkpoint
+from solpath.checkpoint import State, kept, read_checkpoint, write_checkpoint
 from solpath.config import TuneConfig, check_count
 from solpath.data import BatchSource, mix
 from solpath.discover import EXTRACTED
@@ -286,10 +286,7 @@ def _run(
             if training.steps % every == 0 or training.finished:
                 saved = save()
     except NonFiniteLossError as error:
-        where = (
-            f"; the checkpoint of step {saved} is kept in {file.parent}" if file and saved else ""
-        )
-        raise NonFiniteLossError(f"{str(error).rstrip('.')}{where}.") from error
+        raise NonFiniteLossError(f"{str(error).rstrip('.')}{kept(file, saved)}.") from error
     except KeyboardInterrupt:
         if training.settled and training.accelerator.num_processes == 1:
             save()
@@ -347,7 +344,8 @@ def _split(
             f"cannot hold out a tenth of {found}; pass heldout=, or a sequence of at least 10."
         )
     count = len(batches) // 10
-    return BatchSource(batches[:-count], seed), BatchSource(batches[-count:], seed)
+    held = list(batches[-count:])  # read once, as they are looked at again and again
+    return BatchSource(batches[:-count], seed), BatchSource(held, seed)
 
 
 @contextlib.contextmanager
