@@ -344,8 +344,8 @@ def _split(
             f"cannot hold out a tenth of {found}; pass heldout=, or a sequence of at least 10."
         )
     count = len(batches) // 10
-    held = list(batches[-count:])  # read once, as they are looked at again and again
-    return BatchSource(batches[:-count], seed), BatchSource(held, seed)
+    last = list(batches[-count:])  # read once, as they are looked at again and again
+    return BatchSource(batches[:-count], seed), BatchSource(last, seed)
 
 
 @contextlib.contextmanager
