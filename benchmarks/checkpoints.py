@@ -19,11 +19,11 @@ import typer
 from torch import Tensor, nn
 
 from record import RESULTS, save, show
-from solpath.cost import Achieved
-from solpath.counting import count_costs
-from solpath.discover import find_pairs, fingerprint
-from solpath.extraction import extract
-from solpath.path import SolutionPath
+from solpath.model.counting import count_costs
+from solpath.model.discovery import find_pairs, fingerprint
+from solpath.model.extraction import extract
+from solpath.planning.cost import Achieved
+from solpath.planning.path import SolutionPath
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 SIZES = (0.0, 0.2, 0.4, 0.6, 0.75)

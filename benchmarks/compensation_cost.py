@@ -15,10 +15,10 @@ import typer
 from torch import nn
 
 from record import RESULTS, save, show
-from solpath.compensation import compensate
-from solpath.extraction import extract
+from solpath.model.extraction import extract
 from solpath.objective import forward
-from solpath.searching import search
+from solpath.refining.compensation import compensate
+from solpath.searching.search import search
 from workloads import Batch, best_search, workload
 
 

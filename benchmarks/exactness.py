@@ -15,8 +15,8 @@ import typer
 from rich.progress import track
 
 from record import RESULTS, save, show
-from solpath.extraction import extract
-from solpath.masks import masked
+from solpath.model.extraction import extract
+from solpath.model.masks import masked
 from solpath.objective import forward
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))

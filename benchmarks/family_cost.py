@@ -17,8 +17,8 @@ import typer
 from record import RESULTS, save, show
 from solpath.baselines import METHODS
 from solpath.config import SearchConfig
-from solpath.extraction import extract
-from solpath.searching import search
+from solpath.model.extraction import extract
+from solpath.searching.search import search
 from workloads import workload
 
 

@@ -15,9 +15,9 @@ from typing import Annotated
 import typer
 
 from record import RESULTS, save, show
-from solpath.measurement import interquartile_range
+from solpath.measuring.measurement import interquartile_range
 
-HELP = "import sys; sys.argv = ['solpath', '--help']; from solpath.cli import run; run()"
+HELP = "import sys; sys.argv = ['solpath', '--help']; from solpath.cli.main import run; run()"
 COMMANDS = {
     "python": "pass",
     "import torch": "import torch",

@@ -14,10 +14,10 @@ import typer
 
 from record import RESULTS, save, show
 from solpath.config import SearchConfig
-from solpath.extraction import extract
-from solpath.measurement import measure
-from solpath.path import SolutionPath
-from solpath.searching import search
+from solpath.measuring.measurement import measure
+from solpath.model.extraction import extract
+from solpath.planning.path import SolutionPath
+from solpath.searching.search import search
 from workloads import random_tokens, workload
 
 

@@ -19,11 +19,11 @@ import typer
 
 from record import RESULTS, save, show
 from solpath import baselines
-from solpath.extraction import extract
-from solpath.measurement import interquartile_range, latencies
+from solpath.measuring.latency import measure_latency, plan_for_latency
+from solpath.measuring.measurement import interquartile_range, latencies
+from solpath.model.extraction import extract
 from solpath.objective import forward
-from solpath.path import SolutionPath
-from solpath.timing import measure_latency, plan_for_latency
+from solpath.planning.path import SolutionPath
 from workloads import random_tokens, workload
 
 

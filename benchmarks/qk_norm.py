@@ -21,10 +21,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from quality_runs import NORMS
 from record import RESULTS, save, show
-from solpath.masks import masked
-from solpath.path import SolutionPath
-from solpath.plan import Plan
-from solpath.searching import search
+from solpath.model.masks import masked
+from solpath.planning.path import SolutionPath
+from solpath.planning.plan import Plan
+from solpath.searching.search import search
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "zoo"))

@@ -20,14 +20,14 @@ from quality_runs import add_run, fidelity_of, same_dense, same_run, stored_runs
 from record import RESULTS, show
 from rivals.gauss_newton import turned_gauss_newton
 from solpath.baselines import METHODS
-from solpath.compensation import compensate
 from solpath.config import InclusionConfig, SearchConfig
-from solpath.evaluation import evaluate, reference_outputs
-from solpath.extraction import extract
-from solpath.masks import masked
-from solpath.measurement import provenance
-from solpath.path import SolutionPath
-from solpath.searching import search
+from solpath.measuring.evaluation import evaluate, reference_outputs
+from solpath.measuring.measurement import provenance
+from solpath.model.extraction import extract
+from solpath.model.masks import masked
+from solpath.planning.path import SolutionPath
+from solpath.refining.compensation import compensate
+from solpath.searching.search import search
 from workloads import BEST_SETTINGS, WORKLOADS, Workload, workload
 
 SEARCHES: dict[str, tuple[type, dict[str, Any]]] = {

@@ -18,15 +18,15 @@ import typer
 from quality_runs import BEST
 from record import RESULTS, save, show
 from rivals.gauss_newton import turned_gauss_newton
-from solpath.compensation import compensate
-from solpath.evaluation import evaluate, reference_outputs
-from solpath.extraction import extract
-from solpath.measurement import interquartile_range, latencies
+from solpath.measuring.evaluation import evaluate, reference_outputs
+from solpath.measuring.latency import measure_latency
+from solpath.measuring.measurement import interquartile_range, latencies
+from solpath.model.extraction import extract
 from solpath.objective import forward
-from solpath.path import SolutionPath
-from solpath.plan import Plan
-from solpath.searching import search
-from solpath.timing import measure_latency
+from solpath.planning.path import SolutionPath
+from solpath.planning.plan import Plan
+from solpath.refining.compensation import compensate
+from solpath.searching.search import search
 from workloads import Batch, Workload, best_search, random_tokens, workload
 
 METHODS = ("spp_best", "gauss_newton_refit")

@@ -32,7 +32,7 @@ from quality_runs import (
     values,
 )
 from record import RESULTS
-from solpath.figures import spread
+from solpath.reporting.charts import spread
 from zoo_page import compensated_table, zoo_page, zoo_table
 
 ROOT = RESULTS.parents[1]

@@ -21,8 +21,8 @@ from record import RESULTS
 from rivals import METHODS
 from rivals.moments import Calibration, calibrate
 from rivals.weights import remaining
-from solpath.evaluation import evaluate, reference_outputs
-from solpath.measurement import provenance
+from solpath.measuring.evaluation import evaluate, reference_outputs
+from solpath.measuring.measurement import provenance
 from workloads import WORKLOADS, Workload, workload
 
 

@@ -30,9 +30,9 @@ from torch import nn
 
 from record import RESULTS, save, show
 from solpath.config import SearchConfig
-from solpath.measurement import LiveStorages, interquartile_range
+from solpath.measuring.measurement import LiveStorages, interquartile_range
 from solpath.objective import divergence, forward, token_mask
-from solpath.searching import search
+from solpath.searching.search import search
 from workloads import Batch, installed_minilm, quiet, random_tokens
 
 WARM_UP = 3

@@ -19,11 +19,11 @@ import typer
 from transformers import AutoModel
 
 from record import RESULTS, save, show
-from solpath import store
-from solpath.counting import count_costs
-from solpath.discover import find_pairs, fingerprint
-from solpath.extraction import extract
-from solpath.plan import Plan, make_plan
+from solpath.model.counting import count_costs
+from solpath.model.discovery import find_pairs, fingerprint
+from solpath.model.extraction import extract
+from solpath.planning.plan import Plan, make_plan
+from solpath.storing import writing as store
 from workloads import installed_minilm, quiet
 
 PATHS = {"extract_save": "copy", "save": "copy", "load": "read", "load_verified": "read"}

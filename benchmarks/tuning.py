@@ -19,13 +19,13 @@ from torch import nn
 
 from quality_runs import add_run, fidelity_of, same_dense, same_run, shown, stored_runs
 from record import RESULTS, show
-from solpath.compensation import compensate
 from solpath.config import TuneConfig
-from solpath.evaluation import evaluate, reference_outputs
-from solpath.extraction import extract
-from solpath.measurement import provenance
-from solpath.searching import search
-from solpath.tuning import tune
+from solpath.measuring.evaluation import evaluate, reference_outputs
+from solpath.measuring.measurement import provenance
+from solpath.model.extraction import extract
+from solpath.refining.compensation import compensate
+from solpath.refining.tuning import tune
+from solpath.searching.search import search
 from workloads import WORKLOADS, Batch, Workload, best_search, workload
 
 

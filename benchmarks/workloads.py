@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from solpath.batching import text_batches
 from solpath.config import SearchConfig
-from solpath.corpus import read_corpus, texts_of
+from solpath.data.batches import text_batches
+from solpath.data.docstrings import read_corpus, texts_of
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "zoo"))  # its modules are imported when needed

@@ -9,7 +9,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import jaxtyping
 
 # Shapes in the signatures of the mathematics are checked in tests, before its first import.
-jaxtyping.install_import_hook("solpath.dynamics", "beartype.beartype")
+jaxtyping.install_import_hook("solpath.searching.dynamics", "beartype.beartype")
 
 import pytest
 import torch

@@ -3,9 +3,9 @@
 import torch
 
 from conftest import inputs
-from solpath.counting import count_costs
-from solpath.discover import find_pairs, fingerprint
-from solpath.plan import Plan, best_units
+from solpath.model.counting import count_costs
+from solpath.model.discovery import find_pairs, fingerprint
+from solpath.planning.plan import Plan, best_units
 
 
 def random_plan(model, fractions, seed=0) -> Plan:

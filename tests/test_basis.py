@@ -5,12 +5,12 @@ import torch
 
 import solpath
 from conftest import CASES, batches, build, inputs
-from solpath import searching
-from solpath.basis import moment_hooks, obstacle, principal_axes, principal_basis, turned
-from solpath.discover import find_pairs
 from solpath.errors import FingerprintError
+from solpath.model.basis import moment_hooks, obstacle, principal_axes, principal_basis, turned
+from solpath.model.discovery import find_pairs
 from solpath.objective import forward, run
-from solpath.path import SolutionPath
+from solpath.planning.path import SolutionPath
+from solpath.searching import search as searching
 
 CONFIG = solpath.SearchConfig(steps=6, scale_batches=2, basis="principal")
 
@@ -118,7 +118,7 @@ def test_a_resumed_search_has_the_same_axes(bert, tmp_path):
 
     state = tmp_path / "state"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("solpath.searching._record", _interrupted_after(3))
+        patch.setattr("solpath.searching.search._record", _interrupted_after(3))
         with pytest.raises(KeyboardInterrupt):
             solpath.search(bert, batches(bert), CONFIG, checkpoint=state, progress=False)
     again = solpath.search(bert, batches(bert), CONFIG, checkpoint=state, progress=False)

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 import solpath
 from conftest import build, inputs
-from solpath.cli import run
-from solpath.corpus import installed_model
+from solpath.cli.main import run
+from solpath.data.docstrings import installed_model
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_search_plan_extract_eval_bench(path, texts, tmp_path, capsys):
 
 def test_a_latency_is_measured_once_and_planned_again(tmp_path, monkeypatch, capsys):
     """On a stopwatch that counts parameters, so that nothing depends on the machine."""
-    from solpath import timing
+    from solpath.measuring import latency as timing
 
     def latencies(functions, *, repeats):
         models = {name: function.args[0] for name, function in functions.items()}
@@ -211,12 +211,12 @@ def test_debug_shows_the_traceback(path):
 
 
 def test_interrupt_exits_130_with_a_hint(texts, tmp_path, monkeypatch, capsys):
-    import solpath.searching
+    import solpath.searching.search
 
     def interrupted(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(solpath.searching, "search", interrupted)
+    monkeypatch.setattr(solpath.searching.search, "search", interrupted)
     arguments = ["search", str(installed_model()), "--text", str(texts)]
     arguments += ["--out", str(tmp_path / "path"), "--checkpoint", str(tmp_path / "state")]
     assert run(arguments) == 130
@@ -291,7 +291,7 @@ def test_a_path_of_another_model_is_refused(path, tmp_path, capsys):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys, solpath.cli; print({'torch', 'transformers'} & set(sys.modules))"
+    code = "import sys, solpath.cli.main; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

@@ -9,13 +9,13 @@ from torch import nn
 import solpath
 from conftest import CASES, batches, build, inputs
 from plans import plan_of, random_plan
-from solpath.discover import find_pairs
-from solpath.dynamics import unpredicted
 from solpath.errors import BatchError, ConfigError, UnsupportedModelError
-from solpath.lockstep import residual_streams
+from solpath.model.discovery import find_pairs
+from solpath.model.slicing import linear_map
 from solpath.objective import run
-from solpath.redundancy import input_hooks, own_share
-from solpath.slicing import linear_map
+from solpath.refining.layerwise import residual_streams
+from solpath.searching.dynamics import unpredicted
+from solpath.searching.redundancy import input_hooks, own_share
 
 HALF = (0.5, 0.6, 0.4)
 

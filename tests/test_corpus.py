@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from solpath.corpus import (
+from solpath.data.docstrings import (
     docstring_pairs,
     read_corpus,
     retrieval_accuracy,

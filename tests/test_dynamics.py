@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solpath import dynamics
 from solpath.objective import curvature_sketch, divergence
+from solpath.searching import dynamics
 
 POSITIVE = st.floats(1e-6, 1e6)
 

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import solpath
 from solpath.errors import BatchError
-from solpath.evaluation import evaluate, reference_outputs
+from solpath.measuring.evaluation import evaluate, reference_outputs
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 import solpath
 from conftest import CASES, batches, build, inputs
 from plans import plan_of, random_plan
-from solpath.counting import count_costs
-from solpath.discover import find_pairs, fingerprint
+from solpath.model.counting import count_costs
+from solpath.model.discovery import find_pairs, fingerprint
+from solpath.model.slicing import linear_map
 from solpath.objective import forward, run
-from solpath.plan import Plan
-from solpath.slicing import linear_map
+from solpath.planning.plan import Plan
 
 
 def both(model, plan, batch):

@@ -10,13 +10,13 @@ import torch
 
 import solpath
 from conftest import build, inputs
-from solpath import timing
-from solpath.cost import CostTable
-from solpath.discover import find_pairs
 from solpath.errors import BudgetError, ConfigError, FileError, FingerprintError
-from solpath.latency import BlockLatency, LatencyTable, pair_shapes
+from solpath.measuring import latency as timing
+from solpath.model.discovery import find_pairs
 from solpath.pair import Fingerprint
-from solpath.path import SolutionPath
+from solpath.planning.cost import CostTable
+from solpath.planning.latency_table import BlockLatency, LatencyTable, pair_shapes
+from solpath.planning.path import SolutionPath
 from test_plan import COSTS, PAIRS, made_path, subset
 
 QK, VO, MLP = (0, 1, 8, 16, 32), (0, 8, 32), (0, 1, 500, 1536)

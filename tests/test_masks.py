@@ -6,11 +6,11 @@ import torch
 import solpath
 from conftest import CASES, build, inputs
 from plans import random_plan
-from solpath.discover import find_pairs
 from solpath.errors import FingerprintError
-from solpath.masks import energy_hooks, mask_hooks
+from solpath.model.discovery import find_pairs
+from solpath.model.masks import energy_hooks, mask_hooks
 from solpath.objective import counted, forward, run
-from solpath.plan import norm_gain
+from solpath.planning.plan import norm_gain
 
 NORMED = ["qwen3", "gemma3_text", "gemma3"]
 

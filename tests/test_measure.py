@@ -10,7 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from solpath.errors import BatchError, ConfigError
-from solpath.measurement import (
+from solpath.measuring.measurement import (
     bytes_on_disk,
     count_macs,
     interquartile_range,

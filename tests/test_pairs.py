@@ -11,10 +11,10 @@ from transformers.pytorch_utils import Conv1D
 from conftest import CASES, TIMM_CASES, build, inputs
 from solpath.arch import known_model_types, lookup, register
 from solpath.arch.table import _REGISTERED
-from solpath.counting import count_costs
-from solpath.discover import find_pairs
+from solpath.model.counting import count_costs
+from solpath.model.discovery import find_pairs
+from solpath.model.slicing import cut_linear, linear_map, refit_
 from solpath.pair import Pair, Side
-from solpath.slicing import cut_linear, linear_map, refit_
 
 
 def test_every_known_type_has_a_case():

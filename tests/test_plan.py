@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 import solpath
 from conftest import batches, build
-from solpath.cost import CostTable
 from solpath.errors import BudgetError, ConfigError, FileError, FingerprintError
 from solpath.pair import Fingerprint, Pair, Side
-from solpath.path import SolutionPath, flatten
-from solpath.plan import Plan
+from solpath.planning.cost import CostTable
+from solpath.planning.path import SolutionPath, flatten
+from solpath.planning.plan import Plan
 
 # 12 heads x 32 and an MLP of 1536, six times: the shape of a small BERT, no weights needed.
 PAIRS = tuple(

@@ -10,7 +10,7 @@ import transformers
 import solpath
 from conftest import CASES, batches, build
 from solpath.errors import ConfigError, FileError, UnsupportedModelError
-from solpath.extraction import extract
+from solpath.model.extraction import extract
 from solpath.pretrained import from_pretrained, load_processor
 
 SHORT = solpath.SearchConfig(steps=4, scale_batches=2)

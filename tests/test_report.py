@@ -12,8 +12,8 @@ import pytest
 import conftest
 import solpath
 from solpath.errors import FileError
-from solpath.figures import entry_shares, spread
-from solpath.report import duration, heat_maps, read_family, write_report
+from solpath.reporting.charts import entry_shares, spread
+from solpath.reporting.report import duration, heat_maps, read_family, write_report
 
 SIZES = {"s20": 0.2, "s40": 0.4, "s60": 0.6, "s75": 0.75}
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

@@ -16,7 +16,7 @@ from rivals.corp import affine_fit, bilinear_fit
 from rivals.moments import Calibration, Moments, calibrate
 from rivals.osscar import eliminate
 from rivals.weights import inner_bias, inner_weight, remaining, set_inner_, set_inner_bias_
-from solpath.evaluation import evaluate, reference_outputs
+from solpath.measuring.evaluation import evaluate, reference_outputs
 from solpath.objective import forward
 from workloads import Workload
 

@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import solpath
 from conftest import batches, build, inputs
 from solpath import InclusionConfig, SearchConfig, baselines
-from solpath.data import BatchSource
-from solpath.discover import find_pairs
+from solpath.data.source import BatchSource
 from solpath.errors import (
     BatchError,
     ConfigError,
@@ -28,7 +27,8 @@ from solpath.errors import (
     NonFiniteLossError,
     UnsupportedModelError,
 )
-from solpath.path import flatten
+from solpath.model.discovery import find_pairs
+from solpath.planning.path import flatten
 
 QUICK = SearchConfig(steps=8, scale_batches=2)
 
@@ -185,7 +185,7 @@ def test_two_processes_give_the_same_path(tmp_path):
         model = build("bert").double()
         path = solpath.search(model, batches(model, samples=5),
                               solpath.SearchConfig(steps=10, scale_batches=2), progress=False)
-        from solpath.probe import process
+        from solpath.searching.probe import process
         print("process %d %d\\n" % process(), end="", flush=True)
         if process()[0] == 0:
             path.save(sys.argv[1])

@@ -19,13 +19,15 @@ from safetensors.torch import load_file, save_file
 
 import solpath
 from conftest import build, inputs
-from solpath import files, manifest, store
-from solpath.counting import count_costs
-from solpath.discover import find_pairs, fingerprint
+from solpath import files
 from solpath.errors import ConfigError, FileError
-from solpath.extraction import extract
-from solpath.plan import make_plan
-from solpath.skeleton import state_of
+from solpath.model.counting import count_costs
+from solpath.model.discovery import find_pairs, fingerprint
+from solpath.model.extraction import extract
+from solpath.planning.plan import make_plan
+from solpath.storing import manifest
+from solpath.storing import writing as store
+from solpath.storing.skeleton import state_of
 
 
 def shrink(model, sparsity=0.5, seed=0):

@@ -18,11 +18,11 @@ import solpath
 from conftest import TIMM_CASES, batches, inputs, randomise_
 from solpath.arch import known_model_types
 from solpath.arch.timm import check_settings
-from solpath.discover import find_pairs
 from solpath.errors import ConfigError, SolpathError, UnsupportedModelError
-from solpath.masks import mask_hooks
+from solpath.model.discovery import find_pairs
+from solpath.model.masks import mask_hooks
 from solpath.objective import forward
-from solpath.skeleton import check_sizes
+from solpath.storing.skeleton import check_sizes
 
 # These run here on the `model` of this module.
 from test_basis import test_the_dense_model_is_the_same_function  # noqa: F401

@@ -5,7 +5,7 @@ import torch
 
 import solpath
 from conftest import batches, build, inputs
-from solpath.discover import find_pairs
+from solpath.model.discovery import find_pairs
 from solpath.objective import forward
 
 TOWERS = ("text_model", "vision_model")

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import solpath
 from conftest import batches, build, inputs
 from solpath import SearchConfig, TuneConfig, baselines
-from solpath.adapters import adaptable
 from solpath.errors import (
     BatchError,
     ConfigError,
@@ -28,7 +27,8 @@ from solpath.errors import (
     NonFiniteLossError,
     UnsupportedModelError,
 )
-from solpath.teacher import Lessons
+from solpath.refining.adapters import adaptable
+from solpath.refining.distillation import Lessons
 
 QUICK = TuneConfig(steps=6, evaluate_every=3, learning_rate=3e-3)
 LORA = TuneConfig(steps=6, evaluate_every=3, learning_rate=1e-2, lora_rank=3)

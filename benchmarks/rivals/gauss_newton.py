@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from solpath import baselines
-from solpath.basis import turned
-from solpath.path import SolutionPath, unflatten
-from solpath.probe import probing
+from solpath.model.basis import turned
+from solpath.planning.path import SolutionPath, unflatten
+from solpath.searching.probe import probing
 
 SCALE_BATCHES = 16
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from solpath.discover import find_pairs
+from solpath.model.discovery import find_pairs
 from solpath.objective import run
 from solpath.pair import Pair, Side
 

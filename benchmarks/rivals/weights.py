@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from solpath.model.slicing import linear_map
 from solpath.pair import Pair, Side
-from solpath.slicing import linear_map
 
 Kept = Mapping[str, Tensor]
 """Pair name to bool ``[heads, width]``: the units that stay."""

@@ -21,7 +21,7 @@ from torch import nn
 import solpath
 from solpath.errors import ConfigError, SolpathError
 from solpath.files import write_file
-from solpath.measurement import provenance
+from solpath.measuring.measurement import provenance
 from solpath.pretrained import from_pretrained, load_processor
 
 Out = Annotated[Path, typer.Option(help="Folder for the family.")]

@@ -32,7 +32,7 @@ from family import (
 from torch import nn
 
 from solpath import image_batches
-from solpath.batching import Batches
+from solpath.data.batches import Batches
 from solpath.errors import ConfigError
 
 

@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn import functional
 
 from solpath import text_batches
-from solpath.batching import Batches
+from solpath.data.batches import Batches
 
 C4, WIKITEXT = "allenai/c4:en", "Salesforce/wikitext:wikitext-2-raw-v1"
 

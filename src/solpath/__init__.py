@@ -7,49 +7,49 @@ from solpath.errors import SolpathError
 
 if TYPE_CHECKING:
     from solpath import baselines
-    from solpath.batching import image_batches, image_text_batches, text_batches
-    from solpath.compensation import compensate
     from solpath.config import InclusionConfig, SearchConfig, TuneConfig
-    from solpath.discover import find_pairs
-    from solpath.evaluation import evaluate
-    from solpath.extraction import extract
-    from solpath.latency import LatencyTable
-    from solpath.masks import masked
-    from solpath.measurement import measure
-    from solpath.path import SolutionPath
-    from solpath.plan import Plan
-    from solpath.searching import search
-    from solpath.store import load, push_to_hub, save
-    from solpath.timing import measure_latency, plan_for_latency
-    from solpath.tuning import tune
+    from solpath.data.batches import image_batches, image_text_batches, text_batches
+    from solpath.measuring.evaluation import evaluate
+    from solpath.measuring.latency import measure_latency, plan_for_latency
+    from solpath.measuring.measurement import measure
+    from solpath.model.discovery import find_pairs
+    from solpath.model.extraction import extract
+    from solpath.model.masks import masked
+    from solpath.planning.latency_table import LatencyTable
+    from solpath.planning.path import SolutionPath
+    from solpath.planning.plan import Plan
+    from solpath.refining.compensation import compensate
+    from solpath.refining.tuning import tune
+    from solpath.searching.search import search
+    from solpath.storing.writing import load, push_to_hub, save
 
 __version__ = "0.1.0"
 
 # Where each name lives. Modules are imported on first use, so that `import solpath` stays fast.
 _HOME = {
     "InclusionConfig": "config",
-    "LatencyTable": "latency",
-    "Plan": "plan",
+    "LatencyTable": "planning.latency_table",
+    "Plan": "planning.plan",
     "SearchConfig": "config",
-    "SolutionPath": "path",
+    "SolutionPath": "planning.path",
     "TuneConfig": "config",
     "baselines": "",
-    "compensate": "compensation",
-    "evaluate": "evaluation",
-    "extract": "extraction",
-    "find_pairs": "discover",
-    "image_batches": "batching",
-    "image_text_batches": "batching",
-    "load": "store",
-    "masked": "masks",
-    "measure": "measurement",
-    "measure_latency": "timing",
-    "plan_for_latency": "timing",
-    "push_to_hub": "store",
-    "save": "store",
-    "search": "searching",
-    "text_batches": "batching",
-    "tune": "tuning",
+    "compensate": "refining.compensation",
+    "evaluate": "measuring.evaluation",
+    "extract": "model.extraction",
+    "find_pairs": "model.discovery",
+    "image_batches": "data.batches",
+    "image_text_batches": "data.batches",
+    "load": "storing.writing",
+    "masked": "model.masks",
+    "measure": "measuring.measurement",
+    "measure_latency": "measuring.latency",
+    "plan_for_latency": "measuring.latency",
+    "push_to_hub": "storing.writing",
+    "save": "storing.writing",
+    "search": "searching.search",
+    "text_batches": "data.batches",
+    "tune": "refining.tuning",
 }
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 import sys
 
-from solpath.cli import run
+from solpath.cli.main import run
 
 if __name__ == "__main__":
     sys.exit(run())

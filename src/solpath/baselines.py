@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from solpath.config import check_count, check_number
-from solpath.counting import count_costs
-from solpath.discover import find_pairs, fingerprint
-from solpath.dynamics import sparse_copy
+from solpath.model.counting import count_costs
+from solpath.model.discovery import find_pairs, fingerprint
+from solpath.model.slicing import linear_map
 from solpath.objective import Loss
 from solpath.pair import Pair, Side
-from solpath.path import SolutionPath, unflatten
+from solpath.planning.path import SolutionPath, unflatten
 from solpath.pretrained import Name, for_batches
-from solpath.probe import Probe, probing
-from solpath.slicing import linear_map
+from solpath.searching.dynamics import sparse_copy
+from solpath.searching.probe import Probe, probing
 
 
 def random(

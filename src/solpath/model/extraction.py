@@ -1,0 +1,100 @@
+"""Cut a model to a plan: a new model with really smaller matrices."""
+
+import copy
+from collections import defaultdict
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from solpath.model.basis import turned
+from solpath.model.discovery import EXTRACTED, Site, check_fingerprint, survey
+from solpath.model.slicing import cut_linear, linear_map, refit_
+from solpath.nn.attention import slim_class
+from solpath.pair import Pair, Side
+from solpath.planning.plan import Plan
+from solpath.pretrained import Name, as_model
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@overload
+def extract(model: Model, plan: Plan, *, check: bool = True) -> Model: ...
+
+
+@overload
+def extract(model: Name, plan: Plan, *, check: bool = True) -> nn.Module: ...
+
+
+def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Module:
+    """A copy of `model` that keeps only the units of `plan`.
+
+    The copy has the class behaviour of the original: forward signature, outputs, `config`,
+    `state_dict`. Layers that keep every unit are copied bit for bit. Its attribute
+    ``solpath_plan`` is the plan. `model` is left untouched.
+
+    Args:
+        model: the dense model the plan was made for, or its folder or hub id, which is loaded on
+            the CPU.
+        plan: from `SolutionPath.plan`.
+        check: compare the model's weights with the plan's fingerprint first.
+
+    Raises:
+        FingerprintError: the plan belongs to another model; the message says what differs.
+        UnsupportedModelError: the model cannot be cut, or was cut already.
+        FileError, ConfigError: by name: see `from_pretrained`.
+
+    Example:
+        >>> small = solpath.extract(model, path.plan(sparsity=0.5))  # doctest: +SKIP
+    """
+    model = as_model(model)
+    pairs, sites = survey(model)
+    if check:
+        check_fingerprint(plan.fingerprint, model, pairs)
+
+    # The copy finds the cut parameters in `memo`, so what is cut is never copied whole.
+    cut = {pair.name for pair in pairs if plan.kept[pair.name].shape[1] < pair.width}
+    layers = _sides_of_layers(pairs, cut)
+    with turned(model, pairs, plan.turns()):
+        memo: dict[int, Any] = {}
+        for path, sides in layers.items():
+            index = [pair.channel_index(side, plan.kept[pair.name]) for pair, side in sides]
+            memo |= cut_linear(linear_map(model, path), torch.cat(index), sides[0][1].axis)
+        result = copy.deepcopy(model, memo)
+    for path in layers:
+        refit_(result.get_submodule(path))
+    for site in sites:
+        if cut & {site.qk.name, site.vo.name}:
+            _slim_(result, site, plan)
+    setattr(result, EXTRACTED, plan)
+    return result
+
+
+def _sides_of_layers(pairs: tuple[Pair, ...], cut: set[str]) -> dict[str, list[tuple[Pair, Side]]]:
+    """Every layer that a cut pair touches, with all that shares it, in the order of its rows."""
+    layers: dict[str, list[tuple[Pair, Side]]] = defaultdict(list)
+    for pair in pairs:
+        for side in pair.sides:
+            layers[side.module].append((pair, side))
+    return {
+        path: sorted(sides, key=lambda owner: owner[1].offset)
+        for path, sides in layers.items()
+        if any(pair.name in cut for pair, _ in sides)
+    }
+
+
+def _slim_(model: nn.Module, site: Site, plan: Plan) -> None:
+    """Give an attention whose projections were cut the `forward` that runs with their widths."""
+    if site.table.forward is None:
+        return
+    attention = model.get_submodule(site.path)
+    device = next(attention.parameters()).device
+    buffers: dict[str, Tensor] = {}
+    if site.table.rotary:
+        buffers["couples"] = plan.kept[site.qk.name]
+    if site.qk.norms:
+        buffers["gain"] = plan.gains[site.qk.name].flatten()
+    for name, value in buffers.items():
+        value = value if device.type == "meta" else value.to(device)
+        attention.register_buffer(name, value, persistent=False)
+    attention.__class__ = slim_class(type(attention), site.table.forward)

@@ -1,0 +1,234 @@
+"""Masks on the inner dimensions of a model, put there by hooks and gone after the block."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from solpath.errors import BatchError, FingerprintError
+from solpath.model.basis import turned
+from solpath.nn.pooling import QueryHook
+from solpath.objective import Batch, counted
+from solpath.pair import Norm, Pair
+from solpath.planning.plan import Plan, norm_gain
+
+
+@dataclass
+class Masks:
+    """What hooked pairs obey; change it between forward passes.
+
+    Attributes:
+        units: pair name to ``[units]``, or ``[batch, units]`` for one mask per sample; a pair
+            without an entry is left alone.
+        energy: pair name to sums of squares of queries and keys, see `SolutionPath.energy`; from
+            it the gain after a norm follows a mask that moves.
+        gains: pair name to a fixed gain, see `Plan.gains`; comes before `energy`.
+    """
+
+    units: dict[str, Tensor] = field(default_factory=dict)
+    energy: dict[str, Tensor] = field(default_factory=dict)
+    gains: dict[str, Tensor] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def mask_hooks(model: nn.Module, pairs: Sequence[Pair]) -> Iterator[Masks]:
+    """Hook every pair; yield the masks that the forward passes obey.
+
+    A mask multiplies the inner activation: the output of the query projection (or of the norm
+    over its heads), or the input of the right-hand layer. Hooks are removed when the block ends.
+    """
+    masks = Masks()
+    handles: list[RemovableHandle | QueryHook] = []
+    try:
+        for pair in pairs:
+            side = pair.mask_side
+            module = model.get_submodule(side.module)
+            if pair.norms:
+                for norm, query in zip(pair.norms, (True, False), strict=True):
+                    hook = _on_norm(masks, pair, norm, query)
+                    handles.append(model.get_submodule(norm.module).register_forward_hook(hook))
+            elif isinstance(module, nn.MultiheadAttention):
+                handles.append(QueryHook(module, _on_query(masks, pair)))
+            elif side.axis == 0:
+                handles.append(module.register_forward_hook(_on_output(masks, pair)))
+            else:
+                handles.append(module.register_forward_pre_hook(_on_input(masks, pair)))
+        yield masks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
+    """Run `model` as if it had been cut to `plan`, without cutting it.
+
+    Hooks and turned parameters are there inside the block and gone after it.
+
+    Args:
+        model: the dense model the plan was made for. Only its class is checked, not its weights.
+        plan: from `SolutionPath.plan`.
+
+    Raises:
+        FingerprintError: the plan is for a model of another class.
+
+    Example:
+        >>> with solpath.masked(model, path.plan(sparsity=0.5)):  # doctest: +SKIP
+        ...     outputs = model(**batch)
+    """
+    if type(model).__name__ != plan.fingerprint.architecture:
+        raise FingerprintError(
+            f"the plan is for another model: the class is {type(model).__name__}, "
+            f"not {plan.fingerprint.architecture}."
+        )
+    device = next(model.parameters()).device
+    with turned(model, plan.pairs, plan.turns()), mask_hooks(model, plan.pairs) as masks:
+        masks.units.update({name: mask.to(device) for name, mask in plan.masks().items()})
+        masks.gains.update({name: gain.to(device) for name, gain in plan.gains.items()})
+        yield model
+
+
+def _on_output(masks: Masks, pair: Pair) -> Any:
+    on_query = _on_query(masks, pair)
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return on_query(output)
+
+    return hook
+
+
+def _on_query(masks: Masks, pair: Pair) -> Callable[[Tensor], Tensor]:
+    expand = _expansion(pair)
+
+    def hook(query: Tensor) -> Tensor:
+        mask = masks.units.get(pair.name)
+        return query if mask is None else query * _rows(expand(mask, query), query, pair)
+
+    return hook
+
+
+def _on_input(masks: Masks, pair: Pair) -> Any:
+    expand = _expansion(pair)
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        mask = masks.units.get(pair.name)
+        if mask is None:
+            return args
+        return (args[0] * _rows(expand(mask, args[0]), args[0], pair), *args[1:])
+
+    return hook
+
+
+def _on_norm(masks: Masks, pair: Pair, norm: Norm, query: bool) -> Any:
+    """The norm runs over the kept channels alone; the gain makes up for what they lack."""
+
+    def by_head(value: Tensor, channels: int) -> Tensor:
+        """``[..., heads, n]`` to the layout of the norm's input, its ``n`` repeated."""
+        value = value.repeat((*[1] * (value.dim() - 1), channels))
+        return value.unsqueeze(-3 if norm.heads_dim == -2 else -2)
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        mask = masks.units.get(pair.name)
+        if mask is None:
+            return output
+        mask = mask.to(output.dtype).view(*mask.shape[:-1], pair.heads, pair.width)
+        gain = masks.gains.get(pair.name)
+        if gain is None:
+            gain = norm_gain(mask, masks.energy[pair.name])
+        if query:
+            mask = mask.repeat_interleave(pair.left[0].repeat, -2)
+        kept = by_head(mask, pair.channels)
+        if mask.requires_grad:
+            # What the other branch gives, but linear in the mask of a unit at 0 as well as at 1.
+            square = args[0].square()
+            small = 1e-6 * square.mean(-1, keepdim=True)
+            ratio = (square.mean(-1, keepdim=True) + small).sqrt()
+            ratio = ratio / ((square * kept).mean(-1, keepdim=True) + small).sqrt()
+            output = output * ratio * kept if query else output * ratio
+        else:
+            output = module.forward(args[0] * kept)
+        if not query:
+            return output
+        return output * by_head(gain.to(output.dtype).flatten(-2).unsqueeze(-1), 1)
+
+    return hook
+
+
+@contextlib.contextmanager
+def energy_hooks(
+    model: nn.Module, pairs: Sequence[Pair], batch: Batch
+) -> Iterator[Mapping[str, Tensor]]:
+    """Add up the squares that the norms of `pairs` see while the model runs.
+
+    Args:
+        batch: what it runs on; its padding does not count.
+
+    Yields:
+        Pair name to float64 ``[heads, query heads per head + 1, width]``, on the CPU: queries,
+        then key.
+    """
+    totals: dict[str, Tensor] = {}
+    handles = []
+    for pair in pairs:
+        repeat = pair.left[0].repeat
+        totals[pair.name] = torch.zeros(pair.heads, repeat + 1, pair.width).double()
+        slots = (slice(0, repeat), slice(repeat, repeat + 1))
+        for norm, slot in zip(pair.norms, slots, strict=True):
+            hook = _on_energy(totals[pair.name][:, slot], pair, norm, batch)
+            handles.append(model.get_submodule(norm.module).register_forward_pre_hook(hook))
+    try:
+        yield totals
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _on_energy(total: Tensor, pair: Pair, norm: Norm, batch: Batch) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        # [batch, tokens, heads, head_dim], whatever the model's order is
+        square = args[0].double().square().movedim(norm.heads_dim, 2)
+        keep = counted(batch, square)
+        square = square if keep is None else square * keep[:, :, None, None]
+        by_unit = square.sum((0, 1)).view(-1, pair.channels, pair.width).sum(1)
+        total.add_(by_unit.view(total.shape).cpu())
+
+    return hook
+
+
+def _expansion(pair: Pair) -> Callable[[Tensor, Tensor], Tensor]:
+    """From a mask over units ``[..., units]`` to one over the channels of the mask's layer."""
+    side = pair.mask_side
+    unit = pair.unit_of_channel(side)
+    whole = torch.equal(unit, torch.arange(pair.units))
+
+    def expand(mask: Tensor, inner: Tensor) -> Tensor:
+        mask = mask.to(inner.dtype)
+        if not whole:
+            mask = mask.index_select(-1, unit.to(mask.device))
+        before = side.offset
+        after = inner.shape[-1] - before - mask.shape[-1]
+        return nn.functional.pad(mask, (before, after), value=1.0) if before or after else mask
+
+    return expand
+
+
+def _rows(mask: Tensor, inner: Tensor, pair: Pair) -> Tensor:
+    """Line a mask per sample up with the rows of an activation ``[batch, ..., channels]``.
+
+    Windows of one sample lie next to each other: ``[batch * windows, ..., channels]``.
+    """
+    if mask.dim() == 1:
+        return mask
+    samples, rows = mask.shape[0], inner.shape[0]
+    if rows % samples:
+        raise BatchError(
+            f"{pair.name}: the inner activation has {rows} rows for {samples} samples; "
+            "its first dimension must be the batch."
+        )
+    if rows > samples:
+        mask = mask.repeat_interleave(rows // samples, 0)
+    return mask.view(rows, *[1] * (inner.dim() - 2), -1)

@@ -1,0 +1,189 @@
+"""How long a model of any widths takes, read from a table of what one machine was measured at."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from solpath.errors import FileError, FingerprintError
+from solpath.files import read_json, write_file
+from solpath.pair import Pair
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BlockLatency:
+    """What narrow blocks of one shape save, against dense ones.
+
+    Attributes:
+        blocks: the blocks, each the names of its pairs: query-key and value-output, or an MLP.
+        widths: for every pair of a block, the widths that were measured, ascending, 0 to dense.
+        saved_ms: milliseconds that one block saves at every combination of these widths, the
+            last pair's running fastest; 0 at the dense ones, which are the last.
+    """
+
+    blocks: tuple[tuple[str, ...], ...]
+    widths: tuple[tuple[int, ...], ...]
+    saved_ms: tuple[float, ...]
+
+    def every_width(self) -> Tensor:
+        """Saved milliseconds at all widths, linear in between. float64 ``[width + 1, ...]``."""
+        values = np.array(self.saved_ms).reshape([len(points) for points in self.widths])
+        for axis, points in enumerate(self.widths):
+            every = np.arange(points[-1] + 1)
+            line = partial(np.interp, every, points)
+            values = np.apply_along_axis(line, axis, values)
+        return torch.from_numpy(values)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> "BlockLatency":
+        """Inverse of `dataclasses.asdict`. Raises `ValueError` naming the field."""
+        blocks = tuple(tuple(str(name) for name in names) for names in value["blocks"])
+        widths = tuple(tuple(points) for points in value["widths"])
+        saved = tuple(float(ms) for ms in value["saved_ms"])
+        if any(len(names) != len(widths) for names in blocks):
+            raise ValueError("blocks: each must name one pair for every list of widths")
+        for points in widths:
+            whole = bool(points) and all(type(width) is int for width in points)
+            if not whole or points[0] != 0 or any(a >= b for a, b in pairwise(points)):
+                raise ValueError("widths: must be ascending integers from 0")
+        if len(saved) != math.prod(len(points) for points in widths) or saved[-1] != 0:
+            raise ValueError("saved_ms: must have one number for every combination, the last one 0")
+        return cls(blocks, widths, saved)
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Measured latency of one model on one machine, from `measure_latency`.
+
+    A model takes the time of the dense one, less what each of its blocks saves.
+
+    Attributes:
+        architecture: class name of the model.
+        shapes: pair name to heads, width and parameters per unit. Latency depends on shapes and
+            not on values, so the table also fits a model of the same shapes.
+        dense_ms: one forward pass of the dense model.
+        blocks: what narrower blocks save.
+        conditions: device, threads, dtype, attention implementation and shapes of the batch, and
+            the rest of `solpath.measuring.measurement.provenance`.
+
+    Example:
+        >>> from solpath.planning.latency_table import BlockLatency, LatencyTable
+        >>> mlp = BlockLatency((("mlp",),), ((0, 4),), (6.0, 0.0))
+        >>> table = LatencyTable("Made", {"mlp": (1, 4, 10)}, 10.0, (mlp,), {})
+        >>> table.predict({"mlp": torch.tensor([4, 2, 0])}).tolist()
+        [10.0, 7.0, 4.0]
+    """
+
+    architecture: str
+    shapes: Mapping[str, tuple[int, int, int]]
+    dense_ms: float
+    blocks: tuple[BlockLatency, ...]
+    conditions: Mapping[str, Any]
+
+    def predict(self, widths: Mapping[str, Tensor]) -> Tensor:
+        """Milliseconds of models with the given widths.
+
+        Args:
+            widths: pair name to int64 ``[models]``, units that every head keeps.
+
+        Returns:
+            float64 ``[models]``.
+        """
+        saved = torch.zeros(())
+        for kind in self.blocks:
+            table = kind.every_width()
+            for names in kind.blocks:
+                saved = saved + table[tuple(widths[name] for name in names)]
+        return self.dense_ms - saved.double()
+
+    def check(self, architecture: str, pairs: Sequence[Pair]) -> None:
+        """Raise `FingerprintError` unless the table is for a model of this class and shapes."""
+        if architecture != self.architecture:
+            difference = f"the class is {architecture}, not {self.architecture}"
+        else:
+            found = pair_shapes(pairs)
+            names = sorted(
+                name for name in {*found, *self.shapes} if found.get(name) != self.shapes.get(name)
+            )
+            if not names:
+                return
+            difference = f"the pairs differ, for example {names[0]}"
+        raise FingerprintError(f"the latency table is for another model: {difference}.")
+
+    def scaled(self, factor: float) -> "LatencyTable":
+        """The table of a machine that takes `factor` times as long."""
+        blocks = tuple(
+            replace(kind, saved_ms=tuple(factor * ms for ms in kind.saved_ms))
+            for kind in self.blocks
+        )
+        return replace(self, dense_ms=factor * self.dense_ms, blocks=blocks)
+
+    def __repr__(self) -> str:
+        where = {name: self.conditions.get(name) for name in ("device", "threads", "batch")}
+        return f"LatencyTable({self.architecture}: {self.dense_ms:.2f} ms dense, {where})"
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Write one JSON file, atomically. Raises `FileError` if that is not possible."""
+        head = {"format": "solpath.latency", "version": FORMAT_VERSION}
+        text = json.dumps(head | asdict(self), indent=1, allow_nan=False)
+        write_file(Path(file), f"{text}\n".encode())
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str]) -> "LatencyTable":
+        """Read a file written by `save`.
+
+        Raises:
+            FileError: missing or damaged, naming the file and the field.
+        """
+        path = Path(file)
+        value = read_json(path)
+        if value.get("format") != "solpath.latency" or value.get("version") != FORMAT_VERSION:
+            raise FileError(
+                f"{path}: expected format solpath.latency version {FORMAT_VERSION}, "
+                f"got {value.get('format')!r} version {value.get('version')!r}."
+            )
+        try:
+            return cls(
+                architecture=str(value["architecture"]),
+                shapes={name: _shape(name, given) for name, given in value["shapes"].items()},
+                dense_ms=float(value["dense_ms"]),
+                blocks=tuple(BlockLatency.from_dict(kind) for kind in value["blocks"]),
+                conditions=dict(value["conditions"]),
+            )._checked()
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise FileError(f"{path}: {type(error).__name__} in field {error}.") from error
+
+    def _checked(self) -> "LatencyTable":
+        """Raise `ValueError` unless every pair is in one block, at widths up to its own."""
+        named = list(chain.from_iterable(names for kind in self.blocks for names in kind.blocks))
+        if sorted(named) != sorted(self.shapes):
+            raise ValueError("blocks: must name every pair in shapes once")
+        for kind in self.blocks:
+            for names in kind.blocks:
+                for name, points in zip(names, kind.widths, strict=True):
+                    if points[-1] != self.shapes[name][1]:
+                        raise ValueError(f"widths: the last of {name} must be its dense width")
+        return self
+
+
+def pair_shapes(pairs: Sequence[Pair]) -> dict[str, tuple[int, int, int]]:
+    """Pair name to heads, width and parameters per unit."""
+    return {pair.name: (pair.heads, pair.width, pair.cost) for pair in pairs}
+
+
+def _shape(name: str, given: Any) -> tuple[int, int, int]:
+    heads, width, cost = given
+    if not all(type(number) is int and number > 0 for number in (heads, width, cost)):
+        raise ValueError(f"shapes[{name!r}]: must be three positive integers")
+    return heads, width, cost

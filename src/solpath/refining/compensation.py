@@ -1,0 +1,346 @@
+"""Refit what is left of a cut model to the dense one, layer by layer, in closed form."""
+
+import copy
+import operator
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from functools import partial, reduce
+from itertools import zip_longest
+from typing import Any, NamedTuple, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from solpath.data.source import batch_size, check_batches, check_device, share
+from solpath.errors import BatchError, ConfigError, UnsupportedModelError
+from solpath.measuring.measurement import evaluating
+from solpath.model.discovery import EXTRACTED
+from solpath.model.slicing import LinearMap, linear_map
+from solpath.objective import Batch, counted, divergence_from, run, target_of
+from solpath.pair import Pair
+from solpath.planning.plan import Plan
+from solpath.refining.layerwise import Stream, Visit, lockstep, residual_streams, visited
+from solpath.running.progress import progress_bar
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_Rows = tuple[Tensor, Tensor, Tensor]  # inputs, what they are fitted to, weights of the tokens
+_CHECKED = 4  # every so many batches, one decides whether a refit is kept
+_AT_ONCE = 8  # batches whose tokens go into one product
+_SAMPLES = 8  # of one batch, from which the residual streams are found
+
+
+@overload
+def compensate(
+    small: Model,
+    dense: nn.Module,
+    batches: Iterable[Any],
+    *,
+    ridge: float = ...,
+    progress: bool = ...,
+) -> Model: ...
+
+
+@overload
+def compensate(
+    small: Sequence[Model],
+    dense: nn.Module,
+    batches: Iterable[Any],
+    *,
+    ridge: float = ...,
+    progress: bool = ...,
+) -> list[Model]: ...
+
+
+def compensate(
+    small: Model | Sequence[Model],
+    dense: nn.Module,
+    batches: Iterable[Any],
+    *,
+    ridge: float = 0.1,
+    progress: bool = True,
+) -> Model | list[Model]:
+    """A copy of `small` whose cut layers make up for what was cut, without training.
+
+    Layer by layer, in the order they run, the weights and biases of every pair are refitted by
+    least squares, on what the refitted layers before give, to what the dense layer gives on the
+    same tokens. A layer that adds to a residual stream is fitted to the dense stream, so that it
+    also takes back the error of the layers before. Tokens are weighted by the inverse variance of
+    that stream, by which the norm that follows divides. A refit stays only if it lowers the error
+    on batches that it was not fitted on (every fourth); the whole copy stays only if it is nearer
+    to `dense` on these. See docs/method.md.
+
+    All models are left as they were found. The same inputs give the same bits on one machine.
+
+    Args:
+        small: from `extract` or `load`, with the plan it was cut to. Several are refitted side by
+            side, each as it would be alone; the dense model runs once for all of them.
+        dense: the model they were cut from, on the same device.
+        batches: iterable of what the models take, without labels; all of them are used and kept
+            in memory, and so is one layer's activations of all of them in every model. Tens of
+            thousands of tokens are well spent: the more, the better the fit.
+        ridge: pull towards the present weights, as a share of each input's own energy.
+        progress: show a progress bar.
+
+    Returns:
+        A model like `small` with other weights: same class, plan, names and shapes. A list of
+        such models, if several were given.
+
+    Raises:
+        UnsupportedModelError: `small` was not extracted.
+        ConfigError: `ridge` is not positive.
+        BatchError: fewer than four batches, batches on another device, or batches that do not run
+            the same layers.
+
+    Example:
+        >>> small = solpath.extract(model, path.plan(sparsity=0.6))  # doctest: +SKIP
+        >>> small = solpath.compensate(small, model, batches)  # doctest: +SKIP
+    """
+    models = [small] if isinstance(small, nn.Module) else list(small)
+    if not models:
+        return []
+    plans = [_plan_of(model) for model in models]
+    if not ridge > 0:
+        raise ConfigError(f"ridge must be positive, got {ridge!r}.")
+    check_batches(batches)
+    batches = list(batches)
+    if len(batches) < _CHECKED:
+        raise BatchError(f"compensate needs at least {_CHECKED} batches, got {len(batches)}.")
+    given: list[nn.Module] = [dense, *models]
+    for device in {next(model.parameters()).device for model in given}:
+        for batch in batches:
+            check_device(batch, device)
+
+    refitted = [_copied(model, plan) for model, plan in zip(models, plans, strict=True)]
+    everyone: list[nn.Module] = [*given, *refitted]
+    with torch.no_grad(), torch.random.fork_rng(), ExitStack() as stack:
+        for model in everyone:
+            stack.enter_context(evaluating(model))
+        _refit_(refitted, dense, plans[0].pairs, batches, ridge, progress)
+        held = batches[_CHECKED - 1 :: _CHECKED]
+        errors = _divergences(dense, (*models, *refitted), held)
+    results = [
+        after if better < worse else _copied(before, plan)
+        for before, after, plan, worse, better in zip(
+            models, refitted, plans, errors[: len(models)], errors[len(models) :], strict=True
+        )
+    ]
+    return results[0] if isinstance(small, nn.Module) else results
+
+
+def _plan_of(model: nn.Module) -> Plan:
+    plan = getattr(model, EXTRACTED, None)
+    if not isinstance(plan, Plan):
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} was not extracted; call solpath.extract(model, plan)."
+        )
+    return plan
+
+
+def _copied(model: Model, plan: Plan) -> Model:
+    return copy.deepcopy(model, {id(plan): plan})
+
+
+def _refit_(
+    models: Sequence[nn.Module],
+    dense: nn.Module,
+    pairs: Sequence[Pair],
+    batches: Sequence[Batch],
+    ridge: float,
+    progress: bool,
+) -> None:
+    """Refit every layer of `models` that is part of a pair, in the order they run."""
+    last = {pair.right.module for pair in pairs if pair.kind != "qk"}
+    sample = share(batches[0], 0, min(_SAMPLES, batch_size(batches[0])))
+    sides = [side.module for pair in pairs for side in pair.sides]
+    runs = [visited(model, sides, sample) for model in (dense, *models)]
+    common = set.intersection(*map(set, runs))  # a fused attention runs without its layers
+    layers = [name for name in runs[-1] if name in common]
+    streams = residual_streams(dense, sorted(last), sample)
+    with ExitStack() as stack:
+        report = stack.enter_context(progress_bar("compensate", "", len(layers), 0, show=progress))
+        wanted = lockstep(dense, batches, layers, streams, after=last)
+        goals = _Goals(stack.enter_context(closing(wanted)), len(models))
+        refits = []
+        for model in models:
+            given = stack.enter_context(closing(lockstep(model, batches, layers, streams)))
+            refits.append(_refit_layers_(model, given, goals, batches, streams, last, ridge))
+        for _ in zip_longest(*refits):
+            report()
+
+
+class _Goals:
+    """What a layer sees and gives in the dense model, kept until every cut model was there."""
+
+    def __init__(self, wanted: Iterator[tuple[str, list[Visit]]], models: int) -> None:
+        self._wanted, self._models = wanted, models
+        self._kept: dict[str, list[Visit]] = {}
+        self._uses: Counter[str] = Counter()
+
+    def use(self, name: str) -> list[Visit]:
+        """The visits of the dense model; the models may run neighbours in another order."""
+        while name not in self._kept:
+            other, visits = next(self._wanted)
+            if other not in self._uses:  # a layer that runs twice: the first counts
+                self._kept.setdefault(other, visits)
+        self._uses[name] += 1
+        return self._kept.pop(name) if self._uses[name] == self._models else self._kept[name]
+
+
+def _refit_layers_(
+    model: nn.Module,
+    given: Iterable[tuple[str, list[Visit]]],
+    goals: _Goals,
+    batches: Sequence[Batch],
+    streams: Mapping[str, Stream],
+    last: Container[str],
+    ridge: float,
+) -> Iterator[None]:
+    """Change one layer after the other, where that helps; stops after each."""
+    done: set[str] = set()
+    seen: list[Tensor] = []
+    moments: tuple[_Moments, _Moments] | None = None
+    for name, visits in given:
+        if name in done:  # it was fitted to its first inputs
+            continue
+        done.add(name)
+        known = goals.use(name)
+        linear = linear_map(model, name)
+        present = _affine(linear)
+        if name in last:
+            rows = partial(_output_rows, streams.get(name))
+            fit, check = (m.lacking(present) for m in _moments(rows, batches, known, visits))
+        else:
+            inputs = [visit.hidden for visit in visits]
+            if moments is None or not all(map(operator.is_, inputs, seen)):
+                moments, seen = _moments(_input_rows, batches, known, visits), inputs
+            fit, check = (m.mapped(present[:, :-1]) for m in moments)
+        change = fit.solve(ridge, linear.bias is not None)
+        if check.gain(change) > 0:
+            weight = change[:, :-1] if linear.outputs == 0 else change[:, :-1].T
+            linear.weight.add_(weight.to(linear.weight))
+            if linear.bias is not None:
+                linear.bias.add_(change[:, -1].to(linear.bias))
+        yield
+
+
+def _input_rows(batch: Batch, goal: Visit, visit: Visit) -> _Rows:
+    """Of a first layer: inputs, what they lack, and weights 1, ``[tokens, ...]``."""
+    keep = counted(batch, visit.hidden)
+    hidden = _tokens(visit.hidden, keep)
+    return hidden, _tokens(goal.hidden, keep) - hidden, hidden.new_ones(len(hidden), 1)
+
+
+def _output_rows(stream: Stream | None, batch: Batch, goal: Visit, visit: Visit) -> _Rows:
+    """Of a last layer: inputs, what its outputs should be, and the weights of the tokens."""
+    assert goal.output is not None
+    keep = counted(batch, visit.hidden)
+    hidden, wanted = _tokens(visit.hidden, keep), _tokens(goal.output, keep)
+    if stream is None or goal.stream is None or visit.stream is None:
+        return hidden, wanted, hidden.new_ones(len(hidden), 1)
+    there, here = _tokens(goal.stream, keep), _tokens(visit.stream, keep)
+    variance = (there + stream.gain * wanted).var(-1, keepdim=True)
+    wanted = wanted + torch.where(stream.gain != 0, (there - here) / stream.gain, 0)
+    return hidden, wanted, 1 / variance.clamp(min=1e-12)
+
+
+class _Moments(NamedTuple):
+    """What a least-squares fit needs of the tokens, in float64.
+
+    With x an input followed by 1, r what is to be added to the output, w the weight of a token:
+
+    Attributes:
+        square: Σ w x xᵀ, ``[in + 1, in + 1]``.
+        cross: Σ w r xᵀ, ``[out, in + 1]``.
+    """
+
+    square: Tensor
+    cross: Tensor
+
+    def plus(self, other: "_Moments") -> "_Moments":
+        """Of the tokens of both."""
+        return _Moments(self.square + other.square, self.cross + other.cross)
+
+    def lacking(self, present: Tensor) -> "_Moments":
+        """With r less what a layer ``[out, in + 1]`` gives already."""
+        return _Moments(self.square, self.cross - present @ self.square)
+
+    def mapped(self, weight: Tensor) -> "_Moments":
+        """With ``weight @ r`` in place of r."""
+        return _Moments(self.square, weight @ self.cross)
+
+    def solve(self, ridge: float, bias: bool) -> Tensor:
+        """Change of weight and bias, ``[out, in + 1]``; without a bias its change is 0."""
+        square, cross = self.square[:-1, :-1], self.cross[:, :-1]
+        mean_input = self.square[-1, :-1] / self.square[-1, -1]
+        mean_lack = self.cross[:, -1] / self.square[-1, -1]
+        if bias:
+            square = square - self.square[-1, -1] * torch.outer(mean_input, mean_input)
+            cross = cross - self.square[-1, -1] * torch.outer(mean_lack, mean_input)
+        energy = square.diagonal().clamp(min=0)
+        pull = ridge * energy + 1e-6 * energy.sum() / max(len(energy), 1) + 1e-30
+        weight = torch.linalg.solve(square + pull.diag(), cross.T).T
+        shift = mean_lack - weight @ mean_input if bias else torch.zeros_like(mean_lack)
+        return torch.cat([weight, shift.unsqueeze(1)], 1)
+
+    def gain(self, change: Tensor) -> float:
+        """By how much a change lowers the sum of the weighted squared errors."""
+        return float((change * (2 * self.cross - change @ self.square)).sum())
+
+
+def _moments(
+    rows: Callable[[Batch, Visit, Visit], _Rows],
+    batches: Sequence[Batch],
+    goals: Sequence[Visit],
+    visits: Sequence[Visit],
+) -> tuple[_Moments, _Moments]:
+    """Of the batches to fit, and of those to check."""
+    triples = list(zip(batches, goals, visits, strict=True))
+    check = triples[_CHECKED - 1 :: _CHECKED]
+    del triples[_CHECKED - 1 :: _CHECKED]
+    return _add_up(rows, triples), _add_up(rows, check)
+
+
+def _add_up(
+    rows: Callable[[Batch, Visit, Visit], _Rows], triples: Sequence[tuple[Batch, Visit, Visit]]
+) -> _Moments:
+    """Sums over tokens: products of a few batches in their precision, all of them in float64."""
+
+    def sums(few: Sequence[tuple[Batch, Visit, Visit]]) -> _Moments:
+        columns = zip(*(rows(*triple) for triple in few), strict=True)
+        hidden, target, weight = map(torch.cat, columns)
+        row = functional.pad(hidden, (0, 1), value=1.0)
+        weighted = row * weight
+        return _Moments((weighted.T @ row).double(), (target.T @ weighted).double())
+
+    starts = range(0, len(triples), _AT_ONCE)
+    return reduce(_Moments.plus, (sums(triples[start : start + _AT_ONCE]) for start in starts))
+
+
+def _affine(linear: LinearMap) -> Tensor:
+    """Weight and bias of a layer, float64 ``[out, in + 1]``."""
+    weight = linear.weight if linear.outputs == 0 else linear.weight.T
+    bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias
+    return torch.cat([weight, bias.unsqueeze(1)], 1).double()
+
+
+def _tokens(hidden: Tensor, keep: Tensor | None) -> Tensor:
+    """``[..., features] -> [tokens, features]``, at least float32."""
+    rows = hidden.flatten(0, -2)
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    return rows if keep is None else rows[keep.flatten()]
+
+
+def _divergences(
+    dense: nn.Module, models: Sequence[nn.Module], batches: Sequence[Batch]
+) -> list[float]:
+    """Mean divergence of each model from the dense one, over all samples."""
+    totals = [0.0 for _ in models]
+    for batch in batches:
+        target = target_of(dense, batch)
+        for i, model in enumerate(models):
+            outputs = run(model, batch, labels=False)
+            totals[i] += float(divergence_from(target, outputs, batch).double().sum())
+    return [total / sum(map(batch_size, batches)) for total in totals]

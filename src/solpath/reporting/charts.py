@@ -1,0 +1,274 @@
+"""Charts of the report: inline SVG whose colours are CSS variables, so one drawing fits any theme.
+
+Matplotlib draws with stand-in colours, and each stand-in is replaced by ``var(--name)``. Text
+stays text and takes the page's font.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+
+from solpath.planning.path import SolutionPath, flatten, unflatten
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LEVELS = 10
+_COLOURS = ("ink", "muted", "grid", "accent", "soft", *(f"heat{i}" for i in range(LEVELS)))
+_STAND_IN = {name: f"#fe{i:02x}ef" for i, name in enumerate(_COLOURS)}
+_DASHES = ((0, ()), (0, (5, 2)), (0, (1.5, 2)), (0, (7, 2, 1.5, 2)), (0, (3, 1.5)), (0, (9, 3)))
+_ALIGN: tuple[Literal["left", "center", "right"], ...] = ("left", "center", "right")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart.
+
+    Attributes:
+        label: what is written at its end.
+        x: sparsity in percent, ascending.
+        y: the values.
+        strong: drawn in the accent colour, over the others.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    strong: bool
+
+
+def quality_chart(series: Sequence[Series], *, name: str, narrow: bool) -> str:
+    """Lines over sparsity, each labelled at its end. Returns an ``<svg>`` element.
+
+    Args:
+        series: at least one, with at least one point each.
+        name: of the chart, unique on the page.
+        narrow: drawn for a screen of about 360 pixels.
+    """
+    width, height = (3.6, 3.3) if narrow else (5.4, 3.5)
+    figure, axes = _figure(width, height)
+    figure.subplots_adjust(
+        left=0.11 if narrow else 0.085, right=0.66 if narrow else 0.765, top=0.97, bottom=0.14
+    )
+    weak = 0
+    for line in sorted(series, key=lambda line: line.strong):
+        colour = _STAND_IN["accent" if line.strong else "soft"]
+        axes.plot(
+            line.x,
+            line.y,
+            color=colour,
+            linewidth=2.4 if line.strong else 1.2,
+            linestyle="-" if line.strong else _DASHES[weak % len(_DASHES)],
+            marker="o" if line.strong else _MARKERS[weak % len(_MARKERS)],
+            markersize=5.5 if line.strong else 3.5,
+            markeredgewidth=0,
+            zorder=4 if line.strong else 3,
+            clip_on=False,
+        )
+        weak += not line.strong
+    last = max(line.x[-1] for line in series)
+    lowest = min(min(line.y) for line in series)
+    highest = max(max(line.y) for line in series)
+    floor = max(0.0, lowest - 0.05) if lowest >= 0 else lowest - 0.05
+    axes.set_xlim(0, last)
+    axes.set_ylim(floor, max(highest, floor + 0.1))
+    ticks = sorted({0.0, *(x for line in series for x in line.x)})
+    axes.set_xticks(_thinned(ticks, 0.09 * last))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2f}".rstrip("0").rstrip("."))
+    axes.grid(axis="y", color=_STAND_IN["grid"], linewidth=0.8)
+    _label_ends(axes, series, last)
+    return _svg(figure, name)
+
+
+def _thinned(ticks: Sequence[float], gap: float) -> list[float]:
+    """Drop ticks that come closer than `gap` to the one before."""
+    kept: list[float] = []
+    for tick in ticks:
+        if not kept or tick - kept[-1] >= gap:
+            kept.append(tick)
+    return kept
+
+
+def _label_ends(axes: "Axes", series: Sequence[Series], last: float) -> None:
+    """Write every label right of its last point, pushed apart where they would overlap."""
+    low, high = axes.get_ylim()
+    gap = 0.062 * (high - low)
+    ends = sorted(series, key=lambda line: line.y[-1])
+    places = spread([line.y[-1] for line in ends], gap, low, high)
+    for line, place in zip(ends, places, strict=True):
+        end = line.y[-1]
+        axes.annotate(
+            f"{line.label} {end:.2f}",
+            xy=(last, place),
+            xytext=(13, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            fontweight="bold" if line.strong else "normal",
+            color=_STAND_IN["accent" if line.strong else "muted"],
+            annotation_clip=False,
+        )
+        if abs(end - place) > 0.15 * gap:
+            axes.annotate(
+                "",
+                xy=(last, end),
+                xytext=(11, (place - end) / (high - low) * _plot_height(axes)),
+                textcoords="offset points",
+                arrowprops={
+                    "arrowstyle": "-",
+                    "color": _STAND_IN["grid"],
+                    "linewidth": 0.8,
+                    "shrinkA": 0,
+                    "shrinkB": 4,
+                },
+                annotation_clip=False,
+            )
+
+
+def _plot_height(axes: "Axes") -> float:
+    """Height of the plot in points."""
+    figure = cast("Figure", axes.get_figure())
+    return float(axes.get_position().height * figure.get_figheight() * 72)
+
+
+def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Move ascending `values` as little as possible so that neighbours are `gap` apart.
+
+    Values stay in ``[low, high]`` when that is possible at all.
+    """
+    groups: list[list[float]] = []  # [sum of (value - offset), count]
+    for i, value in enumerate(values):
+        groups.append([value - i * gap, 1.0])
+        while len(groups) > 1 and groups[-2][0] / groups[-2][1] > groups[-1][0] / groups[-1][1]:
+            total, count = groups.pop()
+            groups[-1][0] += total
+            groups[-1][1] += count
+    starts = [total / count for total, count in groups for _ in range(int(count))]
+    top = high - (len(values) - 1) * gap
+    return [min(max(start, low), max(top, low)) + i * gap for i, start in enumerate(starts)]
+
+
+def entry_chart(path: SolutionPath, *, name: str, narrow: bool, titles: Mapping[str, str]) -> str:
+    """One strip per pair: its units from first to last, coloured by when they enter.
+
+    The colour is the share of the prunable parameters that is kept when a unit enters, in
+    `LEVELS` steps. Returns an ``<svg>`` element.
+    """
+    kinds = list(dict.fromkeys(pair.kind for pair in path.pairs))
+    rows = max(sum(pair.kind == kind for pair in path.pairs) for kind in kinds)
+    row = 0.2 if rows <= 16 else 3.2 / rows
+    strip = rows * row + 0.62
+    width, height = (3.6, strip * len(kinds)) if narrow else (8.6, strip)
+    shape = (len(kinds), 1) if narrow else (1, len(kinds))
+    figure, _ = _figure(width, height, bare=True)
+    entries = entry_shares(path)
+    for i, kind in enumerate(kinds):
+        axes = figure.add_subplot(*shape, i + 1)
+        _style(axes)
+        pairs = [pair for pair in path.pairs if pair.kind == kind]
+        for layer, pair in enumerate(pairs):
+            left = 0.0
+            counts = torch.bincount(
+                (entries[pair.name].flatten() * LEVELS).long().clamp(0, LEVELS - 1),
+                minlength=LEVELS,
+            )
+            for level, count in enumerate(counts.tolist()):
+                share = count / pair.units
+                axes.barh(
+                    layer, share, left=left, height=0.84, linewidth=0,
+                    color=_STAND_IN[f"heat{level}"],
+                )  # fmt: skip
+                left += share
+        axes.set_ylim(len(pairs) - 0.5, -0.5)
+        axes.set_xlim(0, 1)
+        every = max(1, -(-len(pairs) // 12))
+        axes.set_yticks(range(0, len(pairs), every), [str(n) for n in range(0, len(pairs), every)])
+        axes.set_xticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
+        for label, align in zip(axes.get_xticklabels(), _ALIGN, strict=True):
+            label.set_horizontalalignment(align)
+        axes.set_title(
+            titles.get(kind, kind),
+            loc="left",
+            fontsize=10,
+            color=_STAND_IN["ink"],
+            fontweight="bold",
+        )
+        axes.spines["bottom"].set_visible(False)
+    pad = 0.62 / height
+    if narrow:
+        each = strip / height
+        figure.subplots_adjust(
+            left=0.06, right=0.99, top=1 - 0.3 / height, bottom=0.26 / height,
+            hspace=(0.62 / height) / (each - pad),
+        )  # fmt: skip
+    else:
+        figure.subplots_adjust(
+            left=0.03, right=0.99, top=1 - 0.3 / height, bottom=0.26 / height, wspace=0.1
+        )
+    return _svg(figure, name)
+
+
+def entry_shares(path: SolutionPath) -> dict[str, torch.Tensor]:
+    """For every unit, the share of the prunable parameters kept when it enters, itself included.
+
+    Returns:
+        Pair name to float64 ``[heads, width]`` in (0, 1].
+    """
+    cost = torch.cat(
+        [torch.full((p.units,), float(path.costs.unit_params[p.name])) for p in path.pairs]
+    ).double()
+    order = path.order()
+    share = torch.empty_like(flatten(path.pairs, path.score).double())
+    share[order] = cost[order].cumsum(0) / cost.sum()
+    return unflatten(path.pairs, share)
+
+
+def _figure(width: float, height: float, *, bare: bool = False) -> "tuple[Figure, Any]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    figure.patch.set_alpha(0)
+    if bare:
+        return figure, None
+    axes = figure.add_subplot()
+    _style(axes)
+    return figure, axes
+
+
+def _style(axes: "Axes") -> None:
+    axes.patch.set_alpha(0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(_STAND_IN["grid"])
+    axes.tick_params(length=0, labelsize=9, labelcolor=_STAND_IN["muted"], pad=5)
+    axes.set_axisbelow(True)
+
+
+def _svg(figure: "Figure", name: str) -> str:
+    """Draw to an ``<svg>`` element for HTML: no prolog, metadata, namespaces or fixed size."""
+    import matplotlib
+
+    stream = io.StringIO()
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": ["sans-serif"]}
+    with matplotlib.rc_context(settings):
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    view = re.search(r'viewBox="[^"]*"', text)
+    assert view is not None
+    text = re.sub(r"<svg[^>]*>", f'<svg class="chart" {view[0]} aria-hidden="true">', text, count=1)
+    text = text.replace("xlink:href", "href")
+    text = re.sub(r" font-family: [^;]*;", "", text)
+    for key, colour in _STAND_IN.items():
+        text = text.replace(colour, f"var(--{key})")
+    return re.sub(r"\n\s*", "\n", text).strip()

@@ -1,0 +1,254 @@
+"""The demo: one search over a real model, a family of smaller ones, baselines, and a report."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from solpath import baselines
+from solpath.config import SearchConfig
+from solpath.data.batches import text_batches
+from solpath.data.docstrings import (
+    Corpus,
+    Embed,
+    embedder,
+    installed_model,
+    read_corpus,
+    retrieval_accuracy,
+    texts_of,
+)
+from solpath.files import check_output, write_file
+from solpath.measuring.measurement import Measurement, measure, provenance
+from solpath.model.extraction import extract
+from solpath.model.masks import masked
+from solpath.planning.path import SolutionPath
+from solpath.pretrained import from_pretrained, load_processor, quiet_transformers
+from solpath.refining.compensation import compensate
+from solpath.reporting.report import FORMAT_VERSION, check_installed, write_report
+from solpath.searching.search import search
+from solpath.storing import writing as store
+
+SIZES = {"s20": 0.20, "s40": 0.40, "s60": 0.60, "s75": 0.75}
+CHECKPOINT = "checkpoint"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much work a demo does.
+
+    Attributes:
+        steps: of the search.
+        test: held-out pairs.
+        methods: baselines to compare with.
+        tokens: per text when latency is measured, on 8 texts.
+        repeats: timed passes.
+        scale_batches: batches of the one-shot scale.
+        fit_batches: batches that the cut models are compensated on.
+    """
+
+    steps: int
+    test: int
+    methods: tuple[str, ...]
+    tokens: int
+    repeats: int
+    scale_batches: int
+    fit_batches: int
+
+
+_RIVALS = ("random", "magnitude", "taylor", "gauss_newton", "iterative")
+FULL = Scale(200, 256, _RIVALS, 128, 20, scale_batches=16, fit_batches=128)
+QUICK = Scale(40, 96, _RIVALS[:3], 64, 5, scale_batches=4, fit_batches=16)
+
+
+def run_demo(
+    out: str | os.PathLike[str],
+    *,
+    quick: bool = False,
+    model: str | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    progress: bool = True,
+    say: Say = lambda text: None,
+) -> dict[str, Any]:
+    """Search, cut, compensate, save, compare, measure and report. See `solpath demo --help`.
+
+    An interrupted search goes on when the demo is started again with the same settings.
+
+    Args:
+        out: new or empty folder, or that of an interrupted demo.
+        model: folder or hub id; default: the model of the ``demo`` extra.
+        steps: of the search; default 200, or 40 when `quick`.
+        progress: show a progress bar during the search.
+        say: called with one line at each stage.
+
+    Returns:
+        What is written to ``family.json``.
+
+    Raises:
+        SolpathError: see `search`, `save`, `read_corpus`, `write_report`.
+    """
+    scale = QUICK if quick else FULL
+    config = SearchConfig(
+        steps=scale.steps if steps is None else steps,
+        seed=seed,
+        scale_batches=scale.scale_batches,
+        basis="principal",
+        compensated=True,
+    )
+    folder = Path(out)
+    resumed = (folder / CHECKPOINT).is_dir()
+    check_output(folder, overwrite=resumed)
+    check_installed()
+    quiet_transformers()
+    source = installed_model() if model is None else model
+    dense, tokenizer = from_pretrained(source), load_processor(source)
+    corpus = read_corpus(test=scale.test)
+    texts = texts_of(corpus.search, seed=seed)
+    batches = list(text_batches(texts, tokenizer, length=32, seed=None))
+    say(f"searching {type(dense).__name__} in {config.steps} steps")
+    start = time.perf_counter()
+    path = search(dense, batches, config, checkpoint=folder / CHECKPOINT, progress=progress)
+    seconds = time.perf_counter() - start
+    path.save(folder / "path", overwrite=resumed)
+    say(f"searched in {seconds:.0f} s; cutting and compensating {len(SIZES)} sizes")
+
+    plans = [path.plan(sparsity=sparsity) for sparsity in SIZES.values()]
+    start = time.perf_counter()
+    cuts = compensate(
+        [extract(dense, plan) for plan in plans],
+        dense,
+        batches[: scale.fit_batches],
+        progress=progress,
+    )
+    fitted = time.perf_counter() - start
+    small = {}
+    for name, cut in zip(SIZES, cuts, strict=True):
+        target = folder / "models" / name
+        store.save(cut, target, tokenizer=tokenizer, overwrite=resumed)
+        small[name] = store.load(target)
+    judge = Judge(embedder(dense, tokenizer), corpus)
+    quality = {"dense": judge.quality(embedder(dense, tokenizer))}
+    quality |= {name: judge.quality(embedder(cut, tokenizer)) for name, cut in small.items()}
+    methods = [
+        {"name": path.method, "seconds": seconds + fitted,
+         "points": [{"sparsity": {"dense": 0.0, **SIZES}[n], **q} for n, q in quality.items()]}
+    ]  # fmt: skip
+    for name in scale.methods:
+        say(f"comparing with {name}")
+        start = time.perf_counter()
+        options = {"scale_batches": scale.scale_batches} if name not in _FREE else {}
+        rival = baselines.METHODS[name](dense, batches, seed=seed, **options)
+        taken = time.perf_counter() - start
+        points = [{"sparsity": 0.0, **quality["dense"]}]
+        for sparsity in SIZES.values():
+            with masked(dense, rival.plan(sparsity=sparsity)):
+                points.append({"sparsity": sparsity, **judge.quality(embedder(dense, tokenizer))})
+        methods.append({"name": name, "seconds": taken, "points": points})
+
+    say("measuring latency")
+    long = [" ".join(pair) for pair in corpus.search[:8]]
+    [batch] = text_batches(long, tokenizer, batch_size=8, length=scale.tokens, seed=None)
+    measured = measure({"dense": dense, **small}, batch, repeats=scale.repeats)
+    family = {
+        "format": "solpath.family",
+        "version": FORMAT_VERSION,
+        "model": {
+            "name": "all-MiniLM-L6-v2" if model is None else Path(model).name,
+            "class": type(dense).__name__,
+            "sha256": _sha256(Path(source)),
+            "units": sum(pair.units for pair in path.pairs),
+            "prunable": path.costs.prunable(path.pairs),
+        },
+        "search": {
+            "method": path.method, "seconds": seconds, "steps": config.steps, "seed": seed,
+            "compensation_seconds": fitted,
+            "text": f"{len(corpus.search)} pairs of docstrings from {corpus.files} files, "
+            f"digest {corpus.digest()}",
+        },
+        "task": {"name": "retrieval accuracy@1", "pairs": len(corpus.test)},
+        "methods": methods,
+        "members": members(path, quality, measured),
+        "measured": {"samples": 8, "tokens": scale.tokens, "repeats": scale.repeats},
+        "provenance": provenance(),
+    }  # fmt: skip
+    write_file(folder / "family.json", store_json(family))
+    write_report(folder)
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+    return family
+
+
+_FREE = frozenset({"random", "magnitude"})  # baselines that look at no text
+
+
+class Judge:
+    """Quality on the held-out pairs, against the dense model's own embeddings."""
+
+    def __init__(self, dense: Embed, corpus: Corpus) -> None:
+        self._pairs = corpus.test
+        self._texts = [text for pair in corpus.test for text in pair]
+        self._reference = dense(self._texts)
+
+    def quality(self, embed: Embed) -> dict[str, float]:
+        """``cosine`` to the dense embeddings (mean), and ``retrieval`` accuracy@1."""
+        found = embed(self._texts)
+        row = dict(zip(self._texts, found, strict=True))
+
+        def known(texts: Sequence[str]) -> Tensor:
+            return torch.stack([row[text] for text in texts])
+
+        cosine = nn.functional.cosine_similarity(found, self._reference, dim=-1).mean().item()
+        return {"cosine": cosine, "retrieval": retrieval_accuracy(known, self._pairs)}
+
+
+def members(
+    path: SolutionPath,
+    quality: Mapping[str, Mapping[str, float]],
+    measured: Mapping[str, Measurement],
+) -> list[dict[str, Any]]:
+    """One row of the family for the dense model and each size: cost, latency and quality."""
+    dense = measured["dense"]
+    rows = []
+    for name, cost in measured.items():
+        plan = path.plan(sparsity=SIZES.get(name, 0.0))
+        rows.append(
+            {
+                "name": name,
+                "folder": f"models/{name}" if name in SIZES else None,
+                "sparsity": plan.achieved.sparsity,
+                "params": cost.params,
+                "params_share": cost.params / dense.params,
+                "macs": cost.macs,
+                "macs_share": cost.macs / dense.macs,
+                "bytes": cost.bytes_on_disk,
+                "latency_ms": cost.latency_ms,
+                "latency_iqr_ms": cost.latency_iqr_ms,
+                **quality[name],
+                "widths": plan.widths,
+            }
+        )
+    return rows
+
+
+def store_json(value: Mapping[str, Any]) -> bytes:
+    """Indented JSON without NaN, as bytes."""
+    import json
+
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _sha256(folder: Path) -> str | None:
+    """Digest of the weights, when they are one file in a local folder."""
+    import hashlib
+
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        return None
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

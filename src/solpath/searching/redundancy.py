@@ -1,0 +1,81 @@
+"""What of a unit the units that stay can make up for."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from solpath.model.slicing import linear_map
+from solpath.objective import Batch, counted
+from solpath.pair import Pair
+from solpath.searching.dynamics import unpredicted
+
+Inputs = Mapping[str, Tensor]
+"""Pair name to float64 ``[channels + 1, channels + 1]``: second moments of the channels that the
+right-hand layer sees, bordered by their sums and the number of tokens."""
+
+
+@contextlib.contextmanager
+def input_hooks(
+    model: nn.Module, pairs: Sequence[Pair], batch: Batch
+) -> Iterator[dict[str, Tensor]]:
+    """Add up `Inputs` while the model runs.
+
+    Args:
+        batch: what it runs on; its padding does not count.
+    """
+    totals: dict[str, Tensor] = {}
+    handles = []
+
+    def watch(total: Tensor) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            states = args[0].detach()
+            weight = torch.ones_like(states[..., :1])
+            keep = counted(batch, states)
+            weight = weight if keep is None else weight * keep.unsqueeze(-1)
+            rows = torch.cat([states * weight, weight], -1).flatten(0, -2).double()
+            total.add_((rows.T @ rows).cpu())  # variances are small beside squared means
+
+        return hook
+
+    try:
+        for pair in pairs:
+            size = linear_map(model, pair.right.module).in_features + 1
+            totals[pair.name] = torch.zeros(size, size, dtype=torch.float64)
+            module = model.get_submodule(pair.right.module)
+            handles.append(module.register_forward_pre_hook(watch(totals[pair.name])))
+        yield totals
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def own_share(model: nn.Module, pairs: Sequence[Pair], inputs: Inputs, mask: Tensor) -> Tensor:
+    """Share of every unit's energy that the others cannot make up for. float64 ``[units]``.
+
+    A right-hand layer with a bias makes up for means too; without one, moments are about 0.
+
+    Args:
+        inputs: pairs without an entry get 1.
+        mask: how far each unit is kept, ``[units]``.
+    """
+    parts = []
+    for pair, kept in zip(pairs, torch.split(mask.double(), [p.units for p in pairs]), strict=True):
+        if pair.name not in inputs:
+            parts.append(torch.ones_like(kept))
+            continue
+        moments = inputs[pair.name]
+        tokens, square = moments[-1, -1], moments[:-1, :-1]
+        energy = square.diagonal()
+        if linear_map(model, pair.right.module).bias is not None:
+            square = square - torch.outer(moments[-1, :-1], moments[-1, :-1]) / tokens
+        unit = pair.unit_of_channel(pair.right)
+        spread = square.diagonal().clamp(min=0)
+        root = torch.maximum(spread, 1e-12 * energy).sqrt().clamp(min=1e-30)
+        left = spread * unpredicted(square / torch.outer(root, root), kept[unit])
+        total = torch.zeros_like(kept).index_add(0, unit, energy)
+        own = torch.zeros_like(kept).index_add(0, unit, left)
+        parts.append((own / total.clamp(min=1e-30)).clamp(1e-4, 1))
+    return torch.cat(parts)

@@ -1,0 +1,94 @@
+"""The manifest of a saved model: the names of its files, and every check of `solpath.json`.
+
+Its fields are described in docs/file-formats.md.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from solpath.errors import FileError
+from solpath.files import Header, member, read_header, read_json
+from solpath.planning.cost import Achieved
+from solpath.planning.plan import Plan
+from solpath.storing.skeleton import OPTIONS
+
+FORMAT, FORMAT_VERSION = "solpath.model", 2
+HEADER, CONFIG, GENERATION = "solpath.json", "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+ATTENTION = ("sdpa", "eager")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DTYPES = {"float64", "float32", "float16", "bfloat16"}
+
+
+def checksum(head: Mapping[str, Any]) -> str:
+    """SHA-256 of every other field of `solpath.json`, in a canonical form."""
+    rest = {name: value for name, value in head.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def check_manifest(file: Path, head: Mapping[str, Any]) -> Plan:
+    """Check every field of `solpath.json`; returns the plan."""
+    if head.get("format") != FORMAT or head.get("version") != FORMAT_VERSION:
+        raise FileError(
+            f"{file}: format and version are {head.get('format')!r} and {head.get('version')!r}; "
+            f"this solpath reads {FORMAT!r} and {FORMAT_VERSION}."
+        )
+    texts, maps = ("class", "model_type", "dtype", "attention"), ("options", "digests", "plan")
+    for names, kind in ((texts, str), (maps, dict)):
+        for name in names:
+            if not isinstance(head.get(name), kind):
+                raise FileError(f"{file}: {name} is missing or not a {kind.__name__}.")
+    if head.get("checksum") != checksum(head):
+        raise FileError(f"{file}: checksum does not fit the other fields; the file was changed.")
+    for name, allowed in (("dtype", _DTYPES), ("attention", ATTENTION)):
+        if head[name] not in allowed:
+            raise FileError(f"{file}: {name} is {head[name]!r}, not one of {sorted(allowed)}.")
+    for name, value in head["options"].items():
+        if name not in OPTIONS or not isinstance(value, bool):
+            raise FileError(f"{file}: options has {name!r}: {value!r}.")
+    for name, digest in head["digests"].items():
+        if name not in (CONFIG, GENERATION, INDEX) and not SHARD.fullmatch(name):
+            raise FileError(f"{file}: digests names {name!r}, which is no file of this format.")
+        if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise FileError(f"{file}: digests[{name!r}] is not a SHA-256.")
+    if CONFIG not in head["digests"]:
+        raise FileError(f"{file}: digests does not name {CONFIG}.")
+    try:
+        plan = Plan.from_dict(head["plan"])
+        for field in fields(Achieved):
+            if type(getattr(plan.achieved, field.name)) not in (int, float):
+                raise ValueError(f"achieved.{field.name} is not a number")
+        if plan.fingerprint.architecture != head["class"]:
+            raise ValueError(f"fingerprint.architecture is not {head['class']}")
+        dict(plan.fingerprint.digests)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise FileError(f"{file}: plan: {error}") from error
+    return plan
+
+
+def read_headers(folder: Path, digests: Mapping[str, str]) -> dict[str, Header]:
+    """Headers of the weight files, by file name."""
+    shards = sorted(name for name in digests if SHARD.fullmatch(name))
+    if INDEX not in digests:
+        if shards != [WEIGHTS]:
+            raise FileError(f"{folder / HEADER}: digests names neither {WEIGHTS} nor {INDEX}.")
+        return {WEIGHTS: read_header(member(folder, WEIGHTS))}
+    index = member(folder, INDEX)
+    places = read_json(index, sha256=digests[INDEX]).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
+        raise FileError(f"{index}: weight_map is missing or does not map names to files.")
+    if wrong := sorted(set(places.values()) ^ set(shards)):
+        raise FileError(
+            f"{index}: weight_map and the digests in {HEADER} differ in the file {wrong[0]!r}."
+        )
+    headers = {shard: read_header(member(folder, shard)) for shard in shards}
+    for shard, header in headers.items():
+        if wrong := sorted(set(header) ^ {key for key, place in places.items() if place == shard}):
+            raise FileError(f"{folder / shard}: tensor {wrong[0]!r} is not where weight_map says.")
+    return headers

@@ -1,0 +1,194 @@
+"""Rebuild an extracted model without its data, from configuration and plan, then give it data."""
+
+import copy
+import inspect
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from solpath.arch import TIMM_WRAPPER, known_model_types, timm
+from solpath.errors import SolpathError
+from solpath.files import Expected, Header, dtype_name
+from solpath.model.discovery import EXTRACTED, find_pairs
+from solpath.model.extraction import extract
+from solpath.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+OPTIONS = {
+    "add_pooling_layer": ("pooler",),
+    "use_mask_token": ("embeddings", "mask_token"),
+}
+# Settings that are not sizes of anything that is built, and may be large.
+_NOT_A_SIZE = {"rope_theta", "max_position_embeddings", "original_max_position_embeddings"}
+_DEPTHS = {"depth", "depths"}
+_SMALL = 2**20
+
+
+def resolve(name: str, model_type: str) -> type["PreTrainedModel"]:
+    """The class `name` of transformers, if it is a model solpath can cut."""
+    import transformers
+
+    known = [*known_model_types(), TIMM_WRAPPER]
+    if model_type not in known:
+        raise SolpathError(f"model_type {model_type!r} is not one of {known}.")
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise SolpathError(f"class {name!r} is not a model of transformers.")
+    if getattr(found.config_class, "model_type", None) != model_type:
+        raise SolpathError(f"class {name!r} is not of model_type {model_type!r}.")
+    return found
+
+
+def check_sizes(config: Mapping[str, Any], headers: Collection[Header], model_class: Any) -> None:
+    """Refuse whole numbers in `config` that no tensor in the weight files can account for."""
+    shapes = [shape for header in headers for _, shape in header.values()]
+    largest = max(_SMALL, max((size for shape in shapes for size in shape), default=0))
+    names = model_class.config_class.attribute_map
+    layers = names.get("num_hidden_layers", "num_hidden_layers")
+    if isinstance(config.get(layers), int) and config[layers] > len(shapes):
+        raise SolpathError(
+            f"{layers} is {config[layers]}, but the weight files hold {len(shapes)} tensors."
+        )
+    left: list[tuple[str, Any]] = list(config.items())
+    while left:
+        name, value = left.pop()
+        if isinstance(value, dict):
+            left += value.items()
+        elif isinstance(value, list):
+            left += [(name, item) for item in value]
+        elif isinstance(value, int) and name in _DEPTHS and value > len(shapes):
+            raise SolpathError(
+                f"{name} is {value}, but the weight files hold {len(shapes)} tensors."
+            )
+        elif isinstance(value, int) and abs(value) > largest and name not in _NOT_A_SIZE:
+            raise SolpathError(
+                f"{name} is {value}, but no tensor in the weight files has a size above {largest}."
+            )
+
+
+def build_skeleton(
+    model_class: Any, config: Mapping[str, Any], head: Mapping[str, Any], plan: Plan
+) -> tuple[nn.Module, Expected]:
+    """The extracted model without data, and what the weight files must hold."""
+    from transformers.initialization import no_init_weights
+
+    if config.get("model_type") != head["model_type"]:
+        raise SolpathError(
+            f"model_type is {config.get('model_type')!r}, not {head['model_type']!r}."
+        )
+    known = inspect.signature(model_class.__init__).parameters
+    if unknown := set(head["options"]) - set(known):
+        raise SolpathError(f"options has {unknown.pop()!r}, which {head['class']} does not take.")
+    if head["model_type"] == TIMM_WRAPPER:
+        timm.check_settings(config)
+    settings = model_class.config_class.from_dict(copy.deepcopy(dict(config)))
+    parts = [settings, *(getattr(settings, name) for name in settings.sub_configs)]
+    dtypes = [(part, part.dtype) for part in parts if part is not None]
+    with torch.device("meta"), no_init_weights():
+        dense = model_class._from_config(
+            settings,
+            dtype=getattr(torch, head["dtype"]),
+            attn_implementation=head["attention"],
+            **head["options"],
+        )
+    dense.tie_weights()
+    for part, dtype in dtypes:  # building sets them to the model's
+        part.dtype = dtype
+    pairs = find_pairs(dense)
+    if pairs != plan.pairs:
+        raise SolpathError(f"plan: its pairs are not those of this {head['class']}.")
+    plan = replace(plan, pairs=pairs)
+    model = extract(dense, replace(plan, turned=()), check=False)  # turning changes no shape
+    setattr(model, EXTRACTED, plan)
+    for path, module in model.named_modules():
+        if stray := [key for key, v in vars(module).items() if isinstance(v, Tensor) and v.is_meta]:
+            raise SolpathError(f"{path}.{stray[0]} is a tensor but no parameter or buffer.")
+    return model, {
+        name: (tensor.dtype, tuple(tensor.shape))
+        for name, tensor in state_of(model).items()
+        if tensor.is_meta
+    }
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and all buffers, those that a `state_dict` leaves out too; tied ones once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def expect_buffers(
+    expected: Expected, headers: Mapping[str, Header], dtype: torch.dtype
+) -> Expected:
+    """Floating point buffers may be of the model's dtype or of that they are built with."""
+    found = {name: entry[0] for header in headers.values() for name, entry in header.items()}
+    return {
+        name: (
+            dtype if built.is_floating_point and found.get(name) == dtype_name(dtype) else built,
+            shape,
+        )
+        for name, (built, shape) in expected.items()
+    }
+
+
+def assign_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a skeleton its data. Tied parameters stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for leaf, old in module._parameters.items():
+            if old is None:
+                continue
+            if id(old) not in made:
+                made[id(old)] = nn.Parameter(tensors[prefix + leaf], old.requires_grad)
+            module._parameters[leaf] = made[id(old)]
+        for leaf in module._buffers:
+            if prefix + leaf in tensors:
+                module._buffers[leaf] = tensors[prefix + leaf]
+
+
+def constructor_options(model: nn.Module) -> dict[str, bool]:
+    """Constructor arguments that are not in the configuration, read off the model."""
+    known = inspect.signature(type(model).__init__).parameters
+    result = {}
+    for name, path in OPTIONS.items():
+        if name in known:
+            part: Any = model
+            for step in path:
+                part = getattr(part, step, None)
+            result[name] = part is not None
+    return result
+
+
+def check_same(
+    name: str, state: Mapping[str, Tensor], built: Mapping[str, Tensor], dtype: Any
+) -> None:
+    """Raise unless `load` would build the tensors of `state` from configuration and plan."""
+    if wrong := sorted(set(state) ^ set(built)):
+        where = "the model has" if wrong[0] in state else "only a model built from its config has"
+        raise SolpathError(
+            f"{name} cannot be rebuilt from its config and plan: {where} {wrong[0]}."
+        )
+    for key, tensor in state.items():
+        other = built[key]
+        if tensor.is_meta:
+            raise SolpathError(f"{key} has no data (it is on the meta device).")
+        if tensor.shape != other.shape or tensor.dtype not in (other.dtype, dtype):
+            raise SolpathError(
+                f"{name} cannot be rebuilt from its config and plan: {key} is {tensor.dtype} "
+                f"{list(tensor.shape)}, not {other.dtype} {list(other.shape)}."
+            )
+
+
+def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU, no two of them in the same memory, as safetensors wants."""
+    result, seen = {}, set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        address = value.untyped_storage().data_ptr()
+        result[name] = value.clone() if address in seen else value
+        seen.add(address)
+    return result
