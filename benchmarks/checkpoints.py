@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from record import RESULTS, save, show
 from solpath.model.counting import count_costs
-from solpath.model.discovery import find_pairs, fingerprint
+from solpath.model.discovery import find_pairs
 from solpath.model.extraction import extract
+from solpath.model.fingerprint import fingerprint
 from solpath.planning.cost import Achieved
 from solpath.planning.path import SolutionPath
 

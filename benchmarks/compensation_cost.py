@@ -16,8 +16,8 @@ from torch import nn
 
 from record import RESULTS, save, show
 from solpath.model.extraction import extract
-from solpath.objective import forward
 from solpath.refining.compensation import compensate
+from solpath.running.forward import forward
 from solpath.searching.search import search
 from workloads import Batch, best_search, workload
 

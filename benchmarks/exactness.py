@@ -17,7 +17,7 @@ from rich.progress import track
 from record import RESULTS, save, show
 from solpath.model.extraction import extract
 from solpath.model.masks import masked
-from solpath.objective import forward
+from solpath.running.forward import forward
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from conftest import CASES, build, inputs

@@ -22,8 +22,8 @@ from solpath import baselines
 from solpath.measuring.latency import measure_latency, plan_for_latency
 from solpath.measuring.measurement import interquartile_range, latencies
 from solpath.model.extraction import extract
-from solpath.objective import forward
 from solpath.planning.path import SolutionPath
+from solpath.running.forward import forward
 from workloads import random_tokens, workload
 
 

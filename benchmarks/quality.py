@@ -22,11 +22,11 @@ from rivals.gauss_newton import turned_gauss_newton
 from solpath.baselines import METHODS
 from solpath.config import InclusionConfig, SearchConfig
 from solpath.measuring.evaluation import evaluate, reference_outputs
-from solpath.measuring.measurement import provenance
 from solpath.model.extraction import extract
 from solpath.model.masks import masked
 from solpath.planning.path import SolutionPath
 from solpath.refining.compensation import compensate
+from solpath.running.provenance import provenance
 from solpath.searching.search import search
 from workloads import BEST_SETTINGS, WORKLOADS, Workload, workload
 

@@ -22,10 +22,10 @@ from solpath.measuring.evaluation import evaluate, reference_outputs
 from solpath.measuring.latency import measure_latency
 from solpath.measuring.measurement import interquartile_range, latencies
 from solpath.model.extraction import extract
-from solpath.objective import forward
 from solpath.planning.path import SolutionPath
 from solpath.planning.plan import Plan
 from solpath.refining.compensation import compensate
+from solpath.running.forward import forward
 from solpath.searching.search import search
 from workloads import Batch, Workload, best_search, random_tokens, workload
 

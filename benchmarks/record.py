@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from solpath.files import write_file
-from solpath.measuring.measurement import provenance
+from solpath.running.provenance import provenance
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

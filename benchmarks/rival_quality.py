@@ -22,7 +22,7 @@ from rivals import METHODS
 from rivals.moments import Calibration, calibrate
 from rivals.weights import remaining
 from solpath.measuring.evaluation import evaluate, reference_outputs
-from solpath.measuring.measurement import provenance
+from solpath.running.provenance import provenance
 from workloads import WORKLOADS, Workload, workload
 
 

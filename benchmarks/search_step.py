@@ -30,8 +30,10 @@ from torch import nn
 
 from record import RESULTS, save, show
 from solpath.config import SearchConfig
-from solpath.measuring.measurement import LiveStorages, interquartile_range
-from solpath.objective import divergence, forward, token_mask
+from solpath.measuring.measurement import interquartile_range
+from solpath.measuring.memory import LiveStorages
+from solpath.objective import divergence
+from solpath.running.forward import forward, output_mask
 from solpath.searching.search import search
 from workloads import Batch, installed_minilm, quiet, random_tokens
 
@@ -89,7 +91,7 @@ class Floor:
         self.tracking = True
         with torch.enable_grad():
             output = forward(self.model, batch)
-            target, mask = self.targets[id(batch)], token_mask(batch, output)
+            target, mask = self.targets[id(batch)], output_mask(batch, output)
             loss = divergence(output, target, mask, logits=False).mean()
             torch.autograd.grad(loss, self.inner)
         self.inner = []

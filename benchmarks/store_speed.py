@@ -20,8 +20,10 @@ from transformers import AutoModel
 
 from record import RESULTS, save, show
 from solpath.model.counting import count_costs
-from solpath.model.discovery import find_pairs, fingerprint
+from solpath.model.discovery import find_pairs
 from solpath.model.extraction import extract
+from solpath.model.fingerprint import fingerprint
+from solpath.planning.budget import Budget, Constraints
 from solpath.planning.plan import Plan, make_plan
 from solpath.storing import writing as store
 from workloads import installed_minilm, quiet
@@ -35,7 +37,16 @@ def random_plan(model: torch.nn.Module, sparsity: float) -> Plan:
     score = {p.name: torch.rand(p.heads, p.width, generator=generator) for p in pairs}
     tokens = torch.ones(1, 32, dtype=torch.int64)
     costs = count_costs(model, pairs, {"input_ids": tokens, "attention_mask": tokens})
-    return make_plan(pairs, score, costs, fingerprint(model, pairs), {}, sparsity=sparsity)
+    return make_plan(
+        pairs,
+        score,
+        costs,
+        fingerprint(model, pairs),
+        Budget("sparsity", sparsity),
+        Constraints(),
+        {},
+        {},
+    )
 
 
 def copy_durably(source: Path, target: Path) -> None:

@@ -21,10 +21,10 @@ from quality_runs import add_run, fidelity_of, same_dense, same_run, shown, stor
 from record import RESULTS, show
 from solpath.config import TuneConfig
 from solpath.measuring.evaluation import evaluate, reference_outputs
-from solpath.measuring.measurement import provenance
 from solpath.model.extraction import extract
 from solpath.refining.compensation import compensate
 from solpath.refining.tuning import tune
+from solpath.running.provenance import provenance
 from solpath.searching.search import search
 from workloads import WORKLOADS, Batch, Workload, best_search, workload
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from solpath.config import SearchConfig
-from solpath.data.batches import text_batches
 from solpath.data.docstrings import read_corpus, texts_of
+from solpath.data.text import text_batches
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "zoo"))  # its modules are imported when needed

@@ -4,7 +4,8 @@ import torch
 
 from conftest import inputs
 from solpath.model.counting import count_costs
-from solpath.model.discovery import find_pairs, fingerprint
+from solpath.model.discovery import find_pairs
+from solpath.model.fingerprint import fingerprint
 from solpath.planning.plan import Plan, best_units
 
 

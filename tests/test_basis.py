@@ -6,10 +6,10 @@ import torch
 import solpath
 from conftest import CASES, batches, build, inputs
 from solpath.errors import FingerprintError
-from solpath.model.basis import moment_hooks, obstacle, principal_axes, principal_basis, turned
+from solpath.model.basis import moment_hooks, obstacle, principal_axes, principal_basis, rotated
 from solpath.model.discovery import find_pairs
-from solpath.objective import forward, run
 from solpath.planning.path import SolutionPath
+from solpath.running.forward import forward, run
 from solpath.searching import search as searching
 
 CONFIG = solpath.SearchConfig(steps=6, scale_batches=2, basis="principal")
@@ -31,7 +31,7 @@ def test_the_dense_model_is_the_same_function(model):
         assert basis
         with torch.no_grad():
             dense = forward(model, inputs(model))
-            with turned(model, pairs, basis):
+            with rotated(model, pairs, basis):
                 same = forward(model, inputs(model))
                 for name in basis:
                     side = next(pair for pair in pairs if pair.name == name).left[0]
@@ -60,7 +60,7 @@ def test_both_sides_have_the_same_diagonal_moments(label):
     basis = basis_of(model)
     with (
         torch.no_grad(),
-        turned(model, pairs, {pair.name: basis[pair.name] for pair in pairs}),
+        rotated(model, pairs, {pair.name: basis[pair.name] for pair in pairs}),
         moment_hooks(model, pairs, None) as moments,
     ):
         run(model, inputs(model), labels=False)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 import solpath
 from conftest import build, inputs
 from solpath.cli.main import run
-from solpath.data.docstrings import installed_model
+from solpath.reporting.retrieval import installed_model
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_latency_is_measured_once_and_planned_again(tmp_path, monkeypatch, cap
     path = solpath.baselines.magnitude(model, [inputs(model)])
     path.save(tmp_path / "path")
     dense, paths = str(tmp_path / "model"), str(tmp_path / "path")
-    file, asked = tmp_path / "table.json", 1e-3 * 0.8 * path.costs.params
+    file, asked = tmp_path / "table.json", 1e-3 * 0.8 * path.costs.dense["params"]
     options = ["--latency-ms", str(asked), "--latency", str(file), "--multiple-of", "2", "--json"]
     shape = ["--samples", "2", "--tokens", "5"]
     out = ["--out", str(tmp_path / "small")]

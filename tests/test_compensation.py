@@ -11,11 +11,11 @@ from conftest import CASES, batches, build, inputs
 from plans import plan_of, random_plan
 from solpath.errors import BatchError, ConfigError, UnsupportedModelError
 from solpath.model.discovery import find_pairs
-from solpath.model.slicing import linear_map
-from solpath.objective import run
+from solpath.model.linear import linear_map
 from solpath.refining.layerwise import residual_streams
-from solpath.searching.dynamics import unpredicted
-from solpath.searching.redundancy import input_hooks, own_share
+from solpath.running.forward import run
+from solpath.searching.dynamics import unexplained_variance
+from solpath.searching.redundancy import input_hooks, unexplained_variances
 
 HALF = (0.5, 0.6, 0.4)
 
@@ -195,7 +195,7 @@ def test_what_the_kept_variables_cannot_predict():
     values = torch.randn(50_000, 4).double()
     values[:, 3] = values[:, 0] + values[:, 1] + 0.5 * values[:, 3]
     correlation = torch.corrcoef(values.T)
-    everything = unpredicted(correlation, torch.ones(4))
+    everything = unexplained_variance(correlation, torch.ones(4))
     # Residual of regressing each on the others.
     for i in range(4):
         others = values[:, [j for j in range(4) if j != i]]
@@ -203,7 +203,7 @@ def test_what_the_kept_variables_cannot_predict():
         left = (values[:, i : i + 1] - others @ fit).var() / values[:, i].var()
         assert abs(everything[i] - left) < 0.03
     # What is never kept predicts nothing.
-    alone = unpredicted(correlation, torch.tensor([0.0, 0.0, 0.0, 1.0]).double())
+    alone = unexplained_variance(correlation, torch.tensor([0.0, 0.0, 0.0, 1.0]).double())
     assert alone[3] > 0.99
     assert alone[2] > 0.99
     assert abs(alone[0] - (1 - correlation[0, 3] ** 2)) < 0.03
@@ -225,12 +225,12 @@ def test_twins_are_told_apart_from_loners(label):
     with torch.no_grad(), input_hooks(model, [pair], None) as inputs_seen:
         for batch in data:
             run(model, batch, labels=False)
-    own = own_share(model, [pair], inputs_seen, torch.ones(pair.units))
+    own = unexplained_variances(model, [pair], inputs_seen, torch.ones(pair.units))
     assert own[[0, last]].max() < 0.05
     assert ((own > 0) & (own <= 1)).all()
     alone = torch.ones(pair.units)
     alone[0] = 0
-    assert own_share(model, [pair], inputs_seen, alone)[last] > own[last]
+    assert unexplained_variances(model, [pair], inputs_seen, alone)[last] > own[last]
 
 
 def test_a_mean_far_above_the_spread_hides_nothing(bert):
@@ -254,5 +254,7 @@ def test_a_mean_far_above_the_spread_hides_nothing(bert):
     expected = torch.cat(seen).T.cov(correction=0)
     assert second.in_features == len(expected)
     assert (found - expected).abs().max() < 1e-6 * expected.diagonal().max()
-    own = own_share(bert, [pair], totals, torch.ones(pair.units))  # and can be factorised
+    own = unexplained_variances(
+        bert, [pair], totals, torch.ones(pair.units)
+    )  # and can be factorised
     assert own.max() < 0.01  # the bias after it makes up for the means

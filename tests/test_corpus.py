@@ -5,13 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from solpath.data.docstrings import (
-    docstring_pairs,
-    read_corpus,
-    retrieval_accuracy,
-    split_of,
-    texts_of,
-)
+from solpath.data.docstrings import docstring_pairs, read_corpus, split_of, texts_of
+from solpath.reporting.retrieval import retrieval_accuracy
 
 
 @pytest.fixture(scope="module")

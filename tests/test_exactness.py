@@ -13,10 +13,11 @@ import solpath
 from conftest import CASES, batches, build, inputs
 from plans import plan_of, random_plan
 from solpath.model.counting import count_costs
-from solpath.model.discovery import find_pairs, fingerprint
-from solpath.model.slicing import linear_map
-from solpath.objective import forward, run
+from solpath.model.discovery import find_pairs
+from solpath.model.fingerprint import fingerprint
+from solpath.model.linear import linear_map
 from solpath.planning.plan import Plan
+from solpath.running.forward import forward, run
 
 
 def both(model, plan, batch):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from solpath.errors import FileError
-from solpath.files import digests, member, new_folder, read_header, read_json, read_tensors
+from solpath.files import digests, file_in, new_folder, read_header, read_json, read_tensors
 
 
 def test_new_folder_appears_whole(tmp_path):
@@ -75,4 +75,4 @@ def test_member_stays_in_the_folder(tmp_path, name):
     (tmp_path / "x").write_text("")
     (tmp_path / "folder").mkdir()
     with pytest.raises(FileError):
-        member(tmp_path / "folder", name)
+        file_in(tmp_path / "folder", name)

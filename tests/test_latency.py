@@ -83,7 +83,9 @@ def test_a_plan_is_the_largest_that_is_fast_enough(options, seed):
     generator = torch.Generator().manual_seed(seed)
     score = {p.name: torch.rand(1, p.width, generator=generator).double() for p in pairs}
     same = {p.name: 10 for p in pairs}
-    costs = CostTable(2000, 2000, 2000, 0, {}, same, same, same, dict.fromkeys(same, 0))
+    dense = {"params": 2000, "bytes": 2000, "macs": 2000, "cache": 0}
+    unit = {"params": same, "bytes": same, "macs": same, "cache": dict.fromkeys(same, 0)}
+    costs = CostTable(dense, unit, {})
     path = SolutionPath(pairs, score, score, costs, "made", {}, Fingerprint("Made", {}))
     protected = 72 * bool(options.get("protect"))
     removable = 144 - protected - 3 * options.get("min_width", 0) * (1 + (not protected))

@@ -9,8 +9,8 @@ from plans import random_plan
 from solpath.errors import FingerprintError
 from solpath.model.discovery import find_pairs
 from solpath.model.masks import energy_hooks, mask_hooks
-from solpath.objective import counted, forward, run
 from solpath.planning.plan import norm_gain
+from solpath.running.forward import activation_mask, forward, run
 
 NORMED = ["qwen3", "gemma3_text", "gemma3"]
 
@@ -182,15 +182,21 @@ def test_padding_of_two_sides_is_told_apart_or_not_used():
     states, other = torch.zeros(2, 3, 5), torch.zeros(2, 4, 5)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     batch = {"input_ids": mask, "attention_mask": mask}
-    assert torch.equal(counted(batch, states), mask.bool())
-    assert counted(batch, other) is None
-    assert counted(batch | {"decoder_input_ids": mask}, states) is None
-    assert counted(batch | {"decoder_attention_mask": mask.flip(1)}, states) is None
-    assert torch.equal(counted(batch | {"decoder_attention_mask": mask}, states), mask.bool())
+    assert torch.equal(activation_mask(batch, states), mask.bool())
+    assert activation_mask(batch, other) is None
+    assert activation_mask(batch | {"decoder_input_ids": mask}, states) is None
+    assert activation_mask(batch | {"decoder_attention_mask": mask.flip(1)}, states) is None
+    assert torch.equal(
+        activation_mask(batch | {"decoder_attention_mask": mask}, states), mask.bool()
+    )
     longer = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
-    assert torch.equal(counted(batch | {"decoder_attention_mask": longer}, other), longer.bool())
-    assert counted(mask, states) is None
-    assert counted(batch, torch.zeros(2, 3)) is None  # pooled, of as many features as tokens
+    assert torch.equal(
+        activation_mask(batch | {"decoder_attention_mask": longer}, other), longer.bool()
+    )
+    assert activation_mask(mask, states) is None
+    assert (
+        activation_mask(batch, torch.zeros(2, 3)) is None
+    )  # pooled, of as many features as tokens
 
 
 def test_a_plan_of_another_class_is_refused(bert):

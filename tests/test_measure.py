@@ -10,15 +10,10 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from solpath.errors import BatchError, ConfigError
-from solpath.measuring.measurement import (
-    bytes_on_disk,
-    count_macs,
-    interquartile_range,
-    latencies,
-    measure,
-    peak_memory,
-    provenance,
-)
+from solpath.measuring.measurement import interquartile_range, latencies, measure
+from solpath.measuring.memory import bytes_on_disk, peak_memory
+from solpath.model.counting import count_macs
+from solpath.running.provenance import provenance
 
 HIDDEN, MLP, LAYERS, LENGTH, VOCAB = 24, 40, 2, 7, 50
 

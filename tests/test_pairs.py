@@ -13,7 +13,8 @@ from solpath.arch import known_model_types, lookup, register
 from solpath.arch.table import _REGISTERED
 from solpath.model.counting import count_costs
 from solpath.model.discovery import find_pairs
-from solpath.model.slicing import cut_linear, linear_map, refit_
+from solpath.model.linear import linear_map
+from solpath.model.slicing import cut_linear, resize_
 from solpath.pair import Pair, Side
 
 
@@ -87,9 +88,9 @@ def test_rotary_couples_are_half_a_head_apart():
 
 def test_macs_of_the_dense_model_fall_by_the_cost_of_units(model):
     costs = count_costs(model, find_pairs(model), inputs(model, samples=1))
-    inner = sum(p.units * costs.unit_macs[p.name] for p in find_pairs(model))
-    assert 0 < inner < costs.macs
-    assert costs.params == sum(p.numel() for p in model.parameters())
+    inner = sum(p.units * costs.unit["macs"][p.name] for p in find_pairs(model))
+    assert 0 < inner < costs.dense["macs"]
+    assert costs.dense["params"] == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -101,7 +102,7 @@ def test_cut_linear(axis, kind):
     for index in (torch.tensor([3, 0]), torch.tensor([], dtype=torch.int64)):
         memo = cut_linear(linear_map(nn.ModuleDict({"layer": layer}), "layer"), index, axis)
         small = copy.deepcopy(layer, memo)
-        refit_(small)
+        resize_(small)
         if axis == 0:
             torch.testing.assert_close(small(x), layer(x)[:, index])
         else:

@@ -26,15 +26,19 @@ PAIRS = tuple(
     )
 )
 COSTS = CostTable(
-    params=22_713_216,
-    bytes=4 * 22_713_216 + 100,
-    macs=5 * 10**8,
-    cache=0,
+    dense={
+        "params": 22_713_216,
+        "bytes": 4 * 22_713_216 + 100,
+        "macs": 5 * 10**8,
+        "cache": 0,
+    },
+    unit={
+        "params": {p.name: p.cost for p in PAIRS},
+        "bytes": {p.name: 4 * p.cost for p in PAIRS},
+        "macs": {p.name: p.cost * 32 + (p.kind != "mlp") * 1024 for p in PAIRS},
+        "cache": {p.name: 0 for p in PAIRS},
+    },
     sample={"input_ids": (1, 32)},
-    unit_params={p.name: p.cost for p in PAIRS},
-    unit_bytes={p.name: 4 * p.cost for p in PAIRS},
-    unit_macs={p.name: p.cost * 32 + (p.kind != "mlp") * 1024 for p in PAIRS},
-    unit_cache={p.name: 0 for p in PAIRS},
 )
 
 
@@ -80,7 +84,7 @@ def test_plans_hit_their_budget_and_are_nested(seed, sizes, multiple):
 @pytest.mark.parametrize("budget", ["params", "bytes", "macs"])
 def test_counts_and_shares_are_the_same_budget(budget):
     path = made_path()
-    dense = COSTS.dense(budget)
+    dense = COSTS.dense[budget]
     by_share = path.plan(**{budget: 0.7})
     by_count = path.plan(**{budget: int(0.7 * dense)})
     achieved = getattr(by_share.achieved, budget) / dense
@@ -92,8 +96,8 @@ def test_counts_and_shares_are_the_same_budget(budget):
 @pytest.mark.parametrize("budget", ["params", "bytes", "macs"])
 def test_a_count_is_met_by_the_nearest_unit(budget):
     """A rank of the widest layer, of all heads together, is the largest step there is."""
-    path, largest = made_path(), max(p.heads * COSTS.unit(budget)[p.name] for p in PAIRS)
-    for count in range(COSTS.dense(budget), int(0.7 * COSTS.dense(budget)), -987_654):
+    path, largest = made_path(), max(p.heads * COSTS.unit[budget][p.name] for p in PAIRS)
+    for count in range(COSTS.dense[budget], int(0.7 * COSTS.dense[budget]), -987_654):
         plan = path.plan(**{budget: count})
         assert abs(getattr(plan.achieved, budget) - count) <= largest / 2
         same = path.plan(**{budget: getattr(plan.achieved, budget)})

@@ -13,7 +13,8 @@ import conftest
 import solpath
 from solpath.errors import FileError
 from solpath.reporting.charts import entry_shares, spread
-from solpath.reporting.report import duration, heat_maps, read_family, write_report
+from solpath.reporting.family import Family
+from solpath.reporting.report import duration, heat_maps, write_report
 
 SIZES = {"s20": 0.2, "s40": 0.4, "s60": 0.6, "s75": 0.75}
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -127,12 +128,20 @@ def test_damaged_family_names_file_and_field(folder: Path, keys, value, named: s
 
 def test_missing_family_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"family\.json"):
-        read_family(tmp_path / "family.json")
+        Family.read(tmp_path)
 
 
-def test_heat_maps_hold_the_shares_of_the_plan(bert) -> None:
+def test_a_family_comes_back_as_it_was_written(folder: Path) -> None:
+    written = json.loads((folder / "family.json").read_text())
+    family = Family.read(folder)
+    assert family.to_dict() == written | {"model": written["model"] | {"prunable": None}}
+    family.write(folder)
+    assert Family.read(folder) == family
+
+
+def test_heat_maps_hold_the_shares_of_the_plan(bert, folder: Path) -> None:
     path = solpath.baselines.random(bert, conftest.batches(bert))
-    family = make_family(path)
+    family = Family.read(folder)
     for drawn, sparsity in zip(heat_maps(family, path), SIZES.values(), strict=True):
         widths = path.plan(sparsity=sparsity).widths
         for i, pair in enumerate(path.pairs):

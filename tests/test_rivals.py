@@ -17,7 +17,7 @@ from rivals.moments import Calibration, Moments, calibrate
 from rivals.osscar import eliminate
 from rivals.weights import inner_bias, inner_weight, remaining, set_inner_, set_inner_bias_
 from solpath.measuring.evaluation import evaluate, reference_outputs
-from solpath.objective import forward
+from solpath.running.forward import forward
 from workloads import Workload
 
 OWN = [name for name in METHODS if not name.startswith("torch_pruning")]

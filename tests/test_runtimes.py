@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import solpath
 from conftest import CASES, build, inputs
 from plans import random_plan
-from solpath.objective import forward, run
+from solpath.running.forward import forward, run
 
 FRACTIONS = (0.5, 0.25, 0.75)
 

@@ -22,8 +22,10 @@ from conftest import build, inputs
 from solpath import files
 from solpath.errors import ConfigError, FileError
 from solpath.model.counting import count_costs
-from solpath.model.discovery import find_pairs, fingerprint
+from solpath.model.discovery import find_pairs
 from solpath.model.extraction import extract
+from solpath.model.fingerprint import fingerprint
+from solpath.planning.budget import Budget, Constraints
 from solpath.planning.plan import make_plan
 from solpath.storing import manifest
 from solpath.storing import writing as store
@@ -37,7 +39,16 @@ def shrink(model, sparsity=0.5, seed=0):
     score = {p.name: torch.rand(p.heads, p.width, generator=generator) for p in pairs}
     costs = count_costs(model, pairs, inputs(model, samples=1))
     energy = {p.name: torch.ones(p.heads, p.left[0].repeat + 1, p.width) for p in pairs if p.norms}
-    plan = make_plan(pairs, score, costs, fingerprint(model, pairs), energy, sparsity=sparsity)
+    plan = make_plan(
+        pairs,
+        score,
+        costs,
+        fingerprint(model, pairs),
+        Budget("sparsity", sparsity),
+        Constraints(),
+        energy,
+        {},
+    )
     return extract(model, plan)
 
 

@@ -21,7 +21,7 @@ from solpath.arch.timm import check_settings
 from solpath.errors import ConfigError, SolpathError, UnsupportedModelError
 from solpath.model.discovery import find_pairs
 from solpath.model.masks import mask_hooks
-from solpath.objective import forward
+from solpath.running.forward import forward
 from solpath.storing.skeleton import check_sizes
 
 # These run here on the `model` of this module.

@@ -6,7 +6,7 @@ import torch
 import solpath
 from conftest import batches, build, inputs
 from solpath.model.discovery import find_pairs
-from solpath.objective import forward
+from solpath.running.forward import forward
 
 TOWERS = ("text_model", "vision_model")
 

@@ -28,7 +28,7 @@ from solpath.errors import (
     UnsupportedModelError,
 )
 from solpath.refining.adapters import adaptable
-from solpath.refining.distillation import Lessons
+from solpath.refining.distillation import Distillation
 
 QUICK = TuneConfig(steps=6, evaluate_every=3, learning_rate=3e-3)
 LORA = TuneConfig(steps=6, evaluate_every=3, learning_rate=1e-2, lora_rank=3)
@@ -177,7 +177,7 @@ def test_the_default_rate_goes_with_the_root_of_the_first_look(bert, monkeypatch
     config = TuneConfig(steps=2, schedule="constant", warmup=0.0, lora_rank=rank)
     for look, rate in ((1e-6, 1e-4 / 32), (4e-6, 2e-4 / 32), (9.0, 1e-3)):
         rates.clear()
-        monkeypatch.setattr(Lessons, "divergence", lambda self, model, look=look: look)
+        monkeypatch.setattr(Distillation, "divergence", lambda self, model, look=look: look)
         run(small, bert, config)
         assert rates == [pytest.approx(times * rate)] * 2
 
@@ -211,7 +211,7 @@ def test_the_best_look_wins_not_the_last(bert, monkeypatch):
     options = {"schedule": "constant", "warmup": 0.0, "evaluate_every": 1, "learning_rate": 1e-3}
     expected = run(small, bert, TuneConfig(steps=1, **options))
     looks = [5.0, 3.0, 4.0, 6.0]
-    monkeypatch.setattr(Lessons, "divergence", lambda self, model: looks.pop(0))
+    monkeypatch.setattr(Distillation, "divergence", lambda self, model: looks.pop(0))
     assert same(run(small, bert, TuneConfig(steps=3, **options)), expected)
     assert not looks
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from rivals.moments import Calibration
-from solpath.objective import curvature_sketch, has_logits, output_tensor, run, token_mask
+from solpath.objective import curvature_sketch
+from solpath.running.forward import has_logits, output_mask, output_tensor, run
 
 HEAD_SIZE = {"BertSelfAttention": "attention_head_size", "ViTAttention": "head_dim"}
 """Class to the attribute its forward pass views the heads with; the examples set it by hand too."""
@@ -120,7 +121,7 @@ def _gradients(model: nn.Module, calibration: Calibration) -> dict[str, Tensor]:
         result: Any = run(model, batch, labels=False)
         output, logits = output_tensor(result), has_logits(result)
         noise = torch.randn(output.shape, generator=generator)
-        mask = token_mask(batch, output)
+        mask = output_mask(batch, output)
         sketch = curvature_sketch(output.detach(), mask, noise, logits=logits)
         model.zero_grad(set_to_none=True)
         (sketch * output).sum().backward()

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from solpath import baselines
-from solpath.model.basis import turned
+from solpath.model.basis import rotated
 from solpath.planning.path import SolutionPath, unflatten
 from solpath.searching.probe import probing
 
@@ -23,7 +23,7 @@ def turned_gauss_newton(model: nn.Module, batches: Sequence[Any], *, seed: int) 
     frame = baselines.random(model, batches, seed=seed)  # costs and fingerprint; reads no batch
     with probing(model, frame.pairs, batches, loss=None, seed=seed) as probe:
         basis = probe.measure_basis(SCALE_BATCHES)
-        with turned(model, frame.pairs, basis):
+        with rotated(model, frame.pairs, basis):
             diagonal, slope = probe.curvature(SCALE_BATCHES)
         score = unflatten(frame.pairs, (diagonal / 2 - slope) / probe.cost)
     return replace(

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from solpath.model.discovery import find_pairs
-from solpath.objective import run
 from solpath.pair import Pair, Side
+from solpath.running.forward import run
 
 
 @dataclass

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from solpath.model.slicing import linear_map
+from solpath.model.linear import linear_map
 from solpath.pair import Pair, Side
 
 Kept = Mapping[str, Tensor]

@@ -24,8 +24,9 @@ from rivals.weights import (
     set_inner_,
     set_inner_bias_,
 )
-from solpath.objective import curvature_sketch, has_logits, output_tensor, run, token_mask
+from solpath.objective import curvature_sketch
 from solpath.pair import Pair, Side
+from solpath.running.forward import has_logits, output_mask, output_tensor, run
 
 Axes = tuple[Tensor, Tensor]
 """Eigenvalues ``[heads, width]`` and axes as rows ``[heads, width, width]``, largest first."""
@@ -88,7 +89,7 @@ def _measure(
             result = run(model, batch, labels=False)
             output, logits = output_tensor(result), has_logits(result)
             noise = torch.randn(output.shape, generator=generator)
-            mask = token_mask(batch, output)
+            mask = output_mask(batch, output)
             sketch = curvature_sketch(output.detach(), mask, noise, logits=logits)
             states = [seen[i] for i in range(len(sides))]
             slopes = torch.autograd.grad((sketch * output).sum(), states)

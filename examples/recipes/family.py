@@ -21,8 +21,8 @@ from torch import nn
 import solpath
 from solpath.errors import ConfigError, SolpathError
 from solpath.files import write_file
-from solpath.measuring.measurement import provenance
 from solpath.pretrained import from_pretrained, load_processor
+from solpath.running.provenance import provenance
 
 Out = Annotated[Path, typer.Option(help="Folder for the family.")]
 Sparsity = Annotated[str, typer.Option(help="Shares of the prunable parameters to remove.")]

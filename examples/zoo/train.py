@@ -25,7 +25,7 @@ from captions import CLIP
 from denoising import T5
 from digits import DEIT, SWIN, VIT
 from recipe import Recipe, digest, fit
-from solpath.files import new_folder, read_json, write_json
+from solpath.files import json_bytes, new_folder, read_json
 from stdlib_bytes import LLAMA, OPT
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -68,7 +68,7 @@ def train(name: str, root: Path = MODELS, seed: int = 0) -> Path:
             "transformers": transformers.__version__,
             "scikit_learn": sklearn.__version__,
         }
-        write_json(temporary / "train.json", report)
+        (temporary / "train.json").write_bytes(json_bytes(report))
     return folder
 
 

@@ -8,7 +8,8 @@ from solpath.errors import SolpathError
 if TYPE_CHECKING:
     from solpath import baselines
     from solpath.config import InclusionConfig, SearchConfig, TuneConfig
-    from solpath.data.batches import image_batches, image_text_batches, text_batches
+    from solpath.data.images import image_batches, image_text_batches
+    from solpath.data.text import text_batches
     from solpath.measuring.evaluation import evaluate
     from solpath.measuring.latency import measure_latency, plan_for_latency
     from solpath.measuring.measurement import measure
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from solpath.refining.compensation import compensate
     from solpath.refining.tuning import tune
     from solpath.searching.search import search
-    from solpath.storing.writing import load, push_to_hub, save
+    from solpath.storing.reading import load
+    from solpath.storing.writing import push_to_hub, save
 
 __version__ = "0.1.0"
 
@@ -38,9 +40,9 @@ _HOME = {
     "evaluate": "measuring.evaluation",
     "extract": "model.extraction",
     "find_pairs": "model.discovery",
-    "image_batches": "data.batches",
-    "image_text_batches": "data.batches",
-    "load": "storing.writing",
+    "image_batches": "data.images",
+    "image_text_batches": "data.images",
+    "load": "storing.reading",
     "masked": "model.masks",
     "measure": "measuring.measurement",
     "measure_latency": "measuring.latency",
@@ -48,7 +50,7 @@ _HOME = {
     "push_to_hub": "storing.writing",
     "save": "storing.writing",
     "search": "searching.search",
-    "text_batches": "data.batches",
+    "text_batches": "data.text",
     "tune": "refining.tuning",
 }
 

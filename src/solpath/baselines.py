@@ -5,30 +5,31 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from solpath.config import check_count, check_number
-from solpath.model.counting import count_costs
-from solpath.model.discovery import find_pairs, fingerprint
-from solpath.model.slicing import linear_map
+from solpath.model.discovery import find_pairs
+from solpath.model.fingerprint import fingerprint
 from solpath.objective import Loss
-from solpath.pair import Pair, Side
+from solpath.pair import Fingerprint, Pair
 from solpath.planning.path import SolutionPath, unflatten
+from solpath.planning.removal import groups_by_rank, removal_order
 from solpath.pretrained import Name, for_batches
 from solpath.searching.dynamics import sparse_copy
-from solpath.searching.probe import Probe, probing
+from solpath.searching.engine import Engine, open_engine
 
 
 def random(
     model: nn.Module | Name, batches: Iterable[Any], *, seed: int = 0, loss: Loss | None = None
 ) -> SolutionPath:
     """A random order: the floor any method must beat."""
-    with _probe(model, batches, loss, seed) as (model, pairs, probe):
-        score = torch.rand(probe.units, generator=probe.generator("random"), dtype=torch.float64)
-        return _path(model, pairs, probe, "random", score, {"seed": seed})
+    with _opened(model, batches, loss, seed) as (engine, identity):
+        score = torch.rand(engine.units, generator=engine.generator("random"), dtype=torch.float64)
+        return _path(engine, identity, "random", score, {"seed": seed})
 
 
 def magnitude(
@@ -40,13 +41,13 @@ def magnitude(
     mean over the pair, so that layers can be compared. `batches` only gives the sample that MACs
     are counted on and, for norms over the heads, what passes through them.
     """
-    with _probe(model, batches, loss, seed) as (model, pairs, probe):
+    with _opened(model, batches, loss, seed) as (engine, identity):
         parts = []
-        for pair in pairs:
-            left = sum(_norms(model, pair, side) for side in pair.left)
-            product = (left * _norms(model, pair, pair.right)).sqrt()
+        for pair in engine.pairs:
+            left = sum(engine.weight_norms(pair, side) for side in pair.left)
+            product = (left * engine.weight_norms(pair, pair.right)).sqrt()
             parts.append(product / product.mean().clamp(min=1e-30))
-        return _path(model, pairs, probe, "magnitude", torch.cat(parts), {"seed": seed})
+        return _path(engine, identity, "magnitude", torch.cat(parts), {"seed": seed})
 
 
 def taylor(
@@ -63,10 +64,10 @@ def taylor(
     the dense model, that of a random projection of the output with the loss's curvature.
     """
     check_count("scale_batches", scale_batches, 1)
-    with _probe(model, batches, loss, seed) as (model, pairs, probe):
-        score = probe.curvature(scale_batches, absolute=True)[0] / probe.cost
+    with _opened(model, batches, loss, seed) as (engine, identity):
+        score = engine.curvature(scale_batches, absolute=True)[0] / engine.cost
         config = {"seed": seed, "scale_batches": scale_batches}
-        return _path(model, pairs, probe, "taylor", score, config)
+        return _path(engine, identity, "taylor", score, config)
 
 
 def gauss_newton(
@@ -79,11 +80,11 @@ def gauss_newton(
 ) -> SolutionPath:
     """Expected loss of removing a unit from the dense model, to second order, per parameter."""
     check_count("scale_batches", scale_batches, 1)
-    with _probe(model, batches, loss, seed) as (model, pairs, probe):
-        diagonal, slope = probe.curvature(scale_batches)
-        score = (diagonal / 2 - slope) / probe.cost
+    with _opened(model, batches, loss, seed) as (engine, identity):
+        diagonal, slope = engine.curvature(scale_batches)
+        score = (diagonal / 2 - slope) / engine.cost
         config = {"seed": seed, "scale_batches": scale_batches}
-        return _path(model, pairs, probe, "gauss_newton", score, config)
+        return _path(engine, identity, "gauss_newton", score, config)
 
 
 def iterative(
@@ -108,16 +109,16 @@ def iterative(
     check_number("keep", keep, 1e-3, 0.9)
     check_count("stages", stages, 1)
     check_count("scale_batches", scale_batches, 1)
-    with _probe(model, batches, loss, seed) as (model, pairs, probe):
-        mask = torch.ones(probe.units, dtype=torch.float64)
+    with _opened(model, batches, loss, seed) as (engine, identity):
+        mask = torch.ones(engine.units, dtype=torch.float64)
         score = torch.zeros_like(mask)
         removed = 0
         for stage in range(stages):
-            diagonal, slope = probe.curvature(scale_batches, mask, start=stage * scale_batches)
-            damage = (diagonal / 2 - slope * first_order) / probe.cost
-            target = keep ** ((stage + 1) / stages) * float(probe.cost.sum())
-            for group in _weakest_groups(pairs, mask, damage):
-                if float((mask * probe.cost).sum()) <= target:
+            diagonal, slope = engine.curvature(scale_batches, mask, start=stage * scale_batches)
+            damage = (diagonal / 2 - slope * first_order) / engine.cost
+            target = keep ** ((stage + 1) / stages) * float(engine.cost.sum())
+            for group in _weakest_groups(engine.pairs, mask, damage):
+                if float((mask * engine.cost).sum()) <= target:
                     break
                 removed += 1
                 mask[group] = 0
@@ -132,7 +133,7 @@ def iterative(
             "first_order": first_order,
         }
         name = "iterative" if first_order else "iterative_curvature"
-        return _path(model, pairs, probe, name, score, config)
+        return _path(engine, identity, name, score, config)
 
 
 def iterative_curvature(
@@ -177,18 +178,18 @@ def released(
     check_count("steps", steps, 1)
     check_number("learning_rate", learning_rate, 1e-12, 1e3)
     check_number("lam", lam, 1e-6, 1e12)
-    with _probe(model, batches, loss, seed) as (model, pairs, probe):
-        mask = torch.ones(probe.units, dtype=torch.float64, requires_grad=True)
+    with _opened(model, batches, loss, seed) as (engine, identity):
+        mask = torch.ones(engine.units, dtype=torch.float64, requires_grad=True)
         adam = torch.optim.AdamW([mask], lr=learning_rate, eps=1e-4, weight_decay=0)
-        dual = torch.zeros(probe.units, dtype=torch.float64)
+        dual = torch.zeros(engine.units, dtype=torch.float64)
         for k in range(steps):
-            rows = probe.gradients(k, mask.detach(), binary=False)[2]
-            mask.grad = probe.mean(rows, probe.batch_size(k))[0]
+            rows = engine.gradients(k, mask.detach(), binary=False)[2]
+            mask.grad = engine.mean(rows, engine.batch_size(k))[0]
             adam.step()
             gamma = sparse_copy(dual, 1.0, lam)
             dual = dual + learning_rate / (1 - 0.9 ** (k + 1)) * (mask.detach() - gamma)
         config = {"seed": seed, "steps": steps, "learning_rate": learning_rate, "lam": lam}
-        return _path(model, pairs, probe, "released", dual, config)
+        return _path(engine, identity, "released", dual, config)
 
 
 METHODS: Mapping[str, Callable[..., SolutionPath]] = {
@@ -204,63 +205,46 @@ METHODS: Mapping[str, Callable[..., SolutionPath]] = {
 
 
 @contextmanager
-def _probe(
+def _opened(
     model: nn.Module | Name, batches: Iterable[Any], loss: Loss | None, seed: int
-) -> Iterator[tuple[nn.Module, tuple[Pair, ...], Probe]]:
+) -> Iterator[tuple[Engine, Fingerprint]]:
     model, batches = for_batches(model, batches)
-    pairs = find_pairs(model)
-    with probing(model, pairs, batches, loss=loss, seed=seed) as probe:
-        yield model, pairs, probe
+    identity = fingerprint(model, find_pairs(model))
+    with open_engine(model, batches, loss=loss, seed=seed) as engine:
+        yield engine, identity
 
 
 def _path(
-    model: nn.Module,
-    pairs: tuple[Pair, ...],
-    probe: Probe,
-    method: str,
-    score: Tensor,
-    config: Mapping[str, Any],
+    engine: Engine, identity: Fingerprint, method: str, score: Tensor, config: Mapping[str, Any]
 ) -> SolutionPath:
     order = score.argsort(descending=True, stable=True)
     entry = torch.empty_like(score)
-    entry[order] = probe.cost[order].cumsum(0) / probe.cost.sum()
+    entry[order] = engine.cost[order].cumsum(0) / engine.cost.sum()
     return SolutionPath(
-        pairs=pairs,
-        score=unflatten(pairs, score),
-        entry_time=unflatten(pairs, entry),
-        costs=count_costs(model, pairs, probe.first_sample()),
+        pairs=tuple(engine.pairs),
+        score=unflatten(engine.pairs, score),
+        entry_time=unflatten(engine.pairs, entry),
+        costs=engine.count_costs(),
         method=method,
         config=config,
-        fingerprint=fingerprint(model, pairs),
-        energy=probe.energy,
+        fingerprint=identity,
+        energy=engine.energy,
     )
-
-
-def _norms(model: nn.Module, pair: Pair, side: Side) -> Tensor:
-    """Squared norm of every unit's weights in one layer. float64 ``[units]``."""
-    linear = linear_map(model, side.module)
-    along = linear.outputs if side.axis == 0 else 1 - linear.outputs
-    unit = pair.unit_of_channel(side)
-    channels = linear.weight.detach().double().cpu().square().sum(1 - along)
-    channels = channels[side.offset : side.offset + len(unit)]
-    return torch.zeros(pair.units, dtype=torch.float64).index_add(0, unit, channels)
 
 
 def _weakest_groups(pairs: Sequence[Pair], mask: Tensor, damage: Tensor) -> Iterator[Tensor]:
     """Units of equal rank in every head of a pair, least mean damage first. int64 ``[heads]``."""
     sizes = [pair.units for pair in pairs]
-    groups: list[tuple[float, int, Tensor]] = []
-    start = 0
-    for pair, alive, value in zip(
-        pairs, torch.split(mask, sizes), torch.split(damage, sizes), strict=True
-    ):
-        alive = alive.view(pair.heads, pair.width) > 0
-        rest = int(alive[0].sum())
-        value = value.view(pair.heads, pair.width).masked_fill(~alive, -torch.inf)
-        ordered, index = value.sort(dim=1, descending=True, stable=True)
-        offset = start + torch.arange(pair.heads) * pair.width
-        means = ordered[:, :rest].mean(0).tolist()
-        groups += [(means[r], -r, offset + index[:, r]) for r in range(rest)]
-        start += pair.units
-    for _, _, group in sorted(groups, key=lambda g: g[:2]):
-        yield group
+    shapes = [(pair.heads, pair.width) for pair in pairs]
+    values = [
+        part.view(shape) for part, shape in zip(torch.split(damage, sizes), shapes, strict=True)
+    ]
+    alive = [
+        part.view(shape) > 0 for part, shape in zip(torch.split(mask, sizes), shapes, strict=True)
+    ]
+    groups = [groups_by_rank(value, here) for value, here in zip(values, alive, strict=True)]
+    order = removal_order([mean for mean, _ in groups], [0] * len(groups))
+    starts = [0, *accumulate(sizes)]
+    for i, rank in zip(order.pair.tolist(), order.start.tolist(), strict=True):
+        heads, width = shapes[i]
+        yield starts[i] + torch.arange(heads) * width + groups[i][1][:, rank]

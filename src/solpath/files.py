@@ -26,7 +26,7 @@ MAX_HEADER_BYTES = 16 * 2**20
 Header = Mapping[str, tuple[str, tuple[int, ...]]]
 Expected = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -38,6 +38,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+"""What safetensors calls every dtype that is written."""
 
 
 def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -132,9 +133,29 @@ def write_file(path: Path, data: bytes) -> None:
         raise FileError(f"could not write {path}: {error.strerror or error}.") from error
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write `value` as indented JSON. NaN and infinity are refused."""
-    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """`value` as indented JSON. NaN and infinity are refused."""
+    return f"{json.dumps(value, indent=1, allow_nan=False)}\n".encode()
+
+
+def check_format(
+    file: Path, value: Mapping[str, Any], name: str, version: int, advice: str = ""
+) -> None:
+    """Raise `FileError` unless ``format`` and ``version`` of a JSON object are these.
+
+    Args:
+        file: the object's file, for the message.
+        value: the object.
+        name: its format.
+        version: the one that this version of solpath reads.
+        advice: what to do about another version, as a clause.
+    """
+    found = value.get("format"), value.get("version")
+    if found != (name, version):
+        raise FileError(
+            f"{file}: expected format {name} version {version}, got {found[0]!r} version "
+            f"{found[1]!r}{advice and '; '}{advice}."
+        )
 
 
 def read_json(path: Path, *, sha256: str | None = None) -> dict[str, Any]:
@@ -247,9 +268,9 @@ def check_header(path: Path, header: Header, expected: Expected, *, exact: bool 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """The name safetensors has for `dtype`. Raises `FileError` for one solpath does not write."""
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise FileError(f"tensors of {dtype} cannot be stored; cast them to a float dtype first.")
-    return _DTYPES[dtype]
+    return DTYPES[dtype]
 
 
 def read_tensors(path: Path, expected: Expected, *, exact: bool = True) -> dict[str, Tensor]:
@@ -283,6 +304,14 @@ def read_data(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
         raise FileError(f"cannot read {path}: {error}.") from error
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises `FileError` if it cannot be read."""
+    try:
+        return _sha256(path, Event())
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}.") from error
+
+
 @contextlib.contextmanager
 def digests(paths: Iterable[Path]) -> Iterator[dict[str, Future[str]]]:
     """Compute the SHA-256 of files in threads while the block runs. Leaving the block stops them.
@@ -306,7 +335,7 @@ def _sha256(path: Path, stop: Event) -> str:
     return digest.hexdigest()
 
 
-def member(folder: Path, name: str) -> Path:
+def file_in(folder: Path, name: str) -> Path:
     """A file of `folder` that really lies there.
 
     A link may only lead to another file of the folder, or, in a snapshot of the Hugging Face

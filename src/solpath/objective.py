@@ -1,66 +1,18 @@
 """What a search minimises: the distance of a model's output to the dense model's own output."""
 
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from solpath.errors import BatchError
+from solpath.running.forward import Batch, has_logits, output_mask, output_tensor, run
 
 _TARGET_CACHE_BYTES = 256 * 2**20
 
-Batch = Any
-"""A mapping of keyword arguments for the model, or its first argument as a tensor."""
-
 Loss = Callable[[Any, Batch], Tensor]
 """``loss(outputs, batch) -> scalar``: a mean over the samples of the batch."""
-
-
-def run(model: nn.Module, batch: Batch, *, labels: bool) -> Any:
-    """Call `model` on `batch`; without `labels`, a ``labels`` entry is left out."""
-    if not isinstance(batch, Mapping):
-        return model(batch)
-    inputs = {name: value for name, value in batch.items() if labels or name != "labels"}
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        inputs.setdefault("use_cache", False)
-    return model(**inputs)
-
-
-def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """The output that is compared, see `output_tensor`.
-
-    Returns:
-        ``[batch, classes]``, ``[batch, tokens, classes]`` or ``[batch, tokens, features]``.
-    """
-    return output_tensor(run(model, batch, labels=False))
-
-
-def output_tensor(outputs: Any) -> Tensor:
-    """What is compared of a transformers output; a bare tensor is itself.
-
-    Logits; else the embeddings of image and text, end to end where there are both; else the last
-    hidden state.
-    """
-    if isinstance(outputs, Tensor):
-        return outputs
-    names = (("logits",), ("image_embeds", "text_embeds"), ("last_hidden_state",))
-    for group in names:
-        found = [getattr(outputs, name, None) for name in group]
-        tensors = [value for value in found if isinstance(value, Tensor)]
-        if tensors:
-            return tensors[0] if len(tensors) == 1 else torch.cat(tensors, -1)
-    raise BatchError(
-        f"{type(outputs).__name__} has no logits, embeddings or last_hidden_state; "
-        "pass your own loss."
-    )
-
-
-def has_logits(outputs: Any) -> bool:
-    """Whether `output_tensor` gives logits."""
-    return isinstance(getattr(outputs, "logits", None), Tensor)
 
 
 class Target(NamedTuple):
@@ -102,39 +54,7 @@ class Targets:
 def divergence_from(target: Target, outputs: Any, batch: Batch) -> Tensor:
     """`divergence` of a model's outputs for a batch from the dense one's. ``[batch]``."""
     output = output_tensor(outputs)
-    return divergence(output, target.output, token_mask(batch, output), logits=target.logits)
-
-
-def token_mask(batch: Batch, output: Tensor) -> Tensor | None:
-    """Which tokens count. bool ``[batch, tokens]`` from the batch, or None for all.
-
-    ``decoder_attention_mask`` where there is a decoder input, else ``attention_mask``.
-    """
-    if not isinstance(batch, Mapping):
-        return None
-    side = "decoder_" if "decoder_input_ids" in batch else ""
-    mask = batch.get(f"{side}attention_mask")
-    if not isinstance(mask, Tensor) or output.dim() != 3 or mask.shape != output.shape[:2]:
-        return None
-    return mask.bool()
-
-
-def counted(batch: Batch, states: Tensor) -> Tensor | None:
-    """Which tokens of an activation are not padding. bool ``[batch, tokens]``, or None for all.
-
-    By the mask of its shape. Where encoder and decoder are equally long and not padded alike, their
-    activations cannot be told apart, and all tokens count.
-
-    Args:
-        states: ``[batch, tokens, ..., features]``; of ``[batch, features]``, pooled, all count.
-    """
-    if not isinstance(batch, Mapping) or states.dim() < 3:
-        return None
-    masks = [batch.get("attention_mask"), batch.get("decoder_attention_mask")]
-    if masks[1] is None and isinstance(batch.get("decoder_input_ids"), Tensor):
-        masks[1] = torch.ones_like(batch["decoder_input_ids"])
-    fits = [m.bool() for m in masks if isinstance(m, Tensor) and m.shape == states.shape[:2]]
-    return fits[0] if fits and all(torch.equal(fits[0], other) for other in fits[1:]) else None
+    return divergence(output, target.output, output_mask(batch, output), logits=target.logits)
 
 
 def divergence(output: Tensor, target: Tensor, mask: Tensor | None, *, logits: bool) -> Tensor:
@@ -177,8 +97,8 @@ def curvature_sketch(target: Tensor, mask: Tensor | None, noise: Tensor, *, logi
         root = noise * probability.sqrt()
         draw = root - probability * root.sum(-1, keepdim=True)
         tokens = math.prod(target.shape[1:-1])
-        counted = torch.full((len(target),), tokens) if mask is None else mask.sum(1)
-        scale = counted.to(draw).rsqrt()
+        counts = torch.full((len(target),), tokens) if mask is None else mask.sum(1)
+        scale = counts.to(draw).rsqrt()
     else:
         draw = noise
         norm = target.square().sum(-1)

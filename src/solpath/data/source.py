@@ -10,7 +10,7 @@ from torch import Tensor
 from solpath.errors import BatchError
 
 
-def mix(*parts: object) -> int:
+def derive_seed(*parts: object) -> int:
     """A 63-bit seed from its parts; the same on every machine and process."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -67,7 +67,7 @@ class BatchSource:
         batch = next(self._iterator, end)
         if batch is end:
             self._epoch += 1
-            torch.manual_seed(mix(self._seed, "epoch", self._epoch))
+            torch.manual_seed(derive_seed(self._seed, "epoch", self._epoch))
             self._iterator = iter(self._batches)
             batch = next(self._iterator, end)
             if batch is end:
@@ -107,7 +107,7 @@ def check_device(batch: Any, device: torch.device) -> None:
             )
 
 
-def share(batch: Any, low: int, high: int) -> Any:
+def slice_samples(batch: Any, low: int, high: int) -> Any:
     """Samples ``low:high`` of a batch. Tensors without the batch dimension are kept whole."""
     size = batch_size(batch)
     if (low, high) == (0, size):
@@ -122,7 +122,7 @@ def share(batch: Any, low: int, high: int) -> Any:
     return part(batch)
 
 
-def local_share(
+def local_samples(
     source: BatchSource, step: int, device: torch.device, rank: int, world: int
 ) -> tuple[Any, int, int, int]:
     """What one of `world` processes takes of a batch.
@@ -139,7 +139,7 @@ def local_share(
     if size < world:
         raise BatchError(f"batch {step} has {size} samples for {world} processes.")
     low, high = size * rank // world, size * (rank + 1) // world
-    return share(batch, low, high), low, high, size
+    return slice_samples(batch, low, high), low, high, size
 
 
 def _values(batch: Any) -> Iterable[Any]:

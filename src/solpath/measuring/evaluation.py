@@ -1,6 +1,5 @@
 """How close a smaller model stays to the dense one on held-out batches."""
 
-import contextlib
 import itertools
 import math
 from collections import Counter
@@ -14,11 +13,12 @@ from torch.nn import functional
 
 from solpath.data.source import check_batches, check_device
 from solpath.errors import BatchError
-from solpath.measuring.measurement import evaluating, provenance
-from solpath.model.discovery import EXTRACTED
-from solpath.objective import at_least_float, forward, has_logits, output_tensor, run, token_mask
+from solpath.objective import at_least_float
 from solpath.planning.cost import Achieved
-from solpath.planning.plan import Plan
+from solpath.planning.plan import plan_of
+from solpath.running.forward import device_of, forward, has_logits, output_mask, output_tensor, run
+from solpath.running.modes import inferring
+from solpath.running.provenance import provenance
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return asdict(self)
+        return {**asdict(self), "cost": None if self.cost is None else self.cost.to_dict()}
 
     def __repr__(self) -> str:
         metrics = ", ".join(f"{name}={value:.4f}" for name, value in self.metrics.items())
@@ -77,17 +77,18 @@ def evaluate(
             reference, or is not finite.
     """
     check_batches(batches)
-    device = next(model.parameters()).device
+    device = device_of(model)
     totals: Counter[str] = Counter()
     samples = 0
-    with _quietly(model, reference if isinstance(reference, nn.Module) else None):
+    dense = [reference] if isinstance(reference, nn.Module) else []
+    with inferring(model, *dense):
         for i, (batch, target) in enumerate(_with_targets(reference, batches)):
             check_device(batch, device)
             output, logits = _run(model, batch)
             target = target.to(output.device)
             _check(i, output, target)
             compare = _compare_logits if logits else _compare_hidden
-            totals.update(compare(output, target, token_mask(batch, output)))
+            totals.update(compare(output, target, output_mask(batch, output)))
             samples += output.shape[0]
         if not samples:
             raise BatchError("batches is empty; give at least one held-out batch.")
@@ -95,11 +96,11 @@ def evaluate(
         metrics = {name: total / count for name, total in totals.items()}
         if task is not None:
             metrics["task"] = float(task(model))
-    plan = getattr(model, EXTRACTED, None)
+    plan = plan_of(model)
     return Result(
         metrics=metrics,
         samples=samples,
-        cost=plan.achieved if isinstance(plan, Plan) else None,
+        cost=None if plan is None else plan.achieved,
         provenance=provenance(output.device),
     )
 
@@ -110,23 +111,11 @@ def reference_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
     Raises:
         BatchError: no batches.
     """
-    with _quietly(model):
+    with inferring(model):
         outputs = [forward(model, batch).cpu() for batch in batches]
     if not outputs:
         raise BatchError("batches is empty; give at least one held-out batch.")
     return outputs
-
-
-@contextlib.contextmanager
-def _quietly(*models: nn.Module | None) -> Iterator[None]:
-    """Eval mode, no gradients; training flags and random number generators restored."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng())
-        for model in models:
-            if model is not None:
-                stack.enter_context(evaluating(model))
-        yield
 
 
 def _with_targets(

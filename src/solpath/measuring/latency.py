@@ -13,17 +13,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from solpath.data.source import batch_size, check_device, shapes_of, share
+from solpath.config import check_count
+from solpath.data.source import batch_size, check_device, shapes_of, slice_samples
 from solpath.errors import BudgetError, ConfigError
-from solpath.measuring.measurement import check_repeats, evaluating, latencies, provenance
+from solpath.measuring.measurement import latencies
 from solpath.model.counting import count_costs
-from solpath.model.discovery import check_fingerprint, survey
+from solpath.model.discovery import survey
 from solpath.model.extraction import extract
-from solpath.objective import forward
+from solpath.model.fingerprint import check_fingerprint
 from solpath.pair import Fingerprint, Pair
 from solpath.planning.latency_table import BlockLatency, LatencyTable, pair_shapes
 from solpath.planning.path import SolutionPath
 from solpath.planning.plan import Plan
+from solpath.running.forward import device_of, forward
+from solpath.running.modes import inferring
+from solpath.running.provenance import provenance
 
 ATTEMPTS = 6
 _CHECKS = 40  # timed passes that verify a plan
@@ -56,15 +60,15 @@ def measure_latency(model: nn.Module, batch: Any, *, repeats: int = 7) -> Latenc
         >>> table = solpath.measure_latency(model, batch)  # doctest: +SKIP
         >>> path.plan(latency_ms=0.6 * table.dense_ms, latency=table)  # doctest: +SKIP
     """
-    check_repeats(repeats)
+    check_count("repeats", repeats, 1)
     batch_size(batch)
-    check_device(batch, next(model.parameters()).device)
+    check_device(batch, device_of(model))
     pairs, sites = survey(model)
     attentions = [(site.qk, site.vo) for site in sites]
     own = {pair.name for pair in chain.from_iterable(attentions)}
     groups = _alike([*attentions, *((pair,) for pair in pairs if pair.name not in own)])
-    with torch.no_grad(), evaluating(model):
-        costs = count_costs(model, pairs, share(batch, 0, 1))
+    with inferring(model):
+        costs = count_costs(model, pairs, slice_samples(batch, 0, 1))
         dense = Plan(
             pairs=pairs,
             kept={},
@@ -147,7 +151,7 @@ def plan_for_latency(
         # What the first table can reach, a corrected one can: the dense model at most.
         target = min(latency_ms, table.dense_ms) if found else latency_ms
         plan = path.plan(latency_ms=target, latency=table, **options)
-        with torch.no_grad(), evaluating(model):
+        with inferring(model):
             models = {"dense": model, "small": extract(model, plan, check=False)}
             _, [ratio] = _beside(models, batch, _CHECKS)
         measured = ratio * dense_ms
@@ -183,7 +187,7 @@ def check_request(
         raise BudgetError(f"latency_ms must be a positive number, got {latency_ms!r}.")
     path.plan(sparsity=0, multiple_of=multiple_of, min_width=min_width, protect=protect)
     check_fingerprint(path.fingerprint, model, survey(model)[0])
-    check_device(batch, next(model.parameters()).device)
+    check_device(batch, device_of(model))
 
 
 def _alike(blocks: Sequence[Block]) -> list[list[Block]]:

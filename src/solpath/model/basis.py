@@ -1,4 +1,4 @@
-"""Turn inner dimensions to where their energy sits; the dense model stays the same function.
+"""Rotate inner dimensions to where their energy sits; the dense model stays the same function.
 
 The inner dimension between two linear maps has no axes of its own: any invertible matrix may
 stand between them with its inverse. Along principal axes the first r carry the best r-dimensional
@@ -7,14 +7,14 @@ product, so that what a unit is worth differs most from unit to unit.
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from solpath.model.slicing import linear_map
-from solpath.objective import Batch, counted
+from solpath.model.hooks import Hook, hooked
+from solpath.model.linear import linear_map
 from solpath.pair import Pair, Side
+from solpath.running.forward import Batch, activation_mask
 
 Basis = Mapping[str, Tensor]
 """Pair name to float64 ``[heads, width, width]``: what multiplies the layer before it."""
@@ -100,45 +100,37 @@ def moment_hooks(
         Pair name to float64 ``[2, heads, width, width]`` on the CPU: of query and key; or of the
         attention output, and zeros.
     """
-    moments = {}
-    handles = []
+    moments = {p.name: torch.zeros(2, p.heads, p.width, p.width).double() for p in pairs}
 
-    def watch(pair: Pair, side: Side, total: Tensor) -> Any:
+    def watch(pair: Pair, side: Side, total: Tensor) -> Hook:
         def note(states: Tensor) -> None:
             states = states.detach().double()
-            keep = counted(batch, states)
+            keep = activation_mask(batch, states)
             states = states if keep is None else states * keep.unsqueeze(-1)
             rows = _by_head(pair, side, states.flatten(0, -2).mT)
             total.add_(torch.einsum("hrin,hrjn->hij", rows, rows).cpu())
 
+        module = model.get_submodule(side.module)
         if side.axis == 1:
-            return lambda module, args: note(args[0])
-        return lambda module, args, output: note(output)
+            return Hook(module, "before", lambda module, args: note(args[0]))
+        return Hook(module, "after", lambda module, args, output: note(output))
 
-    for pair in pairs:
-        moments[pair.name] = torch.zeros(2, pair.heads, pair.width, pair.width).double()
-        left, right = moments[pair.name]
-        seen = (
-            [(pair.right, left)]
-            if pair.kind == "vo"
-            else [(pair.left[0], left), (pair.right, right)]
-        )
-        for side, total in seen:
-            module, hook = model.get_submodule(side.module), watch(pair, side, total)
-            if side.axis == 1:
-                handles.append(module.register_forward_pre_hook(hook))
+    def watched() -> Iterator[Hook]:
+        for pair in pairs:
+            first, second = moments[pair.name]
+            if pair.kind == "vo":
+                yield watch(pair, pair.right, first)
             else:
-                handles.append(module.register_forward_hook(hook))
-    try:
+                yield watch(pair, pair.left[0], first)
+                yield watch(pair, pair.right, second)
+
+    with hooked(watched()):
         yield moments
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
-def turned(model: nn.Module, pairs: Sequence[Pair], basis: Basis) -> Iterator[nn.Module]:
-    """Give `model` turned parameters in place of its own, until the block ends.
+def rotated(model: nn.Module, pairs: Sequence[Pair], basis: Basis) -> Iterator[nn.Module]:
+    """Give `model` rotated parameters in place of its own, until the block ends.
 
     Args:
         model: gets its own parameters back, the same objects.
@@ -164,7 +156,7 @@ def turned(model: nn.Module, pairs: Sequence[Pair], basis: Basis) -> Iterator[nn
                     continue
                 places[id(parameter)] = layer, name, parameter
                 value = values.setdefault(id(parameter), parameter.detach().double().clone())
-                _turn_(value.movedim(dim, 0), pair, side, matrix.to(value.device))
+                _rotate_(value.movedim(dim, 0), pair, side, matrix.to(value.device))
     try:
         for key, (layer, name, parameter) in places.items():
             value = values[key].to(parameter.dtype)
@@ -175,11 +167,11 @@ def turned(model: nn.Module, pairs: Sequence[Pair], basis: Basis) -> Iterator[nn
             layer._parameters[name] = parameter
 
 
-def _turn_(value: Tensor, pair: Pair, side: Side, matrix: Tensor) -> None:
+def _rotate_(value: Tensor, pair: Pair, side: Side, matrix: Tensor) -> None:
     """Multiply the channels of `side`, the first dimension of `value`, head by head, in place."""
-    turned_heads = torch.einsum("hij,hrjk->hrik", matrix, _by_head(pair, side, value))
-    part = value[side.offset : side.offset + turned_heads.shape[:-1].numel()]
-    part.copy_(turned_heads.reshape(part.shape))
+    heads = torch.einsum("hij,hrjk->hrik", matrix, _by_head(pair, side, value))
+    part = value[side.offset : side.offset + heads.shape[:-1].numel()]
+    part.copy_(heads.reshape(part.shape))
 
 
 def _by_head(pair: Pair, side: Side, channels: Tensor) -> Tensor:

@@ -1,23 +1,19 @@
-"""Find what can be pruned in a model, and take its fingerprint."""
+"""Find what can be pruned in a model."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from solpath.arch import Attention, Mlp, Stack, lookup, type_of
-from solpath.errors import FingerprintError, UnsupportedModelError
-from solpath.model.slicing import LinearMap, linear_map
-from solpath.pair import Fingerprint, Norm, Pair, Side
+from solpath.errors import UnsupportedModelError
+from solpath.model.linear import linear_map
+from solpath.pair import Norm, Pair, Side
+from solpath.planning.plan import plan_of
 from solpath.pretrained import Name, as_model
-
-EXTRACTED = "solpath_plan"
 
 
 @dataclass(frozen=True)
@@ -78,9 +74,10 @@ def _pairs(found: list[Site | Pair]) -> tuple[Pair, ...]:
 
 def _find(model: nn.Module) -> list[Site | Pair]:
     """Attentions and MLP pairs, in the order of `find_pairs`."""
-    if hasattr(model, EXTRACTED):
+    plan = plan_of(model)
+    if plan is not None:
         raise UnsupportedModelError(
-            f"this {type(model).__name__} was already extracted ({getattr(model, EXTRACTED)!r}); "
+            f"this {type(model).__name__} was already extracted ({plan!r}); "
             "plan every size from the dense model."
         )
     stacks = lookup(type_of(model))
@@ -229,38 +226,3 @@ def _check_not_shared(model: nn.Module, pairs: tuple[Pair, ...]) -> None:
                     f"{path}.{name} is shared with another module; cutting one would "
                     "break the other. Give each its own copy first."
                 )
-
-
-def fingerprint(model: nn.Module, pairs: tuple[Pair, ...]) -> Fingerprint:
-    """Class and a digest of the weights of every pair; no digests of weights without data."""
-
-    def digest(pair: Pair) -> str:
-        sha256 = hashlib.sha256()
-        for linear in _layers(model, pair):
-            for parameter in linear.parameters().values():
-                if parameter.is_meta:
-                    return "meta"
-                sha256.update(_bytes(parameter))
-        return sha256.hexdigest()[:16]
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing releases the GIL
-        digests = pool.map(digest, pairs)
-        return Fingerprint(
-            type(model).__name__, {p.name: d for p, d in zip(pairs, digests, strict=True)}
-        )
-
-
-def check_fingerprint(expected: Fingerprint, model: nn.Module, pairs: tuple[Pair, ...]) -> None:
-    """Raise `FingerprintError` unless a path or plan is for this model, naming what differs."""
-    difference = expected.differences(fingerprint(model, pairs))
-    if difference:
-        raise FingerprintError(f"the plan is for another model: {difference}.")
-
-
-def _layers(model: nn.Module, pair: Pair) -> list[LinearMap]:
-    return [linear_map(model, path) for path in dict.fromkeys(s.module for s in pair.sides)]
-
-
-def _bytes(tensor: Tensor) -> Any:
-    """The values of a tensor as a buffer of bytes."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

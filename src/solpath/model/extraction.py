@@ -7,13 +7,16 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from solpath.model.basis import turned
-from solpath.model.discovery import EXTRACTED, Site, check_fingerprint, survey
-from solpath.model.slicing import cut_linear, linear_map, refit_
+from solpath.model.basis import rotated
+from solpath.model.discovery import Site, survey
+from solpath.model.fingerprint import check_fingerprint
+from solpath.model.linear import linear_map
+from solpath.model.slicing import cut_linear, resize_
 from solpath.nn.attention import slim_class
 from solpath.pair import Pair, Side
-from solpath.planning.plan import Plan
+from solpath.planning.plan import EXTRACTED, Plan, plan_of
 from solpath.pretrained import Name, as_model
+from solpath.running.forward import device_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -55,19 +58,25 @@ def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Mo
     # The copy finds the cut parameters in `memo`, so what is cut is never copied whole.
     cut = {pair.name for pair in pairs if plan.kept[pair.name].shape[1] < pair.width}
     layers = _sides_of_layers(pairs, cut)
-    with turned(model, pairs, plan.turns()):
+    with rotated(model, pairs, plan.rotations()):
         memo: dict[int, Any] = {}
         for path, sides in layers.items():
             index = [pair.channel_index(side, plan.kept[pair.name]) for pair, side in sides]
             memo |= cut_linear(linear_map(model, path), torch.cat(index), sides[0][1].axis)
         result = copy.deepcopy(model, memo)
     for path in layers:
-        refit_(result.get_submodule(path))
+        resize_(result.get_submodule(path))
     for site in sites:
         if cut & {site.qk.name, site.vo.name}:
             _slim_(result, site, plan)
     setattr(result, EXTRACTED, plan)
     return result
+
+
+def copy_extracted(model: Model) -> Model:
+    """A deep copy of a model; the plan it was cut to, if any, is the same object."""
+    plan = plan_of(model)
+    return copy.deepcopy(model, {id(plan): plan})
 
 
 def _sides_of_layers(pairs: tuple[Pair, ...], cut: set[str]) -> dict[str, list[tuple[Pair, Side]]]:
@@ -88,7 +97,7 @@ def _slim_(model: nn.Module, site: Site, plan: Plan) -> None:
     if site.table.forward is None:
         return
     attention = model.get_submodule(site.path)
-    device = next(attention.parameters()).device
+    device = device_of(attention)
     buffers: dict[str, Tensor] = {}
     if site.table.rotary:
         buffers["couples"] = plan.kept[site.qk.name]

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from solpath.errors import BatchError, FingerprintError
-from solpath.model.basis import turned
-from solpath.nn.pooling import QueryHook
-from solpath.objective import Batch, counted
+from solpath.model.basis import rotated
+from solpath.model.hooks import Hook, hooked
 from solpath.pair import Norm, Pair
 from solpath.planning.plan import Plan, norm_gain
+from solpath.running.forward import Batch, activation_mask, device_of
 
 
 @dataclass
@@ -42,32 +41,31 @@ def mask_hooks(model: nn.Module, pairs: Sequence[Pair]) -> Iterator[Masks]:
     over its heads), or the input of the right-hand layer. Hooks are removed when the block ends.
     """
     masks = Masks()
-    handles: list[RemovableHandle | QueryHook] = []
-    try:
+
+    def masking() -> Iterator[Hook]:
         for pair in pairs:
             side = pair.mask_side
             module = model.get_submodule(side.module)
             if pair.norms:
                 for norm, query in zip(pair.norms, (True, False), strict=True):
-                    hook = _on_norm(masks, pair, norm, query)
-                    handles.append(model.get_submodule(norm.module).register_forward_hook(hook))
+                    function = _on_norm(masks, pair, norm, query)
+                    yield Hook(model.get_submodule(norm.module), "after", function)
             elif isinstance(module, nn.MultiheadAttention):
-                handles.append(QueryHook(module, _on_query(masks, pair)))
+                yield Hook(module, "query", _on_query(masks, pair))
             elif side.axis == 0:
-                handles.append(module.register_forward_hook(_on_output(masks, pair)))
+                yield Hook(module, "after", _on_output(masks, pair))
             else:
-                handles.append(module.register_forward_pre_hook(_on_input(masks, pair)))
+                yield Hook(module, "before", _on_input(masks, pair))
+
+    with hooked(masking()):
         yield masks
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
 def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     """Run `model` as if it had been cut to `plan`, without cutting it.
 
-    Hooks and turned parameters are there inside the block and gone after it.
+    Hooks and rotated parameters are there inside the block and gone after it.
 
     Args:
         model: the dense model the plan was made for. Only its class is checked, not its weights.
@@ -85,8 +83,8 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
             f"the plan is for another model: the class is {type(model).__name__}, "
             f"not {plan.fingerprint.architecture}."
         )
-    device = next(model.parameters()).device
-    with turned(model, plan.pairs, plan.turns()), mask_hooks(model, plan.pairs) as masks:
+    device = device_of(model)
+    with rotated(model, plan.pairs, plan.rotations()), mask_hooks(model, plan.pairs) as masks:
         masks.units.update({name: mask.to(device) for name, mask in plan.masks().items()})
         masks.gains.update({name: gain.to(device) for name, gain in plan.gains.items()})
         yield model
@@ -171,27 +169,24 @@ def energy_hooks(
         Pair name to float64 ``[heads, query heads per head + 1, width]``, on the CPU: queries,
         then key.
     """
-    totals: dict[str, Tensor] = {}
-    handles = []
-    for pair in pairs:
-        repeat = pair.left[0].repeat
-        totals[pair.name] = torch.zeros(pair.heads, repeat + 1, pair.width).double()
-        slots = (slice(0, repeat), slice(repeat, repeat + 1))
-        for norm, slot in zip(pair.norms, slots, strict=True):
-            hook = _on_energy(totals[pair.name][:, slot], pair, norm, batch)
-            handles.append(model.get_submodule(norm.module).register_forward_pre_hook(hook))
-    try:
+    totals = {p.name: torch.zeros(p.heads, p.left[0].repeat + 1, p.width).double() for p in pairs}
+
+    def watched() -> Iterator[Hook]:
+        for pair in pairs:
+            repeat = pair.left[0].repeat
+            for norm, slot in zip(pair.norms, (slice(repeat), slice(repeat, None)), strict=True):
+                function = _on_energy(totals[pair.name][:, slot], pair, norm, batch)
+                yield Hook(model.get_submodule(norm.module), "before", function)
+
+    with hooked(watched()):
         yield totals
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _on_energy(total: Tensor, pair: Pair, norm: Norm, batch: Batch) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         # [batch, tokens, heads, head_dim], whatever the model's order is
         square = args[0].double().square().movedim(norm.heads_dim, 2)
-        keep = counted(batch, square)
+        keep = activation_mask(batch, square)
         square = square if keep is None else square * keep[:, :, None, None]
         by_unit = square.sum((0, 1)).view(-1, pair.channels, pair.width).sum(1)
         total.add_(by_unit.view(total.shape).cpu())

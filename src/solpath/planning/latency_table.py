@@ -1,6 +1,5 @@
 """How long a model of any widths takes, read from a table of what one machine was measured at."""
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from solpath.errors import FileError, FingerprintError
-from solpath.files import read_json, write_file
+from solpath.files import check_format, json_bytes, read_json, write_file
 from solpath.pair import Pair
 
 FORMAT_VERSION = 1
@@ -75,7 +74,7 @@ class LatencyTable:
         dense_ms: one forward pass of the dense model.
         blocks: what narrower blocks save.
         conditions: device, threads, dtype, attention implementation and shapes of the batch, and
-            the rest of `solpath.measuring.measurement.provenance`.
+            the rest of `solpath.running.provenance.provenance`.
 
     Example:
         >>> from solpath.planning.latency_table import BlockLatency, LatencyTable
@@ -136,8 +135,7 @@ class LatencyTable:
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write one JSON file, atomically. Raises `FileError` if that is not possible."""
         head = {"format": "solpath.latency", "version": FORMAT_VERSION}
-        text = json.dumps(head | asdict(self), indent=1, allow_nan=False)
-        write_file(Path(file), f"{text}\n".encode())
+        write_file(Path(file), json_bytes(head | asdict(self)))
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> "LatencyTable":
@@ -148,11 +146,7 @@ class LatencyTable:
         """
         path = Path(file)
         value = read_json(path)
-        if value.get("format") != "solpath.latency" or value.get("version") != FORMAT_VERSION:
-            raise FileError(
-                f"{path}: expected format solpath.latency version {FORMAT_VERSION}, "
-                f"got {value.get('format')!r} version {value.get('version')!r}."
-            )
+        check_format(path, value, "solpath.latency", FORMAT_VERSION)
         try:
             return cls(
                 architecture=str(value["architecture"]),

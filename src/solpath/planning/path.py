@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from solpath.errors import ConfigError, FileError
-from solpath.files import new_folder, read_json, read_tensors, write_json
+from solpath.errors import BudgetError, ConfigError, FileError
+from solpath.files import check_format, json_bytes, new_folder, read_json, read_tensors
 from solpath.pair import Fingerprint, Pair
+from solpath.planning.budget import Budget, Constraints
 from solpath.planning.cost import Achieved, CostTable
 from solpath.planning.latency_table import LatencyTable
 from solpath.planning.plan import Plan, make_plan
@@ -70,6 +71,7 @@ class SolutionPath:
 
     def plan(
         self,
+        budget: Budget | None = None,
         *,
         sparsity: float | None = None,
         params: float | None = None,
@@ -85,6 +87,7 @@ class SolutionPath:
         """Cut the order to one budget.
 
         Args:
+            budget: in place of one by name: a measure of your own needs it.
             sparsity: share of the prunable parameters to remove, in [0, 1).
             params: parameters to keep in the whole model: a share in (0, 1], or a count.
             bytes: bytes to keep of all that is saved, weights and buffers in the dtype the model
@@ -108,24 +111,22 @@ class SolutionPath:
             ConfigError: a bad `multiple_of` or `min_width`, or a pattern that matches nothing.
             FingerprintError: the latency table is for a model of other shapes.
         """
-        plan = make_plan(
+        given = {"sparsity": sparsity, "params": params, "bytes": bytes, "macs": macs}
+        given |= {"cache": cache, "latency_ms": latency_ms}
+        if budget is None:
+            budget = Budget.of(given, latency)
+        elif any(value is not None for value in (*given.values(), latency)):
+            raise BudgetError("give a Budget, or one by name, not both.")
+        return make_plan(
             self.pairs,
             self.score,
             self.costs,
             self.fingerprint,
+            budget,
+            Constraints(multiple_of, min_width, tuple(protect)),
             self.energy,
-            sparsity=sparsity,
-            params=params,
-            bytes=bytes,
-            macs=macs,
-            cache=cache,
-            latency_ms=latency_ms,
-            latency=latency,
-            multiple_of=multiple_of,
-            min_width=min_width,
-            protect=protect,
+            self.basis,
         )
-        return replace(plan, basis=self.basis)
 
     def curve(self, points: int = 20) -> list[CurvePoint]:
         """Sizes from dense to almost nothing, with the loss the search saw there.
@@ -184,10 +185,12 @@ class SolutionPath:
     def __repr__(self) -> str:
         units = sum(pair.units for pair in self.pairs)
         prunable = self.costs.prunable(self.pairs)
+        params = self.costs.dense["params"]
+        params = self.costs.dense["params"]
         return (
             f"SolutionPath({self.method}: {units:,} units in {len(self.pairs)} pairs of "
-            f"{self.fingerprint.architecture}, {prunable:,} of {self.costs.params:,} parameters "
-            f"prunable, {self.config.get('steps', 0)} steps, seed {self.config.get('seed', 0)})"
+            f"{self.fingerprint.architecture}, {prunable:,} of {params:,} parameters prunable, "
+            f"{self.config.get('steps', 0)} steps, seed {self.config.get('seed', 0)})"
         )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -216,7 +219,7 @@ class SolutionPath:
         }
         with new_folder(path, overwrite=overwrite) as folder:
             save_file(tensors, folder / "path.safetensors")
-            write_json(folder / "path.json", header)
+            (folder / "path.json").write_bytes(json_bytes(header))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SolutionPath":
@@ -227,12 +230,8 @@ class SolutionPath:
         """
         file = Path(path) / "path.json"
         header = read_json(file)
-        if header.get("format") != "solpath.path" or header.get("version") != FORMAT_VERSION:
-            raise FileError(
-                f"{file}: expected format solpath.path version {FORMAT_VERSION}, "
-                f"got {header.get('format')!r} version {header.get('version')!r}; "
-                "a path of another version has to be searched again."
-            )
+        advice = "a path of another version has to be searched again"
+        check_format(file, header, "solpath.path", FORMAT_VERSION, advice)
         try:
             pairs = tuple(Pair.from_dict(pair) for pair in header["pairs"])
             costs = CostTable.from_dict(header["costs"])
@@ -240,7 +239,7 @@ class SolutionPath:
             units = sum(pair.units for pair in pairs)
             steps = int(header["steps_recorded"])
             method, config = str(header["method"]), dict(header["config"])
-            turned = [str(name) for name in header["basis"]]
+            rotated = [str(name) for name in header["basis"]]
             costs.achieved(pairs, {pair.name: pair.width for pair in pairs})
             dict(fingerprint.digests)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -255,7 +254,7 @@ class SolutionPath:
             shape = (pair.heads, pair.left[0].repeat + 1, pair.width)
             expected[f"energy.{pair.name}"] = (torch.float64, shape)
         named = {pair.name: pair for pair in pairs}
-        for name in turned:
+        for name in rotated:
             if name not in named:
                 raise FileError(f"{file}: basis names {name!r}, which is no pair.")
             pair = named[name]
@@ -274,7 +273,7 @@ class SolutionPath:
             fingerprint,
             tensors["history"],
             {pair.name: tensors[f"energy.{pair.name}"] for pair in normed},
-            {name: tensors[f"basis.{name}"] for name in turned},
+            {name: tensors[f"basis.{name}"] for name in rotated},
         )
 
 

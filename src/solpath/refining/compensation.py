@@ -1,6 +1,5 @@
 """Refit what is left of a cut model to the dense one, layer by layer, in closed form."""
 
-import copy
 import operator
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -13,19 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from solpath.data.source import batch_size, check_batches, check_device, share
+from solpath.data.source import batch_size, check_batches, check_device, slice_samples
 from solpath.errors import BatchError, ConfigError, UnsupportedModelError
-from solpath.measuring.measurement import evaluating
-from solpath.model.discovery import EXTRACTED
-from solpath.model.slicing import LinearMap, linear_map
-from solpath.objective import Batch, counted, divergence_from, run, target_of
+from solpath.model.extraction import copy_extracted
+from solpath.model.linear import LinearMap, linear_map
+from solpath.objective import divergence_from, target_of
 from solpath.pair import Pair
-from solpath.planning.plan import Plan
-from solpath.refining.layerwise import Stream, Visit, lockstep, residual_streams, visited
+from solpath.planning.plan import plan_of
+from solpath.refining.layerwise import LayerCall, Stream, layers_run, lockstep, residual_streams
+from solpath.running.forward import Batch, activation_mask, device_of, run
+from solpath.running.modes import inferring
 from solpath.running.progress import progress_bar
 
 Model = TypeVar("Model", bound=nn.Module)
 
+_Calls = tuple[Batch, LayerCall, LayerCall]  # a batch, in the dense model and in the cut one
 _Rows = tuple[Tensor, Tensor, Tensor]  # inputs, what they are fitted to, weights of the tokens
 _CHECKED = 4  # every so many batches, one decides whether a refit is kept
 _AT_ONCE = 8  # batches whose tokens go into one product
@@ -101,7 +102,7 @@ def compensate(
     models = [small] if isinstance(small, nn.Module) else list(small)
     if not models:
         return []
-    plans = [_plan_of(model) for model in models]
+    pairs = [_pairs_of(model) for model in models]
     if not ridge > 0:
         raise ConfigError(f"ridge must be positive, got {ridge!r}.")
     check_batches(batches)
@@ -109,38 +110,32 @@ def compensate(
     if len(batches) < _CHECKED:
         raise BatchError(f"compensate needs at least {_CHECKED} batches, got {len(batches)}.")
     given: list[nn.Module] = [dense, *models]
-    for device in {next(model.parameters()).device for model in given}:
+    for device in {device_of(model) for model in given}:
         for batch in batches:
             check_device(batch, device)
 
-    refitted = [_copied(model, plan) for model, plan in zip(models, plans, strict=True)]
+    refitted = [copy_extracted(model) for model in models]
     everyone: list[nn.Module] = [*given, *refitted]
-    with torch.no_grad(), torch.random.fork_rng(), ExitStack() as stack:
-        for model in everyone:
-            stack.enter_context(evaluating(model))
-        _refit_(refitted, dense, plans[0].pairs, batches, ridge, progress)
+    with inferring(*everyone):
+        _refit_(refitted, dense, pairs[0], batches, ridge, progress)
         held = batches[_CHECKED - 1 :: _CHECKED]
         errors = _divergences(dense, (*models, *refitted), held)
     results = [
-        after if better < worse else _copied(before, plan)
-        for before, after, plan, worse, better in zip(
-            models, refitted, plans, errors[: len(models)], errors[len(models) :], strict=True
+        after if better < worse else copy_extracted(before)
+        for before, after, worse, better in zip(
+            models, refitted, errors[: len(models)], errors[len(models) :], strict=True
         )
     ]
     return results[0] if isinstance(small, nn.Module) else results
 
 
-def _plan_of(model: nn.Module) -> Plan:
-    plan = getattr(model, EXTRACTED, None)
-    if not isinstance(plan, Plan):
+def _pairs_of(model: nn.Module) -> Sequence[Pair]:
+    plan = plan_of(model)
+    if plan is None:
         raise UnsupportedModelError(
             f"this {type(model).__name__} was not extracted; call solpath.extract(model, plan)."
         )
-    return plan
-
-
-def _copied(model: Model, plan: Plan) -> Model:
-    return copy.deepcopy(model, {id(plan): plan})
+    return plan.pairs
 
 
 def _refit_(
@@ -153,46 +148,46 @@ def _refit_(
 ) -> None:
     """Refit every layer of `models` that is part of a pair, in the order they run."""
     last = {pair.right.module for pair in pairs if pair.kind != "qk"}
-    sample = share(batches[0], 0, min(_SAMPLES, batch_size(batches[0])))
+    sample = slice_samples(batches[0], 0, min(_SAMPLES, batch_size(batches[0])))
     sides = [side.module for pair in pairs for side in pair.sides]
-    runs = [visited(model, sides, sample) for model in (dense, *models)]
+    runs = [layers_run(model, sides, sample) for model in (dense, *models)]
     common = set.intersection(*map(set, runs))  # a fused attention runs without its layers
     layers = [name for name in runs[-1] if name in common]
     streams = residual_streams(dense, sorted(last), sample)
     with ExitStack() as stack:
         report = stack.enter_context(progress_bar("compensate", "", len(layers), 0, show=progress))
         wanted = lockstep(dense, batches, layers, streams, after=last)
-        goals = _Goals(stack.enter_context(closing(wanted)), len(models))
+        targets = _DenseTargets(stack.enter_context(closing(wanted)), len(models))
         refits = []
         for model in models:
             given = stack.enter_context(closing(lockstep(model, batches, layers, streams)))
-            refits.append(_refit_layers_(model, given, goals, batches, streams, last, ridge))
+            refits.append(_refit_layers_(model, given, targets, batches, streams, last, ridge))
         for _ in zip_longest(*refits):
             report()
 
 
-class _Goals:
+class _DenseTargets:
     """What a layer sees and gives in the dense model, kept until every cut model was there."""
 
-    def __init__(self, wanted: Iterator[tuple[str, list[Visit]]], models: int) -> None:
+    def __init__(self, wanted: Iterator[tuple[str, list[LayerCall]]], models: int) -> None:
         self._wanted, self._models = wanted, models
-        self._kept: dict[str, list[Visit]] = {}
+        self._kept: dict[str, list[LayerCall]] = {}
         self._uses: Counter[str] = Counter()
 
-    def use(self, name: str) -> list[Visit]:
-        """The visits of the dense model; the models may run neighbours in another order."""
+    def use(self, name: str) -> list[LayerCall]:
+        """The calls of the dense model; the models may run neighbours in another order."""
         while name not in self._kept:
-            other, visits = next(self._wanted)
+            other, calls = next(self._wanted)
             if other not in self._uses:  # a layer that runs twice: the first counts
-                self._kept.setdefault(other, visits)
+                self._kept.setdefault(other, calls)
         self._uses[name] += 1
         return self._kept.pop(name) if self._uses[name] == self._models else self._kept[name]
 
 
 def _refit_layers_(
     model: nn.Module,
-    given: Iterable[tuple[str, list[Visit]]],
-    goals: _Goals,
+    given: Iterable[tuple[str, list[LayerCall]]],
+    targets: _DenseTargets,
     batches: Sequence[Batch],
     streams: Mapping[str, Stream],
     last: Container[str],
@@ -202,20 +197,20 @@ def _refit_layers_(
     done: set[str] = set()
     seen: list[Tensor] = []
     moments: tuple[_Moments, _Moments] | None = None
-    for name, visits in given:
+    for name, calls in given:
         if name in done:  # it was fitted to its first inputs
             continue
         done.add(name)
-        known = goals.use(name)
+        known = targets.use(name)
         linear = linear_map(model, name)
         present = _affine(linear)
         if name in last:
             rows = partial(_output_rows, streams.get(name))
-            fit, check = (m.lacking(present) for m in _moments(rows, batches, known, visits))
+            fit, check = (m.lacking(present) for m in _moments(rows, batches, known, calls))
         else:
-            inputs = [visit.hidden for visit in visits]
+            inputs = [call.hidden for call in calls]
             if moments is None or not all(map(operator.is_, inputs, seen)):
-                moments, seen = _moments(_input_rows, batches, known, visits), inputs
+                moments, seen = _moments(_input_rows, batches, known, calls), inputs
             fit, check = (m.mapped(present[:, :-1]) for m in moments)
         change = fit.solve(ridge, linear.bias is not None)
         if check.gain(change) > 0:
@@ -226,21 +221,21 @@ def _refit_layers_(
         yield
 
 
-def _input_rows(batch: Batch, goal: Visit, visit: Visit) -> _Rows:
+def _input_rows(batch: Batch, target: LayerCall, call: LayerCall) -> _Rows:
     """Of a first layer: inputs, what they lack, and weights 1, ``[tokens, ...]``."""
-    keep = counted(batch, visit.hidden)
-    hidden = _tokens(visit.hidden, keep)
-    return hidden, _tokens(goal.hidden, keep) - hidden, hidden.new_ones(len(hidden), 1)
+    keep = activation_mask(batch, call.hidden)
+    hidden = _tokens(call.hidden, keep)
+    return hidden, _tokens(target.hidden, keep) - hidden, hidden.new_ones(len(hidden), 1)
 
 
-def _output_rows(stream: Stream | None, batch: Batch, goal: Visit, visit: Visit) -> _Rows:
+def _output_rows(stream: Stream | None, batch: Batch, target: LayerCall, call: LayerCall) -> _Rows:
     """Of a last layer: inputs, what its outputs should be, and the weights of the tokens."""
-    assert goal.output is not None
-    keep = counted(batch, visit.hidden)
-    hidden, wanted = _tokens(visit.hidden, keep), _tokens(goal.output, keep)
-    if stream is None or goal.stream is None or visit.stream is None:
+    assert target.output is not None
+    keep = activation_mask(batch, call.hidden)
+    hidden, wanted = _tokens(call.hidden, keep), _tokens(target.output, keep)
+    if stream is None or target.stream is None or call.stream is None:
         return hidden, wanted, hidden.new_ones(len(hidden), 1)
-    there, here = _tokens(goal.stream, keep), _tokens(visit.stream, keep)
+    there, here = _tokens(target.stream, keep), _tokens(call.stream, keep)
     variance = (there + stream.gain * wanted).var(-1, keepdim=True)
     wanted = wanted + torch.where(stream.gain != 0, (there - here) / stream.gain, 0)
     return hidden, wanted, 1 / variance.clamp(min=1e-12)
@@ -291,24 +286,25 @@ class _Moments(NamedTuple):
 
 
 def _moments(
-    rows: Callable[[Batch, Visit, Visit], _Rows],
+    rows: Callable[[Batch, LayerCall, LayerCall], _Rows],
     batches: Sequence[Batch],
-    goals: Sequence[Visit],
-    visits: Sequence[Visit],
+    targets: Sequence[LayerCall],
+    calls: Sequence[LayerCall],
 ) -> tuple[_Moments, _Moments]:
     """Of the batches to fit, and of those to check."""
-    triples = list(zip(batches, goals, visits, strict=True))
+    triples = list(zip(batches, targets, calls, strict=True))
     check = triples[_CHECKED - 1 :: _CHECKED]
     del triples[_CHECKED - 1 :: _CHECKED]
     return _add_up(rows, triples), _add_up(rows, check)
 
 
 def _add_up(
-    rows: Callable[[Batch, Visit, Visit], _Rows], triples: Sequence[tuple[Batch, Visit, Visit]]
+    rows: Callable[[Batch, LayerCall, LayerCall], _Rows],
+    triples: Sequence[_Calls],
 ) -> _Moments:
     """Sums over tokens: products of a few batches in their precision, all of them in float64."""
 
-    def sums(few: Sequence[tuple[Batch, Visit, Visit]]) -> _Moments:
+    def sums(few: Sequence[_Calls]) -> _Moments:
         columns = zip(*(rows(*triple) for triple in few), strict=True)
         hidden, target, weight = map(torch.cat, columns)
         row = functional.pad(hidden, (0, 1), value=1.0)

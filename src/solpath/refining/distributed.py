@@ -63,7 +63,7 @@ def _check(accelerator: Accelerator, device: torch.device, mixed_precision: str)
         )
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather(tensor: Tensor) -> Tensor:
     """A copy on the CPU; the shards of a sharded tensor are gathered."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
@@ -71,7 +71,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", copy=True)
 
 
-def part(value: Tensor, like: Tensor) -> Tensor:
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """`value` on the device of `like`, sharded in the same way."""
     value = value.to(like.device)
     if isinstance(like, DTensor) and value.dim():

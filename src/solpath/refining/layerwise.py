@@ -10,7 +10,8 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from solpath.errors import BatchError
-from solpath.objective import Batch, run
+from solpath.model.hooks import Hook, hooked
+from solpath.running.forward import Batch, run
 
 _REACH = 60  # inputs and outputs of modules between a layer's output and its residual stream
 _TOKENS = 32  # of a sample, from which residual streams are found
@@ -37,7 +38,7 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Visit:
+class LayerCall:
     """One batch at one layer.
 
     Attributes:
@@ -77,14 +78,14 @@ def lockstep(
     layers: Iterable[str],
     streams: Mapping[str, Stream],
     after: Container[str] = (),
-) -> Generator[tuple[str, list[Visit]], None, None]:
+) -> Generator[tuple[str, list[LayerCall]], None, None]:
     """Run all batches side by side, so that each layer sees all of them before any runs it.
 
     Args:
         after: of `layers`, those to wait behind, for their outputs.
 
     Yields:
-        The layer that all batches wait at, and each one's visit. They run it, as it then is, when
+        The layer that all batches wait at, and each one's call. They run it, as it then is, when
         the next is asked for; or have run it, if it is one of `after`.
     """
 
@@ -94,7 +95,7 @@ def lockstep(
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any = None) -> None:
             one = _Run.current()
             known = None if stream is None else one.seen[stream.place]
-            one.driver.switch((name, Visit(args[0], known, output)))
+            one.driver.switch((name, LayerCall(args[0], known, output)))
 
         return hook
 
@@ -104,48 +105,38 @@ def lockstep(
 
         return hook
 
-    handles = []
-    for name in layers:
-        module = model.get_submodule(name)
-        if name in after:
-            handles.append(module.register_forward_hook(wait_at(name)))
-        else:
-            handles.append(module.register_forward_pre_hook(wait_at(name)))
-    for place in {stream.place for stream in streams.values()}:
-        module = model.get_submodule(place.module)
-        if place.output:
-            handles.append(module.register_forward_hook(note(place)))
-        else:
-            handles.append(module.register_forward_pre_hook(note(place)))
+    def waiting() -> Iterator[Hook]:
+        for name in layers:
+            module = model.get_submodule(name)
+            yield Hook(module, "after" if name in after else "before", wait_at(name))
+        for place in {stream.place for stream in streams.values()}:
+            when: Any = "after" if place.output else "before"
+            yield Hook(model.get_submodule(place.module), when, note(place))
+
     runs = [_Run(model, batch) for batch in batches]
-    try:
-        while any(stops := [one.switch() for one in runs]):
-            names = {stop[0] if stop else "the end" for stop in stops}
-            if len(names) > 1:
-                raise BatchError(f"one batch runs {min(names)} where another runs {max(names)}.")
-            yield stops[0][0], [visit for _, visit in stops]
-    finally:
-        for handle in handles:
-            handle.remove()
-        for one in runs:
-            if not one.dead:
-                one.throw()  # GreenletExit: its forward pass ends there
+    with hooked(waiting()):
+        try:
+            while any(stops := [one.switch() for one in runs]):
+                names = {stop[0] if stop else "the end" for stop in stops}
+                if len(names) > 1:
+                    low, high = min(names), max(names)
+                    raise BatchError(f"one batch runs {low} where another runs {high}.")
+                yield stops[0][0], [call for _, call in stops]
+        finally:
+            for one in runs:
+                if not one.dead:
+                    one.throw()  # GreenletExit: its forward pass ends there
 
 
-def visited(model: nn.Module, layers: Iterable[str], sample: Batch) -> list[str]:
+def layers_run(model: nn.Module, layers: Iterable[str], sample: Batch) -> list[str]:
     """Those of `layers` that a forward pass runs as modules, in the order they run."""
     found: dict[str, None] = {}
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, name=name: found.setdefault(name)
-        )
-        for name in layers
-    ]
-    try:
+
+    def noting(name: str) -> Hook:
+        return Hook(model.get_submodule(name), "before", lambda *args: found.setdefault(name))
+
+    with hooked(noting(name) for name in layers):
         run(model, sample, labels=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return list(found)
 
 
@@ -203,13 +194,11 @@ def _logging(model: nn.Module, log: list[tuple[Place, Tensor]]) -> Iterator[None
     def after(name: str) -> Any:
         return lambda module, args, output: note(Place(name, True), output)
 
-    handles = []
-    for name, module in model.named_modules():
-        if not any(True for _ in module.children()):
-            handles.append(module.register_forward_pre_hook(before(name)))
-            handles.append(module.register_forward_hook(after(name)))
-    try:
+    def logging() -> Iterator[Hook]:
+        for name, module in model.named_modules():
+            if not any(True for _ in module.children()):
+                yield Hook(module, "before", before(name))
+                yield Hook(module, "after", after(name))
+
+    with hooked(logging()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -222,7 +222,7 @@ def entry_shares(path: SolutionPath) -> dict[str, torch.Tensor]:
         Pair name to float64 ``[heads, width]`` in (0, 1].
     """
     cost = torch.cat(
-        [torch.full((p.units,), float(path.costs.unit_params[p.name])) for p in path.pairs]
+        [torch.full((p.units,), float(path.costs.unit["params"][p.name])) for p in path.pairs]
     ).double()
     order = path.order()
     share = torch.empty_like(flatten(path.pairs, path.score).double())

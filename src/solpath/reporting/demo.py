@@ -6,33 +6,37 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from solpath import baselines
 from solpath.config import SearchConfig
-from solpath.data.batches import text_batches
-from solpath.data.docstrings import (
-    Corpus,
-    Embed,
-    embedder,
-    installed_model,
-    read_corpus,
-    retrieval_accuracy,
-    texts_of,
-)
-from solpath.files import check_output, write_file
-from solpath.measuring.measurement import Measurement, measure, provenance
+from solpath.data.docstrings import Corpus, read_corpus, texts_of
+from solpath.data.text import text_batches
+from solpath.files import check_output, file_digest
+from solpath.measuring.measurement import Measurement, measure
 from solpath.model.extraction import extract
 from solpath.model.masks import masked
 from solpath.planning.path import SolutionPath
 from solpath.pretrained import from_pretrained, load_processor, quiet_transformers
 from solpath.refining.compensation import compensate
-from solpath.reporting.report import FORMAT_VERSION, check_installed, write_report
+from solpath.reporting.family import (
+    DenseModel,
+    Family,
+    Member,
+    MethodRun,
+    Point,
+    SearchRun,
+    Task,
+    Timing,
+)
+from solpath.reporting.report import check_installed, write_report
+from solpath.reporting.retrieval import Embed, embedder, installed_model, retrieval_accuracy
+from solpath.running.provenance import provenance
 from solpath.searching.search import search
-from solpath.storing import writing as store
+from solpath.storing.reading import load
+from solpath.storing.writing import save
 
 SIZES = {"s20": 0.20, "s40": 0.40, "s60": 0.60, "s75": 0.75}
 CHECKPOINT = "checkpoint"
@@ -76,7 +80,7 @@ def run_demo(
     steps: int | None = None,
     progress: bool = True,
     say: Say = lambda text: None,
-) -> dict[str, Any]:
+) -> Family:
     """Search, cut, compensate, save, compare, measure and report. See `solpath demo --help`.
 
     An interrupted search goes on when the demo is started again with the same settings.
@@ -89,7 +93,7 @@ def run_demo(
         say: called with one line at each stage.
 
     Returns:
-        What is written to ``family.json``.
+        What is written to ``family.json`` and shown in the report.
 
     Raises:
         SolpathError: see `search`, `save`, `read_corpus`, `write_report`.
@@ -131,54 +135,60 @@ def run_demo(
     small = {}
     for name, cut in zip(SIZES, cuts, strict=True):
         target = folder / "models" / name
-        store.save(cut, target, tokenizer=tokenizer, overwrite=resumed)
-        small[name] = store.load(target)
+        save(cut, target, tokenizer=tokenizer, overwrite=resumed)
+        small[name] = load(target)
     judge = Judge(embedder(dense, tokenizer), corpus)
     quality = {"dense": judge.quality(embedder(dense, tokenizer))}
     quality |= {name: judge.quality(embedder(cut, tokenizer)) for name, cut in small.items()}
+    sizes = {"dense": 0.0, **SIZES}
     methods = [
-        {"name": path.method, "seconds": seconds + fitted,
-         "points": [{"sparsity": {"dense": 0.0, **SIZES}[n], **q} for n, q in quality.items()]}
-    ]  # fmt: skip
+        MethodRun(
+            path.method,
+            seconds + fitted,
+            tuple(Point(sizes[name], **found) for name, found in quality.items()),
+        )
+    ]
     for name in scale.methods:
         say(f"comparing with {name}")
         start = time.perf_counter()
         options = {"scale_batches": scale.scale_batches} if name not in _FREE else {}
         rival = baselines.METHODS[name](dense, batches, seed=seed, **options)
         taken = time.perf_counter() - start
-        points = [{"sparsity": 0.0, **quality["dense"]}]
+        points = [Point(0.0, **quality["dense"])]
         for sparsity in SIZES.values():
             with masked(dense, rival.plan(sparsity=sparsity)):
-                points.append({"sparsity": sparsity, **judge.quality(embedder(dense, tokenizer))})
-        methods.append({"name": name, "seconds": taken, "points": points})
+                points.append(Point(sparsity, **judge.quality(embedder(dense, tokenizer))))
+        methods.append(MethodRun(name, taken, tuple(points)))
 
     say("measuring latency")
     long = [" ".join(pair) for pair in corpus.search[:8]]
     [batch] = text_batches(long, tokenizer, batch_size=8, length=scale.tokens, seed=None)
     measured = measure({"dense": dense, **small}, batch, repeats=scale.repeats)
-    family = {
-        "format": "solpath.family",
-        "version": FORMAT_VERSION,
-        "model": {
-            "name": "all-MiniLM-L6-v2" if model is None else Path(model).name,
-            "class": type(dense).__name__,
-            "sha256": _sha256(Path(source)),
-            "units": sum(pair.units for pair in path.pairs),
-            "prunable": path.costs.prunable(path.pairs),
-        },
-        "search": {
-            "method": path.method, "seconds": seconds, "steps": config.steps, "seed": seed,
-            "compensation_seconds": fitted,
-            "text": f"{len(corpus.search)} pairs of docstrings from {corpus.files} files, "
+    weights = Path(source) / "model.safetensors"
+    family = Family(
+        model=DenseModel(
+            name="all-MiniLM-L6-v2" if model is None else Path(model).name,
+            architecture=type(dense).__name__,
+            sha256=file_digest(weights) if weights.is_file() else None,
+            units=sum(pair.units for pair in path.pairs),
+            prunable=path.costs.prunable(path.pairs),
+        ),
+        search=SearchRun(
+            method=path.method,
+            seconds=seconds,
+            steps=config.steps,
+            seed=seed,
+            compensation_seconds=fitted,
+            text=f"{len(corpus.search)} pairs of docstrings from {corpus.files} files, "
             f"digest {corpus.digest()}",
-        },
-        "task": {"name": "retrieval accuracy@1", "pairs": len(corpus.test)},
-        "methods": methods,
-        "members": members(path, quality, measured),
-        "measured": {"samples": 8, "tokens": scale.tokens, "repeats": scale.repeats},
-        "provenance": provenance(),
-    }  # fmt: skip
-    write_file(folder / "family.json", store_json(family))
+        ),
+        task=Task("retrieval accuracy@1", len(corpus.test)),
+        methods=tuple(methods),
+        members=members(path, quality, measured),
+        measured=Timing(samples=8, tokens=scale.tokens, repeats=scale.repeats),
+        provenance=provenance(),
+    )
+    family.write(folder)
     write_report(folder)
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     return family
@@ -211,44 +221,26 @@ def members(
     path: SolutionPath,
     quality: Mapping[str, Mapping[str, float]],
     measured: Mapping[str, Measurement],
-) -> list[dict[str, Any]]:
-    """One row of the family for the dense model and each size: cost, latency and quality."""
+) -> tuple[Member, ...]:
+    """The dense model and each size: cost, latency and quality."""
     dense = measured["dense"]
     rows = []
     for name, cost in measured.items():
         plan = path.plan(sparsity=SIZES.get(name, 0.0))
         rows.append(
-            {
-                "name": name,
-                "folder": f"models/{name}" if name in SIZES else None,
-                "sparsity": plan.achieved.sparsity,
-                "params": cost.params,
-                "params_share": cost.params / dense.params,
-                "macs": cost.macs,
-                "macs_share": cost.macs / dense.macs,
-                "bytes": cost.bytes_on_disk,
-                "latency_ms": cost.latency_ms,
-                "latency_iqr_ms": cost.latency_iqr_ms,
+            Member(
+                name=name,
+                folder=f"models/{name}" if name in SIZES else None,
+                sparsity=plan.achieved.sparsity,
+                params=cost.params,
+                params_share=cost.params / dense.params,
+                macs=cost.macs,
+                macs_share=cost.macs / dense.macs,
+                bytes=cost.bytes_on_disk,
+                latency_ms=cost.latency_ms,
+                latency_iqr_ms=cost.latency_iqr_ms,
                 **quality[name],
-                "widths": plan.widths,
-            }
+                widths=plan.widths,
+            )
         )
-    return rows
-
-
-def store_json(value: Mapping[str, Any]) -> bytes:
-    """Indented JSON without NaN, as bytes."""
-    import json
-
-    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
-
-
-def _sha256(folder: Path) -> str | None:
-    """Digest of the weights, when they are one file in a local folder."""
-    import hashlib
-
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        return None
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return tuple(rows)

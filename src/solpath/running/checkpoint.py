@@ -48,8 +48,8 @@ def read_checkpoint(file: Path, header: Mapping[str, Any]) -> State | None:
     return state
 
 
-def kept(file: Path | None, step: int) -> str:
-    """What an error adds about the state that is left; nothing where none was written."""
+def resume_hint(file: Path | None, step: int) -> str:
+    """What an error says about the state to go on from; nothing where none was written."""
     return f"; the checkpoint of step {step} is kept in {file.parent}" if file and step else ""
 
 

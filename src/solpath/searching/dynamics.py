@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from solpath.planning.removal import groups_by_rank, removal_order
+
 
 class Equilibrium(NamedTuple):
     """State of the default search. All float64 ``[units]``.
@@ -22,21 +24,21 @@ class Equilibrium(NamedTuple):
     mask: Tensor
 
 
-def pull(drive: Float[Tensor, " units"], cost: Float[Tensor, " units"], share: float) -> float:
-    """The p for which ``Σ cost · min(drive / p, 1) = share · Σ cost``, exactly.
+def pull(drive: Float[Tensor, " units"], cost: Float[Tensor, " units"], keep: float) -> float:
+    """The p for which ``Σ cost · min(drive / p, 1) = keep · Σ cost``, exactly.
 
     The left side falls in p and is linear in 1/p between the sorted drives, so the root is found
-    by one sort. If the units with a positive drive cost less than `share`, p is 0 in the limit
+    by one sort. If the units with a positive drive cost less than `keep`, p is 0 in the limit
     and the smallest positive drive is returned: all of them are kept whole.
 
     Args:
         drive: non-negative.
         cost: positive.
-        share: in (0, 1].
+        keep: share of the cost, in (0, 1].
     """
     ordered, index = drive.sort(descending=True)
     weight = cost[index]
-    target = share * cost.sum()
+    target = keep * cost.sum()
     whole = weight.cumsum(0) - weight  # cost of the units before each, kept whole
     partly = (weight * ordered).flip(0).cumsum(0).flip(0)  # cost · drive from each on
     root = partly / (target - whole)
@@ -80,9 +82,9 @@ def shrink(
 
 
 def equilibrium_mask(
-    marginal: Float[Tensor, " units"], cost: Float[Tensor, " units"], share: float, sharpness: float
+    marginal: Float[Tensor, " units"], cost: Float[Tensor, " units"], keep: float, sharpness: float
 ) -> Float[Tensor, " units"]:
-    """Stationary mask under the pull that keeps `share` of the cost in expectation.
+    """Stationary mask under the pull that keeps `keep` of the cost in expectation.
 
     ``M = min(q / p, 1)`` with ``q = (max(m, 0) / cost) ** sharpness``; sharpness 1 is the
     stationary point of the multilinear extension with a coupling ``p · cost / 2 · M²``.
@@ -90,15 +92,15 @@ def equilibrium_mask(
     drive = (marginal.clamp(min=0) / cost).pow(sharpness)
     top = drive.max()
     if top <= 0:
-        return torch.full_like(drive, share)
+        return torch.full_like(drive, keep)
     drive = drive / top
-    return (drive / pull(drive, cost, share)).clamp(max=1)
+    return (drive / pull(drive, cost, keep)).clamp(max=1)
 
 
-def unpredicted(
+def unexplained_variance(
     correlation: Float[Tensor, "n n"], mask: Float[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
-    """Share of each variable's variance that the others cannot predict, as far as they are kept.
+    """Share of each variable's variance that the others, as far as they are kept, cannot predict.
 
     A variable that is kept with probability M enters as if noise of (1 - M)/M times its own
     variance were added, so that one that is always kept predicts fully and one that is never kept
@@ -125,12 +127,12 @@ def equilibrium_step(
     scale: Float[Tensor, " units"],
     cost: Float[Tensor, " units"],
     pair: Int[Tensor, " units"],
-    share: float,
+    keep: float,
     momentum: float,
     relaxation: float,
     sharpness: float,
     shrinkage: float,
-    own: Float[Tensor, " units"] | None = None,
+    unexplained: Float[Tensor, " units"] | None = None,
 ) -> Equilibrium:
     """One step of the default search.
 
@@ -138,20 +140,20 @@ def equilibrium_step(
         state: before.
         mean: marginals of this step, averaged over its samples.
         variance: variance of that average.
-        share: expected share of the cost to keep.
-        own: share of every marginal that counts, see `unpredicted`; None is all of it.
+        keep: expected share of the cost to keep.
+        unexplained: share of every marginal that counts, see `unexplained_variance`; None is all.
     """
     marginal = momentum * state.marginal + (1 - momentum) * mean
     noise = momentum * state.noise + (1 - momentum) * variance * (1 - momentum) / (1 + momentum)
     clean = shrink(marginal, noise, scale, pair, shrinkage)
-    clean = clean if own is None else clean * own
-    target = equilibrium_mask(clean, cost, share, sharpness)
+    clean = clean if unexplained is None else clean * unexplained
+    target = equilibrium_mask(clean, cost, keep, sharpness)
     return Equilibrium(marginal, noise, (1 - relaxation) * state.mask + relaxation * target)
 
 
 def read_order(
     masks: Float[Tensor, "steps units"],
-    share: Sequence[float],
+    keep: Sequence[float],
     cost: Float[Tensor, " units"],
     shapes: Sequence[tuple[int, int]],
     memory: int,
@@ -160,12 +162,12 @@ def read_order(
 
     A unit stays at a size as long as it gathers mask from there to the end of the search. At step
     k the remaining units are ranked by the sum of their masks over the steps from ``k - memory``
-    on, and those that rank lowest leave until ``share[k]`` of the cost is left. Units leave in
-    groups of equal rank in every head of a pair, because that is what can be cut.
+    on, and those that rank lowest leave until ``keep[k]`` of the cost is left. Units leave in
+    groups of equal rank in every head of a pair, see `solpath.planning.removal`.
 
     Args:
         masks: expected mask after every step.
-        share: share of the cost at every step, falling.
+        keep: share of the cost at every step, falling.
         cost: per unit, equal within a pair.
         shapes: ``(heads, width)`` of every pair, in the order of the units.
         memory: steps before k that still count.
@@ -176,39 +178,35 @@ def read_order(
     tail = masks.double().sum(0)
     forgotten = 0
     sizes = [heads * width for heads, width in shapes]
-    entry = torch.zeros_like(tail)
+    entry = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
     alive = [torch.ones(shape, dtype=torch.bool) for shape in shapes]
+    first = [0] * len(shapes)
     total = left = float(cost.sum())
-    group_cost = [
-        float(part[0]) * heads
-        for part, (heads, _) in zip(torch.split(cost, sizes), shapes, strict=True)
-    ]
-    for k, keep in enumerate([*share, 0.0]):
+    group_cost = torch.stack(
+        [part[0] * heads for part, (heads, _) in zip(torch.split(cost, sizes), shapes, strict=True)]
+    )
+    for k, size in enumerate([*keep, 0.0]):
         start = min(max(0, k - memory), len(masks) - 1)
         if start > forgotten:
             tail = tail - masks[forgotten:start].double().sum(0)
             forgotten = start
-        if left <= keep * total:
+        if left <= size * total:
             continue
-        groups: list[tuple[float, int, int]] = []
-        units: list[Tensor] = []
-        for i, (heads, width) in enumerate(shapes):
-            part = torch.split(tail, sizes)[i]
-            rest = int(alive[i][0].sum())
-            value = part.view(heads, width).masked_fill(~alive[i], -1.0)
-            ordered, index = value.sort(dim=1, descending=True, stable=True)
-            units.append(index)
-            groups += [(v, -r, i) for r, v in enumerate(ordered[:, :rest].mean(0).tolist())]
-        rows = torch.split(entry, sizes)
-        for _, rank, i in sorted(groups):
-            if left <= keep * total:
-                break
-            heads, width = shapes[i]
-            unit = units[i][:, -rank]
-            rows[i].view(heads, width)[torch.arange(heads), unit] = left / total
-            alive[i][torch.arange(heads), unit] = False
-            left -= group_cost[i]
-    return entry
+        values = [
+            part.view(shape) for part, shape in zip(torch.split(tail, sizes), shapes, strict=True)
+        ]
+        groups = [groups_by_rank(value, here) for value, here in zip(values, alive, strict=True)]
+        order = removal_order([mean for mean, _ in groups], first)
+        spent = group_cost[order.pair].cumsum(0)
+        before = left - (spent - group_cost[order.pair])  # cost that is left when a group leaves
+        count = int((before > size * total).sum())
+        for i in range(len(shapes)):
+            own = order.pair[:count] == i
+            unit = groups[i][1][:, order.start[:count][own]]
+            entry[i].scatter_(1, unit, (before[:count][own] / total).expand(unit.shape))
+            alive[i].scatter_(1, unit, False)
+        left -= float(spent[count - 1])
+    return torch.cat([times.flatten() for times in entry])
 
 
 class Inclusion(NamedTuple):

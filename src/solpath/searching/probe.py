@@ -1,32 +1,40 @@
-"""Forward-backward passes through a masked model: what every search and baseline is made of."""
+"""The engine of models in memory: forward-backward passes through a masked model."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from solpath.data.source import BatchSource, batch_size, check_device, local_share, mix, share
+from solpath.data.source import (
+    BatchSource,
+    batch_size,
+    check_device,
+    derive_seed,
+    local_samples,
+    slice_samples,
+)
 from solpath.errors import NonFiniteLossError, UnsupportedModelError
-from solpath.model.basis import moment_hooks, obstacle, principal_basis
+from solpath.model.basis import Basis, moment_hooks, obstacle, principal_basis, rotated
+from solpath.model.counting import count_costs
+from solpath.model.linear import linear_map
 from solpath.model.masks import Masks, energy_hooks, mask_hooks
 from solpath.objective import (
-    Batch,
     Loss,
     Target,
     Targets,
     at_least_float,
     curvature_sketch,
     divergence_from,
-    output_tensor,
-    run,
     target_of,
-    token_mask,
 )
-from solpath.pair import Pair
-from solpath.searching.redundancy import Inputs, input_hooks
+from solpath.pair import Pair, Side
+from solpath.planning.cost import CostTable
+from solpath.running.forward import Batch, device_of, output_mask, output_tensor, run
+from solpath.running.modes import differentiating
+from solpath.running.processes import process, sum_over_processes
+from solpath.searching.redundancy import Inputs, input_hooks, unexplained_variances
 
 _ENERGY_BATCHES = 4
 
@@ -38,16 +46,9 @@ Hooks = Callable[
 
 
 class Probe:
-    """Losses and mask gradients of one model on one stream of batches.
+    """The `Engine` of a model that is whole in memory: masks by hooks, gradients by autograd.
 
-    Made by `probing`, which freezes the model and removes the hooks afterwards. All vectors run
-    over the units of all pairs laid end to end. In a distributed run every process sees the same
-    batches, takes its share of the samples of each, and gets the same averages back.
-
-    Attributes:
-        units: number of units.
-        cost: parameters per unit, float64 ``[units]``.
-        pair: index of the pair of every unit, int64 ``[units]``.
+    Made by `probing`, which freezes the model and removes the hooks afterwards.
     """
 
     def __init__(
@@ -59,9 +60,10 @@ class Probe:
         loss: Loss | None,
         seed: int,
     ) -> None:
-        self._model, self._pairs, self._source, self._masks = model, pairs, source, masks
+        self._model, self._source, self._masks = model, source, masks
+        self.pairs = pairs
         self._loss, self._seed = loss, seed
-        self._device = next(model.parameters()).device
+        self._device = device_of(model)
         self._rank, self._world = process()
         self._targets = Targets(source.length)
         self.units = sum(pair.units for pair in pairs)
@@ -71,24 +73,11 @@ class Probe:
         self.pair = torch.arange(len(pairs)).repeat_interleave(sizes)
 
     def generator(self, *stream: object) -> torch.Generator:
-        """A generator that depends on the seed and on `stream` only."""
-        return torch.Generator().manual_seed(mix(self._seed, *stream))
+        """See `Engine.generator`."""
+        return torch.Generator().manual_seed(derive_seed(self._seed, *stream))
 
     def gradients(self, step: int, mask: Tensor, *, binary: bool) -> tuple[float, Tensor, Tensor]:
-        """Loss, mask and mask gradient of every local sample of batch `step`.
-
-        Args:
-            step: batch number; also the stream of the draw.
-            mask: expected mask, ``[units]``.
-            binary: draw 0/1 masks from it, one for every sample; else use it as it is.
-
-        Returns:
-            Mean loss over the whole batch; masks used and gradients of each sample's own loss,
-            both float64 ``[local samples, units]``.
-
-        Raises:
-            NonFiniteLossError: the loss is NaN or infinite.
-        """
+        """See `Engine.gradients`."""
         batch, low, high, size = self._local(step)
         target = self._target(step, batch) if self._loss is None else None
         rows = mask.float().expand(high - low, -1)
@@ -109,12 +98,7 @@ class Probe:
         return value, rows.double(), torch.cat([g.double().cpu() for g in gradients], 1)
 
     def mean(self, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Mean over all samples of all processes, and the variance of that mean.
-
-        Args:
-            rows: ``[local samples, units]``.
-            size: samples in the whole batch.
-        """
+        """See `Engine.mean`."""
         total, square = self._sum(torch.stack([rows.sum(0), rows.square().sum(0)]))
         mean = total / size
         variance = (square / size - mean.square()).clamp(min=0) / max(size - 1, 1)
@@ -123,21 +107,7 @@ class Probe:
     def curvature(
         self, batches: int, mask: Tensor | None = None, *, start: int = 0, absolute: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Gauss-Newton diagonal and gradient at a fixed mask, averaged over some batches.
-
-        For the built-in objectives the diagonal is ``E[(∂⟨u, f⟩/∂M_i)²]`` with u drawn with the
-        covariance of the output's loss curvature; for a user's loss it is the empirical Fisher
-        ``E[(∂ℓ/∂M_i)²]`` over samples.
-
-        Args:
-            batches: how many.
-            mask: ``[units]``; None is the dense model.
-            start: number of the first batch.
-            absolute: return ``E[|·|]`` in place of the mean square.
-
-        Returns:
-            Diagonal and gradient of the loss, float64 ``[units]``.
-        """
+        """See `Engine.curvature`."""
         diagonal = torch.zeros(self.units, dtype=torch.float64)
         gradient = torch.zeros_like(diagonal)
         dense = torch.ones(self.units) if mask is None else mask.float()
@@ -161,7 +131,7 @@ class Probe:
                         for i in range(low, high)
                     ]
                 ).to(output.device)
-                keep = token_mask(batch, output)
+                keep = output_mask(batch, output)
                 draw = curvature_sketch(target.output, keep, noise, logits=target.logits)
                 jacobian = _slopes((draw * at_least_float(output)).sum(), leaves)
             self._masks.units.clear()
@@ -174,23 +144,23 @@ class Probe:
 
     @property
     def energy(self) -> dict[str, Tensor]:
-        """Sums of squares of normed queries and keys; see `SolutionPath.energy`."""
+        """See `Engine.energy`."""
         return {name: energy.double().cpu() for name, energy in self._masks.energy.items()}
 
     def measure_energy(self, batches: int) -> None:
         """Sums of squares of the units that a norm over the heads sees, on some batches."""
-        normed = [pair for pair in self._pairs if pair.norms]
+        normed = [pair for pair in self.pairs if pair.norms]
         totals = self._add_up(batches, energy_hooks, normed)
         self._masks.energy |= {name: total.to(self._device) for name, total in totals.items()}
 
     def measure_basis(self, batches: int) -> dict[str, Tensor]:
-        """Principal axes of every pair that can be turned, from some batches of the dense model."""
-        pairs = [pair for pair in self._pairs if obstacle(self._model, pair) is None]
+        """See `Engine.measure_basis`."""
+        pairs = [pair for pair in self.pairs if obstacle(self._model, pair) is None]
         return principal_basis(self._model, pairs, self._add_up(batches, moment_hooks, pairs))
 
     def measure_inputs(self, batches: int) -> Inputs:
-        """What the right-hand layers of value-output and MLP pairs see, on some batches."""
-        pairs = [pair for pair in self._pairs if pair.kind != "qk"]
+        """See `Engine.measure_inputs`."""
+        pairs = [pair for pair in self.pairs if pair.kind != "qk"]
         totals = self._add_up(batches, input_hooks, pairs)
         return {name: total for name, total in totals.items() if total.any()}
 
@@ -205,25 +175,40 @@ class Probe:
                 totals[name] = totals[name] + value if name in totals else value
         return {name: self._sum(total) for name, total in totals.items()}
 
-    def first_sample(self) -> Batch:
-        """The first sample of the first batch, as a batch of one."""
+    def rotated(self, basis: Basis) -> contextlib.AbstractContextManager[Any]:
+        """See `Engine.rotated`."""
+        return rotated(self._model, self.pairs, basis)
+
+    def unexplained_variance(self, inputs: Inputs, mask: Tensor) -> Tensor:
+        """See `Engine.unexplained_variance`."""
+        return unexplained_variances(self._model, self.pairs, inputs, mask)
+
+    def weight_norms(self, pair: Pair, side: Side) -> Tensor:
+        """See `Engine.weight_norms`."""
+        linear = linear_map(self._model, side.module)
+        along = linear.outputs if side.axis == 0 else 1 - linear.outputs
+        unit = pair.unit_of_channel(side)
+        channels = linear.weight.detach().double().cpu().square().sum(1 - along)
+        channels = channels[side.offset : side.offset + len(unit)]
+        return torch.zeros(pair.units, dtype=torch.float64).index_add(0, unit, channels)
+
+    def count_costs(self) -> CostTable:
+        """See `Engine.count_costs`."""
         batch = self._source[0]
         check_device(batch, self._device)
-        return share(batch, 0, min(1, batch_size(batch)))
+        return count_costs(self._model, self.pairs, slice_samples(batch, 0, 1))
 
     def batch_size(self, step: int) -> int:
-        """Samples of batch `step`, over all processes."""
+        """See `Engine.batch_size`."""
         return batch_size(self._source[step])
 
     def _local(self, step: int) -> tuple[Batch, int, int, int]:
-        return local_share(self._source, step, self._device, self._rank, self._world)
+        return local_samples(self._source, step, self._device, self._rank, self._world)
 
     def _set(self, rows: Tensor) -> list[Tensor]:
-        parts = torch.split(rows.to(self._device), [pair.units for pair in self._pairs], 1)
+        parts = torch.split(rows.to(self._device), [pair.units for pair in self.pairs], 1)
         leaves = [part.contiguous().requires_grad_() for part in parts]
-        self._masks.units.update(
-            {p.name: leaf for p, leaf in zip(self._pairs, leaves, strict=True)}
-        )
+        self._masks.units.update({p.name: leaf for p, leaf in zip(self.pairs, leaves, strict=True)})
         return leaves
 
     def _target(self, step: int, batch: Batch) -> Target:
@@ -236,11 +221,7 @@ class Probe:
         return divergence_from(target, outputs, batch).mean()
 
     def _sum(self, values: Tensor) -> Tensor:
-        if self._world > 1:
-            moved = values.to(self._device)
-            torch.distributed.all_reduce(moved)
-            return moved.cpu()
-        return values
+        return sum_over_processes(values, self._device)
 
 
 @contextlib.contextmanager
@@ -264,23 +245,10 @@ def probing(
             "rounding; use model.float(), or a GPU."
         )
     source = BatchSource(batches, seed)
-    training = {module: module.training for module in model.modules()}
-    requires_grad = [(p, p.requires_grad) for p in model.parameters()]
-    devices = [parameter.device] if parameter.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices), mask_hooks(model, pairs) as masks:
-            model.eval()
-            for p, _ in requires_grad:
-                p.requires_grad_(False)
-            probe = Probe(model, pairs, source, masks, loss, seed)
-            probe.measure_energy(_ENERGY_BATCHES)
-            with torch.enable_grad():
-                yield probe
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for p, flag in requires_grad:
-            p.requires_grad_(flag)
+    with differentiating(model), mask_hooks(model, pairs) as masks:
+        probe = Probe(model, pairs, source, masks, loss, seed)
+        probe.measure_energy(_ENERGY_BATCHES)
+        yield probe
 
 
 def _slopes(value: Tensor, leaves: list[Tensor], *, keep: bool = False) -> tuple[Tensor, ...]:
@@ -288,15 +256,3 @@ def _slopes(value: Tensor, leaves: list[Tensor], *, keep: bool = False) -> tuple
     return torch.autograd.grad(
         value, leaves, retain_graph=keep, allow_unused=True, materialize_grads=True
     )
-
-
-def process() -> tuple[int, int]:
-    """Rank and number of processes; starts the process group under ``accelerate launch``."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return 0, 1
-        from accelerate import PartialState
-
-        # Without an accelerator PartialState would start the group and still count one process.
-        PartialState(cpu=not torch.accelerator.is_available())
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()

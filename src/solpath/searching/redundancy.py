@@ -1,4 +1,4 @@
-"""What of a unit the units that stay can make up for."""
+"""How much of a unit the kept units cannot predict, and what it is computed from."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from solpath.model.slicing import linear_map
-from solpath.objective import Batch, counted
+from solpath.model.hooks import Hook, hooked
+from solpath.model.linear import linear_map
 from solpath.pair import Pair
-from solpath.searching.dynamics import unpredicted
+from solpath.running.forward import Batch, activation_mask
+from solpath.searching.dynamics import unexplained_variance
 
 Inputs = Mapping[str, Tensor]
 """Pair name to float64 ``[channels + 1, channels + 1]``: second moments of the channels that the
@@ -27,38 +28,40 @@ def input_hooks(
         batch: what it runs on; its padding does not count.
     """
     totals: dict[str, Tensor] = {}
-    handles = []
 
     def watch(total: Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             states = args[0].detach()
             weight = torch.ones_like(states[..., :1])
-            keep = counted(batch, states)
+            keep = activation_mask(batch, states)
             weight = weight if keep is None else weight * keep.unsqueeze(-1)
             rows = torch.cat([states * weight, weight], -1).flatten(0, -2).double()
             total.add_((rows.T @ rows).cpu())  # variances are small beside squared means
 
         return hook
 
-    try:
+    def watched() -> Iterator[Hook]:
         for pair in pairs:
             size = linear_map(model, pair.right.module).in_features + 1
             totals[pair.name] = torch.zeros(size, size, dtype=torch.float64)
             module = model.get_submodule(pair.right.module)
-            handles.append(module.register_forward_pre_hook(watch(totals[pair.name])))
+            yield Hook(module, "before", watch(totals[pair.name]))
+
+    with hooked(watched()):
         yield totals
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def own_share(model: nn.Module, pairs: Sequence[Pair], inputs: Inputs, mask: Tensor) -> Tensor:
-    """Share of every unit's energy that the others cannot make up for. float64 ``[units]``.
+def unexplained_variances(
+    model: nn.Module, pairs: Sequence[Pair], inputs: Inputs, mask: Tensor
+) -> Tensor:
+    """Share of every unit's energy that the other units cannot predict. float64 ``[units]``.
 
     A right-hand layer with a bias makes up for means too; without one, moments are about 0.
 
     Args:
-        inputs: pairs without an entry get 1.
+        model: it is only asked which right-hand layers have a bias.
+        pairs: of the model.
+        inputs: from `input_hooks`; units of pairs without an entry get 1.
         mask: how far each unit is kept, ``[units]``.
     """
     parts = []
@@ -74,7 +77,7 @@ def own_share(model: nn.Module, pairs: Sequence[Pair], inputs: Inputs, mask: Ten
         unit = pair.unit_of_channel(pair.right)
         spread = square.diagonal().clamp(min=0)
         root = torch.maximum(spread, 1e-12 * energy).sqrt().clamp(min=1e-30)
-        left = spread * unpredicted(square / torch.outer(root, root), kept[unit])
+        left = spread * unexplained_variance(square / torch.outer(root, root), kept[unit])
         total = torch.zeros_like(kept).index_add(0, unit, energy)
         own = torch.zeros_like(kept).index_add(0, unit, left)
         parts.append((own / total.clamp(min=1e-30)).clamp(1e-4, 1))

@@ -7,15 +7,13 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from solpath.arch.building import CONSTRUCTOR_OPTIONS
 from solpath.errors import FileError
-from solpath.files import Header, member, read_header, read_json
-from solpath.planning.cost import Achieved
+from solpath.files import DTYPES, Header, check_format, file_in, read_header, read_json
 from solpath.planning.plan import Plan
-from solpath.storing.skeleton import OPTIONS
 
 FORMAT, FORMAT_VERSION = "solpath.model", 2
 HEADER, CONFIG, GENERATION = "solpath.json", "config.json", "generation_config.json"
@@ -23,7 +21,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 ATTENTION = ("sdpa", "eager")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_DTYPES = {"float64", "float32", "float16", "bfloat16"}
+_FLOATS = {str(dtype).removeprefix("torch.") for dtype in DTYPES if dtype.is_floating_point}
 
 
 def checksum(head: Mapping[str, Any]) -> str:
@@ -34,11 +32,7 @@ def checksum(head: Mapping[str, Any]) -> str:
 
 def check_manifest(file: Path, head: Mapping[str, Any]) -> Plan:
     """Check every field of `solpath.json`; returns the plan."""
-    if head.get("format") != FORMAT or head.get("version") != FORMAT_VERSION:
-        raise FileError(
-            f"{file}: format and version are {head.get('format')!r} and {head.get('version')!r}; "
-            f"this solpath reads {FORMAT!r} and {FORMAT_VERSION}."
-        )
+    check_format(file, head, FORMAT, FORMAT_VERSION)
     texts, maps = ("class", "model_type", "dtype", "attention"), ("options", "digests", "plan")
     for names, kind in ((texts, str), (maps, dict)):
         for name in names:
@@ -46,11 +40,11 @@ def check_manifest(file: Path, head: Mapping[str, Any]) -> Plan:
                 raise FileError(f"{file}: {name} is missing or not a {kind.__name__}.")
     if head.get("checksum") != checksum(head):
         raise FileError(f"{file}: checksum does not fit the other fields; the file was changed.")
-    for name, allowed in (("dtype", _DTYPES), ("attention", ATTENTION)):
+    for name, allowed in (("dtype", _FLOATS), ("attention", ATTENTION)):
         if head[name] not in allowed:
             raise FileError(f"{file}: {name} is {head[name]!r}, not one of {sorted(allowed)}.")
     for name, value in head["options"].items():
-        if name not in OPTIONS or not isinstance(value, bool):
+        if name not in CONSTRUCTOR_OPTIONS or not isinstance(value, bool):
             raise FileError(f"{file}: options has {name!r}: {value!r}.")
     for name, digest in head["digests"].items():
         if name not in (CONFIG, GENERATION, INDEX) and not SHARD.fullmatch(name):
@@ -61,9 +55,6 @@ def check_manifest(file: Path, head: Mapping[str, Any]) -> Plan:
         raise FileError(f"{file}: digests does not name {CONFIG}.")
     try:
         plan = Plan.from_dict(head["plan"])
-        for field in fields(Achieved):
-            if type(getattr(plan.achieved, field.name)) not in (int, float):
-                raise ValueError(f"achieved.{field.name} is not a number")
         if plan.fingerprint.architecture != head["class"]:
             raise ValueError(f"fingerprint.architecture is not {head['class']}")
         dict(plan.fingerprint.digests)
@@ -78,8 +69,8 @@ def read_headers(folder: Path, digests: Mapping[str, str]) -> dict[str, Header]:
     if INDEX not in digests:
         if shards != [WEIGHTS]:
             raise FileError(f"{folder / HEADER}: digests names neither {WEIGHTS} nor {INDEX}.")
-        return {WEIGHTS: read_header(member(folder, WEIGHTS))}
-    index = member(folder, INDEX)
+        return {WEIGHTS: read_header(file_in(folder, WEIGHTS))}
+    index = file_in(folder, INDEX)
     places = read_json(index, sha256=digests[INDEX]).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in places.values()):
         raise FileError(f"{index}: weight_map is missing or does not map names to files.")
@@ -87,7 +78,7 @@ def read_headers(folder: Path, digests: Mapping[str, str]) -> dict[str, Header]:
         raise FileError(
             f"{index}: weight_map and the digests in {HEADER} differ in the file {wrong[0]!r}."
         )
-    headers = {shard: read_header(member(folder, shard)) for shard in shards}
+    headers = {shard: read_header(file_in(folder, shard)) for shard in shards}
     for shard, header in headers.items():
         if wrong := sorted(set(header) ^ {key for key, place in places.items() if place == shard}):
             raise FileError(f"{folder / shard}: tensor {wrong[0]!r} is not where weight_map says.")

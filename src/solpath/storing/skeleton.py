@@ -10,22 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from solpath.arch import TIMM_WRAPPER, known_model_types, timm
+from solpath.arch.building import CONSTRUCTOR_OPTIONS, DEPTHS, NOT_A_SIZE
 from solpath.errors import SolpathError
 from solpath.files import Expected, Header, dtype_name
-from solpath.model.discovery import EXTRACTED, find_pairs
+from solpath.model.discovery import find_pairs
 from solpath.model.extraction import extract
-from solpath.planning.plan import Plan
+from solpath.planning.plan import EXTRACTED, Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OPTIONS = {
-    "add_pooling_layer": ("pooler",),
-    "use_mask_token": ("embeddings", "mask_token"),
-}
-# Settings that are not sizes of anything that is built, and may be large.
-_NOT_A_SIZE = {"rope_theta", "max_position_embeddings", "original_max_position_embeddings"}
-_DEPTHS = {"depth", "depths"}
 _SMALL = 2**20
 
 
@@ -61,11 +55,11 @@ def check_sizes(config: Mapping[str, Any], headers: Collection[Header], model_cl
             left += value.items()
         elif isinstance(value, list):
             left += [(name, item) for item in value]
-        elif isinstance(value, int) and name in _DEPTHS and value > len(shapes):
+        elif isinstance(value, int) and name in DEPTHS and value > len(shapes):
             raise SolpathError(
                 f"{name} is {value}, but the weight files hold {len(shapes)} tensors."
             )
-        elif isinstance(value, int) and abs(value) > largest and name not in _NOT_A_SIZE:
+        elif isinstance(value, int) and abs(value) > largest and name not in NOT_A_SIZE:
             raise SolpathError(
                 f"{name} is {value}, but no tensor in the weight files has a size above {largest}."
             )
@@ -103,7 +97,9 @@ def build_skeleton(
     if pairs != plan.pairs:
         raise SolpathError(f"plan: its pairs are not those of this {head['class']}.")
     plan = replace(plan, pairs=pairs)
-    model = extract(dense, replace(plan, turned=()), check=False)  # turning changes no shape
+    model = extract(
+        dense, replace(plan, dropped_rotations=()), check=False
+    )  # rotating changes no shape
     setattr(model, EXTRACTED, plan)
     for path, module in model.named_modules():
         if stray := [key for key, v in vars(module).items() if isinstance(v, Tensor) and v.is_meta]:
@@ -154,7 +150,7 @@ def constructor_options(model: nn.Module) -> dict[str, bool]:
     """Constructor arguments that are not in the configuration, read off the model."""
     known = inspect.signature(type(model).__init__).parameters
     result = {}
-    for name, path in OPTIONS.items():
+    for name, path in CONSTRUCTOR_OPTIONS.items():
         if name in known:
             part: Any = model
             for step in path:
@@ -183,7 +179,7 @@ def check_same(
             )
 
 
-def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors on the CPU, no two of them in the same memory, as safetensors wants."""
     result, seen = {}, set()
     for name, tensor in tensors.items():

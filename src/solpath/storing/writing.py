@@ -1,41 +1,28 @@
-"""Save extracted models to a folder, load them back bit for bit, share them on the Hub.
+"""Save extracted models to a folder, and share them on the Hub.
 
-What lies in the folder is described in docs/file-formats.md. Loading never unpickles, never runs
-code from the folder, and compares every size with the weight headers before it allocates.
+What lies in the folder is described in docs/file-formats.md. `load` reads it bit for bit, which is
+checked before anything is written.
 """
 
 import hashlib
 import json
 import os
-import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import Any, Protocol
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from solpath.errors import ConfigError, FileError, SolpathError
-from solpath.files import (
-    check_digest,
-    check_header,
-    check_output,
-    digests,
-    dtype_name,
-    member,
-    new_folder,
-    read_data,
-    read_json,
-    sync,
-    write_json,
-)
-from solpath.model.discovery import EXTRACTED
-from solpath.planning.plan import Plan
+from solpath.files import check_output, digests, dtype_name, json_bytes, new_folder, sync
+from solpath.planning.plan import Plan, plan_of
+from solpath.running.provenance import version_of
 from solpath.storing.manifest import (
     ATTENTION,
     CONFIG,
@@ -44,30 +31,17 @@ from solpath.storing.manifest import (
     GENERATION,
     HEADER,
     INDEX,
-    check_manifest,
     checksum,
-    read_headers,
 )
 from solpath.storing.skeleton import (
-    assign_,
     build_skeleton,
     check_same,
     check_sizes,
     constructor_options,
-    expect_buffers,
     resolve,
-    separate,
     state_of,
+    unshared,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-HUB_FILES = ["*.json", "model*.safetensors", "vocab.txt", "merges.txt"]
-
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-
-Result = TypeVar("Result")
 
 
 class Tokenizer(Protocol):
@@ -103,60 +77,6 @@ def save(
     contents = _contents(model)
     with new_folder(folder, overwrite=overwrite) as temporary:
         _write(contents, temporary, tokenizer, max_shard_size)
-
-
-def load(
-    path: str | os.PathLike[str],
-    *,
-    device: str | torch.device = "cpu",
-    verify: bool = False,
-    revision: str | None = None,
-    token: str | bool | None = None,
-) -> "PreTrainedModel":
-    """Read a model written by `save`, bitwise equal, in eval mode, with its `solpath_plan`.
-
-    Args:
-        path: a folder, or the id of a Hub repository (``"name/repo"``) if there is no such folder.
-        device: where the model goes.
-        verify: also compare the weight files with the SHA-256 noted when they were saved, which
-            takes about as long as reading them. The JSON files are always compared.
-        revision: branch, tag or commit of a Hub repository.
-        token: for a private Hub repository.
-
-    Raises:
-        FileError: a missing, damaged or forged file; the message names the file and the field.
-
-    Example:
-        >>> small = solpath.load("family/s50")  # doctest: +SKIP
-    """
-    folder = _locate(path, revision, token)
-    file = member(folder, HEADER)
-    head = read_json(file)
-    plan = check_manifest(file, head)
-    known = head["digests"]
-    config = read_json(member(folder, CONFIG), sha256=known[CONFIG])
-    headers = read_headers(folder, known)
-    model_class = _named(folder, resolve, head["class"], head["model_type"])
-    _named(folder, check_sizes, config, headers.values(), model_class)
-    with digests([folder / name for name in headers] if verify else ()) as found:
-        model, expected = _named(folder, build_skeleton, model_class, config, head, plan)
-        wanted = expect_buffers(expected, headers, getattr(torch, head["dtype"]))
-        for name, header in headers.items():  # every header, before any tensor
-            check_header(folder / name, header, wanted, exact=len(headers) == 1)
-        if missing := sorted(set(wanted).difference(*headers.values())):
-            raise FileError(f"{folder / INDEX}: tensor {missing[0]!r} is in none of the files.")
-        tensors: dict[str, Tensor] = {}
-        for name, header in headers.items():
-            tensors |= read_data(folder / name, header)
-        for name, digest in found.items():
-            check_digest(folder / name, digest.result(), known[name])
-    assign_(model, tensors)
-    if GENERATION in known:
-        _set_generation_(model, folder, known[GENERATION])
-    model.eval()
-    if torch.device(device).type != "cpu":
-        model.to(device)
-    return cast("PreTrainedModel", model)
 
 
 def push_to_hub(
@@ -231,9 +151,9 @@ class _Contents:
             "options": constructor_options(model),
             "attention": attention if attention in ATTENTION else ATTENTION[0],
             "provenance": {
-                "solpath": _version("solpath"),
+                "solpath": version_of("solpath") or "unknown",
                 "torch": torch.__version__,
-                "transformers": _version("transformers"),
+                "transformers": version_of("transformers") or "unknown",
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
             },
             "plan": plan.to_dict(),
@@ -247,21 +167,19 @@ class _Contents:
         skeleton, expected = build_skeleton(model_class, self.config, self.head, plan)
         state = state_of(model)
         check_same(name, state, state_of(skeleton), dtype)
-        self.tensors = separate({key: state[key] for key in expected})
+        self.tensors = unshared({key: state[key] for key in expected})
         header = {key: (dtype_name(t.dtype), tuple(t.shape)) for key, t in self.tensors.items()}
         check_sizes(self.config, [header], model_class)
 
 
 def _contents(model: nn.Module) -> _Contents:
-    from transformers import PreTrainedModel
-
-    plan = getattr(model, EXTRACTED, None)
-    if not isinstance(plan, Plan):
+    plan = plan_of(model)
+    if plan is None:
         raise SolpathError(
             f"this {type(model).__name__} was not extracted; use model.save_pretrained(folder) for "
             "a dense model, or solpath.extract(model, plan) first."
         )
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, transformers.PreTrainedModel):
         raise SolpathError(
             f"{type(model).__name__} is not a model of transformers, so load has no configuration "
             "to rebuild it from. Wrap a timm model in TimmWrapperForImageClassification or "
@@ -301,54 +219,8 @@ def _write(
         texts[INDEX] = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
     for name, value in texts.items():
         if value is not None:
-            write_json(folder / name, value)
-            known[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            text = json_bytes(value)
+            (folder / name).write_bytes(text)
+            known[name] = hashlib.sha256(text).hexdigest()
     head = {**contents.head, "digests": known}
-    write_json(folder / HEADER, {**head, "checksum": checksum(head)})
-
-
-def _named(folder: Path, function: Callable[..., Result], *values: Any) -> Result:
-    """Call `function`; whatever it raises becomes a `FileError` naming the files it worked on."""
-    try:
-        return function(*values)
-    except Exception as error:  # forged settings can make a constructor raise anything
-        raise FileError(
-            f"{folder / CONFIG} and {HEADER} do not describe a model that can be built: "
-            f"{str(error) or type(error).__name__}"
-        ) from error
-
-
-def _locate(path: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
-    """The folder `path`, or a snapshot of the Hub repository `path`."""
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    name = os.fspath(path)
-    if folder.exists() or not _HUB_ID.fullmatch(name):
-        raise FileError(f"{path} is not a folder, nor the id of a Hub repository (name/repo).")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        found = snapshot_download(name, revision=revision, token=token, allow_patterns=HUB_FILES)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise FileError(f"there is no folder {name}, and not from the Hub: {error}") from error
-    return Path(found)
-
-
-def _set_generation_(model: Any, folder: Path, sha256: str) -> None:
-    from transformers import GenerationConfig
-
-    file = member(folder, GENERATION)
-    values = read_json(file, sha256=sha256)
-    try:
-        model.generation_config = GenerationConfig.from_dict(values)
-    except Exception as error:  # forged settings can make the constructor raise anything
-        raise FileError(f"{file}: {error}") from error
-
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "unknown"
+    (folder / HEADER).write_bytes(json_bytes({**head, "checksum": checksum(head)}))

@@ -1,0 +1,150 @@
+"""Commands that look at models and families, and the demo."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from solpath.cli.app import app
+from solpath.cli.arguments import Images, Json, ModelName, Samples, Text, Tokens
+from solpath.cli.inputs import batches_for, load_any, random_tokens, rows_of, takes
+from solpath.cli.terminal import print_json, print_table, say
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    quick: Annotated[bool, typer.Option("--quick", help="Less of everything.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder to write, new or empty.")] = Path("out"),
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id; default: the installed MiniLM.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Of the search; default 200, quick 40.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a family of smaller models of a real one, compare, measure, report."""
+    from solpath.reporting.demo import CHECKPOINT, run_demo
+
+    context.obj.checkpoint = out / CHECKPOINT
+    family = run_demo(
+        out, quick=quick, model=model, seed=seed, steps=steps, progress=not as_json, say=say
+    )
+    if as_json:
+        return print_json(family.to_dict())
+    rows = [
+        (m.name, f"{m.params / 1e6:.1f} M", f"{m.macs_share:.0%}",
+         f"{m.latency_ms:.1f} ms", f"{m.cosine:.3f}", f"{m.retrieval:.3f}")
+        for m in family.members
+    ]  # fmt: skip
+    print_table(("model", "parameters", "MACs", "latency", "cosine", "retrieval"), rows)
+    say(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def inspect(model: ModelName, as_json: Json = False) -> None:
+    """List what can be pruned in a model."""
+    from solpath.model.discovery import find_pairs
+    from solpath.pretrained import from_pretrained
+
+    loaded = from_pretrained(model, device="meta")
+    total = sum(parameter.numel() for parameter in loaded.parameters())
+    pairs = find_pairs(loaded)
+    found: list[dict[str, Any]] = [
+        {
+            "pair": pair.name,
+            "kind": pair.kind,
+            "heads": pair.heads,
+            "width": pair.width,
+            "cost": pair.cost,
+            "share": pair.units * pair.cost / total,
+        }
+        for pair in pairs
+    ]
+    prunable = sum(pair.units * pair.cost for pair in pairs)
+    if as_json:
+        return print_json({"params": total, "prunable": prunable, "pairs": found})
+    rows = [
+        (p["pair"], f"{p['heads']} × {p['width']}", f"{p['cost']:,}", f"{p['share']:.2%}")
+        for p in found
+    ]
+    print_table(("pair", "heads × width", "cost per unit", "share of parameters"), rows)
+    print(f"{prunable:,} of {total:,} parameters are prunable ({prunable / total:.1%}).")
+
+
+@app.command(name="eval")
+def evaluate_(
+    model: Annotated[str, typer.Argument(help="Folder of an extracted or dense model.")],
+    reference: Annotated[str, typer.Option(help="Folder or hub id of the dense model.")],
+    text: Text = None,
+    images: Images = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a model with the dense one on held-out text or images."""
+    from solpath.data.docstrings import read_corpus, texts_of
+    from solpath.measuring.evaluation import evaluate
+    from solpath.pretrained import load_processor
+    from solpath.reporting.retrieval import embedder, retrieval_accuracy
+
+    small, dense = load_any(model), load_any(reference)
+    if text is None and images is None and takes(dense) == {"text"}:
+        tokenizer = load_processor(reference)
+        pairs = read_corpus(search=0, calibration=0).test
+        batches = rows_of(dense, tokenizer, texts_of(pairs))
+
+        def retrieval(model: Any) -> float:
+            return retrieval_accuracy(embedder(model, tokenizer), pairs)
+
+        task = None if tokenizer.pad_token_id is None else retrieval  # texts are padded for it
+        result = evaluate(small, dense, batches, task=task)
+    else:
+        result = evaluate(small, dense, batches_for(reference, dense, text, images, 0))
+    if as_json:
+        return print_json(result.to_dict())
+    names = {"task": "retrieval accuracy@1"}
+    print_table(
+        ("metric", "value"),
+        [(names.get(name, name), f"{value:.4f}") for name, value in result.metrics.items()],
+    )
+
+
+@app.command()
+def bench(
+    dense: ModelName,
+    small: Annotated[list[str], typer.Argument(help="Folders of extracted models.")],
+    samples: Samples = 8,
+    tokens: Tokens = 128,
+    repeats: Annotated[int, typer.Option(help="Timed passes of each model.", min=1)] = 20,
+    as_json: Json = False,
+) -> None:
+    """Measure size, memory and latency of several models in one run."""
+    from solpath.measuring.measurement import measure
+    from solpath.running.provenance import provenance
+
+    models = {name: load_any(name) for name in dict.fromkeys([dense, *small])}
+    found = measure(models, random_tokens(models[dense], samples, tokens), repeats=repeats)
+    if as_json:
+        figures = {name: value.to_dict() for name, value in found.items()}
+        return print_json({"models": figures, "tokens": tokens, "provenance": provenance()})
+    first = found[dense]
+    rows = [
+        (name, f"{m.params:,}", f"{m.macs / 1e6:,.0f} M", f"{m.bytes_on_disk / 1e6:.1f} MB",
+         f"{m.peak_memory / 1e6:.1f} MB", f"{m.latency_ms:.1f} ± {m.latency_iqr_ms / 2:.1f} ms",
+         f"{m.latency_ms / first.latency_ms:.2f}")
+        for name, m in found.items()
+    ]  # fmt: skip
+    print_table(("model", "parameters", "MACs", "on disk", "peak", "latency", "ratio"), rows)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder with family.json and path/.")],
+    as_json: Json = False,
+) -> None:
+    """Build report.html again from family.json and path/."""
+    from solpath.reporting.report import write_report
+
+    file = write_report(folder)
+    if as_json:
+        return print_json({"report": str(file), "bytes": file.stat().st_size})
+    print(f"written to {file}")

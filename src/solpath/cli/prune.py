@@ -1,0 +1,203 @@
+"""Commands that order the units of a model and cut it."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from solpath.cli.app import app
+from solpath.cli.arguments import (
+    Images,
+    Json,
+    MinWidth,
+    ModelName,
+    MultipleOf,
+    PathFolder,
+    Protect,
+    Samples,
+    Text,
+    Tokens,
+    plan_options,
+    takes_budget,
+)
+from solpath.cli.inputs import batches_for, load_any, path_of, random_tokens, table_of
+from solpath.cli.terminal import print_json, print_table, say
+from solpath.errors import BudgetError, ConfigError, FileError
+
+if TYPE_CHECKING:
+    from solpath.planning.path import SolutionPath
+    from solpath.planning.plan import Plan
+
+
+@app.command()
+def search(
+    context: typer.Context,
+    model: ModelName,
+    out: Annotated[Path, typer.Option(help="Folder for the path, new or empty.")],
+    text: Text = None,
+    images: Images = None,
+    steps: Annotated[int | None, typer.Option(help="Of the search; default 200.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same path.")] = 0,
+    method: Annotated[
+        str, typer.Option(help="spp, paper, or a baseline: random, magnitude, taylor, ...")
+    ] = "spp",
+    basis: Annotated[
+        str, typer.Option(help="coordinate, or principal to turn attention first (spp only).")
+    ] = "coordinate",
+    compensated: Annotated[
+        bool, typer.Option("--compensated", help="Order units for members that are compensated.")
+    ] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder for the state, so that a search can go on.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Put all units of a model in order, once."""
+    from solpath import baselines
+    from solpath.config import InclusionConfig, SearchConfig
+    from solpath.files import check_output
+    from solpath.model.basis import obstacle
+    from solpath.searching.search import search as search_path
+
+    searches = ("spp", "paper")
+    if method not in searches and method not in baselines.METHODS:
+        names = ", ".join([*searches, *baselines.METHODS])
+        raise ConfigError(f"method must be one of {names}; got {method!r}.")
+    if method != "spp" and (basis != "coordinate" or compensated):
+        raise ConfigError(f"basis and compensated are settings of the method spp, not of {method}.")
+    if method not in searches and (steps is not None or checkpoint is not None):
+        raise ConfigError(
+            f"steps and checkpoint are of the methods spp and paper, not of {method}."
+        )
+    length: dict[str, Any] = {} if steps is None else {"steps": steps}
+    config: SearchConfig | InclusionConfig = SearchConfig(
+        **length, seed=seed, basis=basis, compensated=compensated
+    )
+    if method == "paper":
+        config = InclusionConfig(**length, seed=seed)
+    check_output(out)
+    loaded = load_any(model)
+    batches = batches_for(model, loaded, text, images, seed)
+    if method in searches:
+        context.obj.checkpoint = checkpoint
+        path = search_path(loaded, batches, config, checkpoint=checkpoint, progress=not as_json)
+    else:
+        path = baselines.METHODS[method](loaded, batches, seed=seed)
+    path.save(out)
+    if as_json:
+        units = sum(pair.units for pair in path.pairs)
+        return print_json(
+            {"out": str(out), "method": path.method, "units": units, "config": dict(path.config)}
+        )
+    print(f"{path!r}\nwritten to {out}")
+    if basis == "principal":
+        fixed = Counter(obstacle(loaded, pair) for pair in path.pairs)
+        for reason, count in fixed.items():
+            if reason is not None:
+                print(f"{count} of {len(path.pairs)} pairs keep their axes: {reason}")
+
+
+@app.command()
+@takes_budget
+def plan(
+    path: PathFolder,
+    budget: tuple[str, float],
+    latency: Annotated[
+        Path | None, typer.Option(help="File of measured latencies that extract wrote.")
+    ] = None,
+    multiple_of: MultipleOf = 1,
+    min_width: MinWidth = 0,
+    protect: Protect = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a budget means for a path, without making a model."""
+    from solpath.planning.budget import Budget
+
+    table = None if latency is None else table_of(latency)
+    options = plan_options(multiple_of, min_width, protect)
+    made = path_of(path).plan(Budget(*budget, table), **options)
+    if as_json:
+        return print_json(made.to_dict())
+    rows = [
+        (p.name, f"{p.heads} × {p.width}", f"{p.heads} × {made.widths[p.name]}",
+         f"{made.widths[p.name] / p.width:.0%}")
+        for p in made.pairs
+    ]  # fmt: skip
+    print_table(("pair", "dense", "kept", "share"), rows)
+    print(repr(made))
+
+
+@app.command()
+@takes_budget
+def extract(
+    model: ModelName,
+    path: PathFolder,
+    out: Annotated[Path, typer.Option(help="Folder for the smaller model, new or empty.")],
+    budget: tuple[str, float],
+    latency: Annotated[
+        Path | None,
+        typer.Option(help="File of measured latencies: read, or measured and written first."),
+    ] = None,
+    samples: Samples = 8,
+    tokens: Tokens = 128,
+    multiple_of: MultipleOf = 1,
+    min_width: MinWidth = 0,
+    protect: Protect = None,
+    as_json: Json = False,
+) -> None:
+    """Cut a model to a budget and save it. Latency is measured here, and verified."""
+    from solpath.files import check_output
+    from solpath.model.extraction import extract as cut
+    from solpath.planning.budget import Budget
+    from solpath.pretrained import load_processor
+    from solpath.storing.writing import save
+
+    check_output(out)
+    options = plan_options(multiple_of, min_width, protect)
+    found, (measure, value) = path_of(path), budget
+    if measure != "latency_ms":
+        if latency is not None:
+            raise BudgetError("--latency is for --latency-ms.")
+        made = found.plan(Budget(measure, value), **options)
+        loaded = load_any(model)
+    else:
+        loaded = load_any(model)
+        batch = random_tokens(loaded, samples, tokens)
+        made = _plan_for_latency(loaded, found, batch, value, latency, options)
+    small = cut(loaded, made)
+    try:
+        processor = load_processor(model)
+    except FileError as error:
+        say(f"no tokenizer or image processor is saved with it: {error}")
+        processor = None
+    save(small, out, tokenizer=processor)
+    if as_json:
+        summary = made.to_dict()
+        found_ms = {"latency_ms": summary["latency_ms"]} if made.latency_ms else {}
+        asked = {"out": str(out), "asked": summary["asked"]}
+        return print_json({**asked, **summary["achieved"], **found_ms})
+    print(f"{made!r}\nwritten to {out}")
+
+
+def _plan_for_latency(
+    model: Any,
+    path: "SolutionPath",
+    batch: Any,
+    latency_ms: float,
+    file: Path | None,
+    options: Mapping[str, Any],
+) -> "Plan":
+    """Read the table, or measure it and write it if a file is given; then plan and verify."""
+    from solpath.measuring.latency import check_request, measure_latency, plan_for_latency
+
+    check_request(model, path, batch, latency_ms, **options)
+    if file is not None and file.exists():
+        table = table_of(file)
+    else:
+        say("measuring shapes; keep the machine quiet")
+        table = measure_latency(model, batch)
+        if file is not None:
+            table.save(file)
+    return plan_for_latency(model, path, batch, latency_ms, latency=table, **options)

@@ -1,0 +1,166 @@
+"""A budget, and how many units must leave to meet it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from solpath.config import check_count
+from solpath.errors import BudgetError, ConfigError
+from solpath.pair import Pair
+from solpath.planning.cost import CostTable
+from solpath.planning.latency_table import LatencyTable
+from solpath.planning.removal import RemovalOrder
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large a member of the family may be, under one measure.
+
+    Attributes:
+        measure: ``"sparsity"``, ``"latency_ms"``, or a measure that the path's costs are keyed by
+            (``"params"``, ``"bytes"``, ``"macs"``, ``"cache"``, or one of your own, see
+            `solpath.model.counting.MEASURES`).
+        value: share of the prunable parameters to remove, in [0, 1); milliseconds that one forward
+            pass may take; or what to keep, as a share of the dense model in (0, 1] or a count.
+        latency: for ``"latency_ms"``, the table that predicts it.
+
+    Raises:
+        BudgetError: the value is not a finite number, or a table is missing or too much.
+    """
+
+    measure: str
+    value: float
+    latency: LatencyTable | None = None
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.value, int | float) and not isinstance(self.value, bool)
+        if not number or not math.isfinite(self.value):
+            raise BudgetError(f"{self.measure} must be a finite number, got {self.value!r}.")
+        if self.measure != "latency_ms" and self.latency is not None:
+            raise BudgetError(f"latency= is a table for latency_ms=, not for {self.measure}=.")
+        if self.measure == "latency_ms" and self.latency is None:
+            raise BudgetError(
+                "latency_ms needs latency=, a table from solpath.measure_latency(model, batch)."
+            )
+
+    @classmethod
+    def of(
+        cls, values: Mapping[str, float | None], latency: LatencyTable | None = None
+    ) -> "Budget":
+        """The one budget that is given among `values`, by measure.
+
+        Raises:
+            BudgetError: none or several are.
+        """
+        given = {name: value for name, value in values.items() if value is not None}
+        if len(given) != 1:
+            names = ", ".join(given) or "none"
+            raise BudgetError(f"give exactly one of {', '.join(values)}; got {names}.")
+        [(name, value)] = given.items()
+        return cls(name, value, latency)
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What every plan must respect, whatever its budget. Plans with equal ones are nested.
+
+    Attributes:
+        multiple_of: every head keeps a multiple of this many units (or all of them).
+        min_width: units every head keeps at least.
+        protect: shell patterns of pair names that stay dense, e.g. ``"*layer.0.*"``.
+
+    Raises:
+        ConfigError: `multiple_of` below 1, or `min_width` below 0.
+    """
+
+    multiple_of: int = 1
+    min_width: int = 0
+    protect: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        check_count("multiple_of", self.multiple_of, 1)
+        check_count("min_width", self.min_width, 0)
+
+    def check_patterns(self, pairs: Sequence[Pair]) -> None:
+        """Raise `ConfigError` for a pattern that matches none of `pairs`."""
+        for pattern in self.protect:
+            if not any(fnmatchcase(pair.name, pattern) for pair in pairs):
+                raise ConfigError(f"protect pattern {pattern!r} matches no pair.")
+
+    def protects(self, pair: Pair) -> bool:
+        """Whether `pair` stays dense."""
+        return any(fnmatchcase(pair.name, pattern) for pattern in self.protect)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "protect": list(self.protect)}
+
+
+def blocks_to_remove(
+    budget: Budget, pairs: Sequence[Pair], costs: CostTable, order: RemovalOrder
+) -> tuple[int, dict[str, float]]:
+    """How many blocks of `order` leave, and for a latency what the table predicts then.
+
+    The size is the one nearest to the budget; for a latency the largest that is predicted to be
+    fast enough.
+
+    Raises:
+        BudgetError: out of range, not reachable, or under a measure that the costs do not know.
+    """
+    if budget.latency is None:
+        return _nearest(budget, pairs, costs, order), {}
+    predicted = budget.latency.predict(order.every_width(pairs))
+    fits = (predicted <= budget.value).nonzero()
+    if budget.value > predicted[0] or not len(fits):
+        raise BudgetError(
+            f"latency_ms {budget.value} is not reachable: {predicted.min().item():.2f} to "
+            f"{predicted[0].item():.2f} ms are, by the table of latencies."
+        )
+    count = int(fits[0])
+    return count, {"predicted": predicted[count].item()}
+
+
+def _nearest(budget: Budget, pairs: Sequence[Pair], costs: CostTable, order: RemovalOrder) -> int:
+    """How many blocks leave, for the size nearest to a budget in anything that units add up to."""
+    target, unit = _target(budget, pairs, costs)
+    each = torch.tensor([pair.heads * unit[pair.name] for pair in pairs])
+    step = each[order.pair] * order.ranks
+    removed = torch.cat([torch.zeros(1, dtype=torch.int64), step.cumsum(0)])
+    if removed[-1] < target and target - removed[-1] > 0.5 * max(step.tolist(), default=0):
+        smallest = costs.achieved(pairs, order.widths_after(pairs, len(step)))
+        if budget.measure == "sparsity":
+            reachable = f"0 to {smallest.sparsity:.4f} are."
+        else:
+            low, dense = smallest.size(budget.measure), costs.dense[budget.measure]
+            reachable = (
+                f"{low:,} to {dense:,} are ({low / dense:.4f} to 1 as a share of the dense model)."
+            )
+        raise BudgetError(f"{budget.measure} {budget.value} is not reachable: {reachable}")
+    return int((removed.double() - target).abs().numpy().argmin())
+
+
+def _target(
+    budget: Budget, pairs: Sequence[Pair], costs: CostTable
+) -> tuple[float, Mapping[str, int]]:
+    """What must be removed, and the unit cost it is counted in."""
+    name, value = budget.measure, budget.value
+    if name == "sparsity":
+        if not 0 <= value < 1:
+            raise BudgetError(f"sparsity must be in [0, 1), got {value!r}: 0.4 removes 40 %.")
+        return value * costs.prunable(pairs), costs.unit["params"]
+    if name not in costs.dense:
+        known = ", ".join(["sparsity", *costs.dense, "latency_ms"])
+        raise BudgetError(f"this path does not count {name!r}; it knows {known}.")
+    dense = costs.dense[name]
+    if not dense:
+        raise BudgetError(f"{name} is no budget for this model: it has none.")
+    if not 0 < value <= dense:
+        raise BudgetError(
+            f"{name} must be a share in (0, 1] or a count up to {dense:,}, got {value!r}."
+        )
+    kept = value * dense if value <= 1 else value
+    return dense - kept, costs.unit[name]

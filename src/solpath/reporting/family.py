@@ -1,0 +1,220 @@
+"""A family of models as one typed value, and `family.json`, which holds it.
+
+The demo writes the file and the report reads it; what both may rely on is said here once.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from solpath.errors import FileError
+from solpath.files import check_format, json_bytes, read_json, write_file
+from solpath.planning.path import SolutionPath
+
+FORMAT, FORMAT_VERSION = "solpath.family", 2
+FILE = "family.json"
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """The dense model: its name, class and SHA-256, and its units and prunable parameters."""
+
+    name: str
+    architecture: str = field(metadata={"key": "class"})
+    sha256: str | None
+    units: int
+    prunable: int | None = None
+
+
+@dataclass(frozen=True)
+class SearchRun:
+    """The search: method, seconds, steps, seed, seconds of the compensation, and its text."""
+
+    method: str
+    seconds: float
+    steps: int
+    seed: int
+    compensation_seconds: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """What members are scored on: a name, and the number of held-out pairs."""
+
+    name: str
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """Quality of one method at one size."""
+
+    sparsity: float
+    cosine: float
+    retrieval: float
+
+
+@dataclass(frozen=True)
+class MethodRun:
+    """One method: seconds that its order took, and its quality at every size."""
+
+    name: str
+    seconds: float
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of the family: where it is, what it costs, how good it is, and its widths.
+
+    Attributes:
+        name: ``"dense"``, or that of its size.
+        folder: of the saved model, relative to the family's; None for the dense model.
+        sparsity: share of the prunable parameters that was removed.
+        params, macs, bytes: see `solpath.measuring.measurement.Measurement`.
+        params_share, macs_share: as a share of the dense model.
+        latency_ms, latency_iqr_ms: median time of one forward pass, and its interquartile range.
+        cosine: mean over the held-out texts, to the embeddings of the dense model.
+        retrieval: accuracy of the task.
+        widths: pair name to the units that every head keeps.
+    """
+
+    name: str
+    folder: str | None
+    sparsity: float
+    params: int
+    params_share: float
+    macs: int
+    macs_share: float
+    bytes: int
+    latency_ms: float
+    latency_iqr_ms: float
+    cosine: float
+    retrieval: float
+    widths: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What latencies were taken on: samples, tokens of each, and timed passes."""
+
+    samples: int
+    tokens: int
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything a report shows. The first member is the dense model.
+
+    Attributes:
+        model: the dense model.
+        search: the search that gave the order.
+        task: what members are scored on.
+        methods: the search and what it is compared with.
+        members: dense first, then by size.
+        measured: what latencies were taken on.
+        provenance: see `solpath.running.provenance`.
+    """
+
+    model: DenseModel
+    search: SearchRun
+    task: Task
+    methods: tuple[MethodRun, ...]
+    members: tuple[Member, ...]
+    measured: Timing
+    provenance: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `family.json` holds."""
+        return {"format": FORMAT, "version": FORMAT_VERSION, **_plain(self)}
+
+    def write(self, folder: Path) -> None:
+        """Write `family.json`, atomically. Raises `FileError` if that is not possible."""
+        write_file(folder / FILE, json_bytes(self.to_dict()))
+
+    @classmethod
+    def read(cls, folder: Path) -> "Family":
+        """Read `family.json`, every field checked.
+
+        Raises:
+            FileError: naming the file and the field.
+        """
+        file = folder / FILE
+        value = read_json(file)
+        check_format(file, value, FORMAT, FORMAT_VERSION)
+        family = _built(cls, file, "", value)
+        if type(family.provenance.get("threads")) is not int:
+            raise FileError(f"{file}: provenance.threads is not a number.")
+        dense = family.members[0]
+        for name in ("bytes", "latency_ms"):  # shares are taken of them
+            if not getattr(dense, name) > 0:
+                raise FileError(f"{file}: members[0].{name} must be positive.")
+        return family
+
+    def check_widths(self, folder: Path, path: SolutionPath) -> None:
+        """Raise `FileError` unless every member has a width for every pair of the path."""
+        for i, member in enumerate(self.members):
+            for pair in path.pairs:
+                width = member.widths.get(pair.name)
+                if type(width) is not int or not 0 <= width <= pair.width:
+                    raise FileError(
+                        f"{folder / FILE}: members[{i}].widths[{pair.name!r}] is {width!r}, "
+                        f"expected an integer in 0..{pair.width}."
+                    )
+
+
+def _plain(value: Any) -> Any:
+    """A dataclass, and all it holds, as plain values."""
+    if is_dataclass(value):
+        return {_key(part): _plain(getattr(value, part.name)) for part in fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _key(part: Any) -> str:
+    key: str = part.metadata.get("key", part.name)
+    return key
+
+
+def _built(kind: type[Part], file: Path, where: str, value: Any) -> Part:
+    """The dataclass `kind` from plain values, by the types of its fields."""
+    if not isinstance(value, dict):
+        raise FileError(f"{file}: {where} is missing or not an object.")
+    hints, parts = get_type_hints(kind), {}
+    for part in fields(kind):  # type: ignore[arg-type]
+        key = _key(part)
+        if key in value or part.default is MISSING:
+            place = f"{where}.{key}" if where else key
+            parts[part.name] = _checked(hints[part.name], file, place, value.get(key))
+    return kind(**parts)
+
+
+def _checked(hint: Any, file: Path, where: str, value: Any) -> Any:
+    """`value` as the type `hint`. Raises `FileError` if it is something else."""
+    options: Sequence[Any] = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if value is None and NoneType in options:
+        return None
+    [kind] = [option for option in options if option is not NoneType]
+    if is_dataclass(kind):
+        return _built(kind, file, where, value)  # type: ignore[arg-type]
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list) or not value:
+            raise FileError(f"{file}: {where} is missing, empty or not a list.")
+        item = get_args(kind)[0]
+        return tuple(_checked(item, file, f"{where}[{i}]", v) for i, v in enumerate(value))
+    if kind is str:
+        if not isinstance(value, str):
+            raise FileError(f"{file}: {where} is missing or not text.")
+    elif kind in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise FileError(f"{file}: {where} is {value!r}, expected a number.")
+    elif not isinstance(value, dict):
+        raise FileError(f"{file}: {where} is missing or not an object.")
+    return value

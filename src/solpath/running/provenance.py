@@ -1,0 +1,80 @@
+"""Where a figure comes from."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("solpath", "torch", "transformers", "numpy")
+
+
+def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Where a figure comes from: command, commit, versions, machine, threads, load, time (UTC)."""
+    return {
+        "command": _command(),
+        "commit": _commit(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version_of(name) for name in _PACKAGES},
+        },
+        "device": _device_name(torch.device(device)),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _command() -> str:
+    """The command line, with paths below the working directory made relative."""
+    prefix = str(Path.cwd()) + os.sep
+    program = Path(sys.argv[0] or "python")
+    name = str(program).removeprefix(prefix)
+    if Path(name).is_absolute():
+        name = program.name
+    start = ["python"] if name.endswith(".py") else []
+    return shlex.join([*start, name, *(a.removeprefix(prefix) for a in sys.argv[1:])])
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that this package is part of, or None for an installed copy."""
+    here = Path(__file__).resolve()
+    git = ["git", "-C", str(here.parent)]
+    try:
+        for command in (
+            [*git, "ls-files", "--error-unmatch", here.name],
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+            if done.returncode:
+                return None
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package; None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

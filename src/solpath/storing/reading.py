@@ -1,0 +1,122 @@
+"""Load extracted models bit for bit, from a folder or from the Hub.
+
+Loading never unpickles, never runs code from the folder, and compares every size with the weight
+headers before it allocates.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from solpath.errors import FileError
+from solpath.files import check_digest, check_header, digests, file_in, read_data, read_json
+from solpath.storing.manifest import CONFIG, GENERATION, HEADER, INDEX, check_manifest, read_headers
+from solpath.storing.skeleton import assign_, build_skeleton, check_sizes, expect_buffers, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HUB_FILES = ["*.json", "model*.safetensors", "vocab.txt", "merges.txt"]
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+
+Result = TypeVar("Result")
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    verify: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> "PreTrainedModel":
+    """Read a model written by `save`, bitwise equal, in eval mode, with its `solpath_plan`.
+
+    Args:
+        path: a folder, or the id of a Hub repository (``"name/repo"``) if there is no such folder.
+        device: where the model goes.
+        verify: also compare the weight files with the SHA-256 noted when they were saved, which
+            takes about as long as reading them. The JSON files are always compared.
+        revision: branch, tag or commit of a Hub repository.
+        token: for a private Hub repository.
+
+    Raises:
+        FileError: a missing, damaged or forged file; the message names the file and the field.
+
+    Example:
+        >>> small = solpath.load("family/s50")  # doctest: +SKIP
+    """
+    folder = _locate(path, revision, token)
+    file = file_in(folder, HEADER)
+    head = read_json(file)
+    plan = check_manifest(file, head)
+    known = head["digests"]
+    config = read_json(file_in(folder, CONFIG), sha256=known[CONFIG])
+    headers = read_headers(folder, known)
+    model_class = _named(folder, resolve, head["class"], head["model_type"])
+    _named(folder, check_sizes, config, headers.values(), model_class)
+    with digests([folder / name for name in headers] if verify else ()) as found:
+        model, expected = _named(folder, build_skeleton, model_class, config, head, plan)
+        wanted = expect_buffers(expected, headers, getattr(torch, head["dtype"]))
+        for name, header in headers.items():  # every header, before any tensor
+            check_header(folder / name, header, wanted, exact=len(headers) == 1)
+        if missing := sorted(set(wanted).difference(*headers.values())):
+            raise FileError(f"{folder / INDEX}: tensor {missing[0]!r} is in none of the files.")
+        tensors: dict[str, Tensor] = {}
+        for name, header in headers.items():
+            tensors |= read_data(folder / name, header)
+        for name, digest in found.items():
+            check_digest(folder / name, digest.result(), known[name])
+    assign_(model, tensors)
+    if GENERATION in known:
+        _set_generation_(model, folder, known[GENERATION])
+    model.eval()
+    if torch.device(device).type != "cpu":
+        model.to(device)
+    return cast("PreTrainedModel", model)
+
+
+def _named(folder: Path, function: Callable[..., Result], *values: Any) -> Result:
+    """Call `function`; whatever it raises becomes a `FileError` naming the files it worked on."""
+    try:
+        return function(*values)
+    except Exception as error:  # forged settings can make a constructor raise anything
+        raise FileError(
+            f"{folder / CONFIG} and {HEADER} do not describe a model that can be built: "
+            f"{str(error) or type(error).__name__}"
+        ) from error
+
+
+def _locate(path: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
+    """The folder `path`, or a snapshot of the Hub repository `path`."""
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    name = os.fspath(path)
+    if folder.exists() or not _HUB_ID.fullmatch(name):
+        raise FileError(f"{path} is not a folder, nor the id of a Hub repository (name/repo).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        found = snapshot_download(name, revision=revision, token=token, allow_patterns=HUB_FILES)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise FileError(f"there is no folder {name}, and not from the Hub: {error}") from error
+    return Path(found)
+
+
+def _set_generation_(model: Any, folder: Path, sha256: str) -> None:
+    from transformers import GenerationConfig
+
+    file = file_in(folder, GENERATION)
+    values = read_json(file, sha256=sha256)
+    try:
+        model.generation_config = GenerationConfig.from_dict(values)
+    except Exception as error:  # forged settings can make the constructor raise anything
+        raise FileError(f"{file}: {error}") from error
