@@ -91,7 +91,7 @@ def test_batches_index_like_a_list(folder):
 def test_a_part_of_them_reads_nothing_yet(folder, monkeypatch):
     whole = solpath.image_batches(folder, processor(), batch_size=3, seed=None)
     expected = values(whole)
-    monkeypatch.setattr("solpath.data.batches._read_images", None)
+    monkeypatch.setattr("solpath.data.images._read_images", None)
     parts = [whole[:1], whole[1:], whole[-1:], whole[2:]]
     assert [len(part) for part in parts] == [1, 1, 1, 0]
     monkeypatch.undo()
