@@ -260,7 +260,7 @@ FULL = OSError(28, "No space left on device")
     ("home", "name"),
     [
         (store, "save_file"),
-        (store, "write_json"),
+        (store, "json_bytes"),
         (store, "digests"),
         (store, "sync"),
         (files, "sync"),
@@ -607,7 +607,7 @@ def test_wrong_tensor_is_named_before_data_is_read(folder, change, monkeypatch):
     }[change]
     save_file(tensors, file)
     reseal(folder)
-    monkeypatch.setattr(store, "read_data", None)
+    monkeypatch.setattr("solpath.storing.reading.read_data", None)
     refused(folder, "model.safetensors", "other" if change in ("rename", "extra") else name)
 
 
