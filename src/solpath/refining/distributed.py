@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from solpath.errors import ConfigError
+from solpath.running.processes import ending_group
 
 _REFUSED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
@@ -28,7 +29,10 @@ def accelerating(device: torch.device, mixed_precision: str) -> Iterator[Acceler
     cpu = device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         try:
-            accelerator = Accelerator(cpu=cpu, device_placement=False, kwargs_handlers=[handler])
+            with ending_group():
+                accelerator = Accelerator(
+                    cpu=cpu, device_placement=False, kwargs_handlers=[handler]
+                )
         except ValueError as error:
             raise ConfigError(f"accelerate does not start: {error}") from error
         _check(accelerator, device, mixed_precision)

@@ -1,6 +1,11 @@
 """Which process of a distributed run this one is, and sums over all of them."""
 
+import atexit
+import gc
 import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,8 +19,32 @@ def process() -> tuple[int, int]:
         from accelerate import PartialState
 
         # Without an accelerator PartialState would start the group and still count one process.
-        PartialState(cpu=not torch.accelerator.is_available())
+        with ending_group():
+            PartialState(cpu=not torch.accelerator.is_available())
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+@contextmanager
+def ending_group() -> Iterator[None]:
+    """End a process group that is started in the block at exit, before the interpreter ends.
+
+    Threads of gloo let go of the tensors of a collective some time after it has returned, and they
+    need the interpreter for it: one that waits for the GIL while Python shuts down takes the
+    process with it (SIGABRT or SIGSEGV). A group that nothing refers to waits for its threads. A
+    group that was there before the block is left alone.
+    """
+    found = torch.distributed.is_initialized()
+    yield
+    if found or not torch.distributed.is_initialized():
+        return
+    started = weakref.ref(torch.distributed.group.WORLD)
+
+    def end() -> None:
+        if torch.distributed.is_initialized() and torch.distributed.group.WORLD is started():
+            gc.collect()  # wrapped models refer to the group, and often to themselves
+            torch.distributed.destroy_process_group()
+
+    atexit.register(end)
 
 
 def sum_over_processes(values: Tensor, device: torch.device) -> Tensor:
