@@ -36,7 +36,7 @@ from solpath.reporting.charts import spread
 from zoo_page import compensated_table, zoo_page, zoo_table
 
 ROOT = RESULTS.parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in ("benchmarks", "zoo"))]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{p}.md" for p in ("index", "benchmarks", "zoo"))]
 STRONG = {"color": "#0b6e99", "linewidth": 2.6, "markersize": 5}
 WEAK = {"color": "#68727b", "linewidth": 1.2, "markersize": 3}
 

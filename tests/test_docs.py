@@ -1,8 +1,10 @@
-"""Every Python block of the README and the docs runs, in order, page by page."""
+"""Every Python block of the README and the docs runs, and what they point at exists."""
 
 import dataclasses
 import importlib.util
 import re
+import unicodedata
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ import solpath
 from solpath.arch import table
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+DOCS = sorted(page.relative_to(ROOT) for page in (ROOT / "docs").rglob("*.md"))
+PAGES = ["README.md", *map(str, DOCS)]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -23,7 +26,7 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
         pytest.skip("no Python on this page")
     monkeypatch.chdir(tmp_path)
     _use_the_installed_model(monkeypatch)
-    _search_briefly(monkeypatch)
+    _work_briefly(monkeypatch)
     _forget_registered_types(monkeypatch)
     torch.manual_seed(0)
     exec(compile("\n".join(blocks), page, "exec"), {"__name__": page})
@@ -42,15 +45,25 @@ def _use_the_installed_model(monkeypatch):
         monkeypatch.setattr(loader, "from_pretrained", load)
 
 
-def _search_briefly(monkeypatch):
-    """Fewer steps than the default; nothing else changes."""
-    real = solpath.search
+def _work_briefly(monkeypatch):
+    """Fewer steps and batches than the pages say; nothing else changes."""
+    search, compensate, tune = solpath.search, solpath.compensate, solpath.tune
+    quiet = {"progress": False}
 
-    def search(model, batches, config=None, **options):
+    def brief_search(model, batches, config=None, **options):
         config = dataclasses.replace(config or solpath.SearchConfig(), steps=4, scale_batches=1)
-        return real(model, batches, config, **options | {"progress": False})
+        return search(model, batches, config, **options | quiet)
 
-    monkeypatch.setattr(solpath, "search", search)
+    def brief_compensate(small, dense, batches, **options):
+        return compensate(small, dense, batches[:4], **options | quiet)
+
+    def brief_tune(small, dense, batches, config, **options):
+        config = dataclasses.replace(config, steps=4, evaluate_every=2)
+        return tune(small, dense, batches, config, **options | quiet)
+
+    monkeypatch.setattr(solpath, "search", brief_search)
+    monkeypatch.setattr(solpath, "compensate", brief_compensate)
+    monkeypatch.setattr(solpath, "tune", brief_tune)
 
 
 def _forget_registered_types(monkeypatch):
@@ -59,6 +72,54 @@ def _forget_registered_types(monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_to_files_exist(page):
-    for target in re.findall(r"\]\((?!http)([^)#]+)", (ROOT / page).read_text()):
-        assert (ROOT / page).parent.joinpath(target).exists(), target
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", _prose(ROOT / page)):
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in _anchors(file), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_exist(page):
+    """A page of the site cannot link to code, so it names the file."""
+    names = re.findall(r"`((?:src|tests|benchmarks|examples|docs)/[\w./-]*)`", _prose(ROOT / page))
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_reference_has_every_public_name():
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    entries = set(re.findall(r"^::: solpath\.([\w.]+)", pages, re.M))
+    assert set(solpath.__all__) - {"SolpathError"} <= entries  # in solpath.errors
+    returned = set(_returned())
+    for entry in entries - returned:
+        attrgetter(entry)(solpath)
+    assert returned & set(solpath.__all__) == set(), "these have become public: show where"
+
+
+def _returned():
+    """Classes that the reference shows because public functions return them."""
+    script = (ROOT / "docs" / "tools" / "references.py").read_text()
+    return re.findall(r'"(\w+)"', re.search(r"^RESULTS = (.*)$", script, re.M)[1])
+
+
+def _prose(page):
+    """A page without its code blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.S | re.M)
+
+
+def _anchors(page):
+    """Anchors of headings that GitHub and the site make alike."""
+    headings = re.findall(r"^#+ (.*)$", _prose(page), re.M)
+    plain = [re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading) for heading in headings]
+    return {_github(heading) for heading in plain} & {_site(heading) for heading in plain}
+
+
+def _github(heading):
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def _site(heading):
+    """As Python-Markdown does."""
+    text = unicodedata.normalize("NFKD", heading).encode("ascii", "ignore").decode()
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", text).strip().lower())
