@@ -25,6 +25,7 @@ def tower(blocks: str) -> Stack:
 
 TABLES = {
     "clip": (tower("vision_model.encoder.layers"), tower("text_model.encoder.layers")),
-    "clip_text_model": (tower("encoder.layers"),),
-    "clip_vision_model": (tower("encoder.layers"),),
+    # A tower with a projection keeps it in a model of its own up to transformers 5.20.
+    "clip_text_model": (tower("encoder.layers"), tower("text_model.encoder.layers")),
+    "clip_vision_model": (tower("encoder.layers"), tower("vision_model.encoder.layers")),
 }
