@@ -1,7 +1,4 @@
-"""Other ways to order the units. Each gives the same `SolutionPath` as the search does.
-
-`model`, `batches`, `seed` and `loss` are those of `solpath.search`, and so are the errors.
-"""
+"""Baselines: other ways to order the units. Each returns a `SolutionPath`, as the search does."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +23,23 @@ from solpath.searching.engine import Engine, open_engine
 def random(
     model: nn.Module | Name, batches: Iterable[Any], *, seed: int = 0, loss: Loss | None = None
 ) -> SolutionPath:
-    """A random order: the floor any method must beat."""
+    """Order the units at random: the floor that any method must beat.
+
+    Args:
+        model: See `solpath.search`.
+        batches: See `solpath.search`. One is used to count multiply-accumulates, and a few for
+            norms over the heads.
+        seed: Seeds the order and a shuffling `DataLoader`.
+        loss: Not used; it is taken because every baseline takes it.
+
+    Raises:
+        SolpathError: In the same cases as `solpath.search`.
+
+    Example:
+        >>> rival = solpath.baselines.random(model, batches, seed=1)
+        >>> rival.config
+        {'seed': 1}
+    """
     with _opened(model, batches, loss, seed) as (engine, identity):
         score = torch.rand(engine.units, generator=engine.generator("random"), dtype=torch.float64)
         return _path(engine, identity, "random", score, {"seed": seed})
@@ -35,11 +48,24 @@ def random(
 def magnitude(
     model: nn.Module | Name, batches: Iterable[Any], *, seed: int = 0, loss: Loss | None = None
 ) -> SolutionPath:
-    """Norm of a unit's weights before the inner dimension times the norm after it.
+    """Order units by the norm of their weights before the inner dimension times that after it.
 
-    The product does not change when scale moves from one side to the other. It is divided by its
-    mean over the pair, so that layers can be compared. `batches` only gives the sample that MACs
-    are counted on and, for norms over the heads, what passes through them.
+    The product stays the same when scale moves from one side to the other. It is divided by its
+    mean over the pair, so that layers can be compared. Biases do not count.
+
+    Args:
+        model: See `solpath.search`.
+        batches: See `solpath.search`. One is used to count multiply-accumulates, and a few for
+            norms over the heads.
+        seed: Seeds a shuffling `DataLoader`.
+        loss: Not used; it is taken because every baseline takes it.
+
+    Raises:
+        SolpathError: In the same cases as `solpath.search`.
+
+    Example:
+        >>> solpath.baselines.magnitude(model, batches).method
+        'magnitude'
     """
     with _opened(model, batches, loss, seed) as (engine, identity):
         parts = []
@@ -58,10 +84,24 @@ def taylor(
     loss: Loss | None = None,
     scale_batches: int = 16,
 ) -> SolutionPath:
-    """First-order sensitivity per parameter: mean absolute derivative by the mask, per sample.
+    """Order units by the mean absolute derivative of the loss by their mask, per parameter.
 
-    With a user's loss the derivative is that of the loss; without one, where it is exactly 0 at
-    the dense model, that of a random projection of the output with the loss's curvature.
+    The derivative is taken for every sample at the dense model. Without a loss of yours the
+    derivative of the objective is exactly 0 there; that of a random projection of the output, with
+    the curvature of the objective, takes its place.
+
+    Args:
+        model, batches, loss: See `solpath.search`.
+        seed: Seeds the projections and a shuffling `DataLoader`.
+        scale_batches: Batches to average over. At least 1.
+
+    Raises:
+        ConfigError: `scale_batches` is below 1.
+        SolpathError: In the same cases as `solpath.search`.
+
+    Example:
+        >>> solpath.baselines.taylor(model, batches, scale_batches=2).config["scale_batches"]
+        2
     """
     check_count("scale_batches", scale_batches, 1)
     with _opened(model, batches, loss, seed) as (engine, identity):
@@ -78,7 +118,24 @@ def gauss_newton(
     loss: Loss | None = None,
     scale_batches: int = 16,
 ) -> SolutionPath:
-    """Expected loss of removing a unit from the dense model, to second order, per parameter."""
+    """Order units by the loss of removing one from the dense model, to second order, per parameter.
+
+    The second derivative is the Gauss-Newton diagonal (docs/method.md, "Objective"), or the
+    empirical Fisher diagonal under a loss of yours.
+
+    Args:
+        model, batches, loss: See `solpath.search`.
+        seed: Seeds the noise of the diagonal and a shuffling `DataLoader`.
+        scale_batches: Batches to average over. At least 1.
+
+    Raises:
+        ConfigError: `scale_batches` is below 1.
+        SolpathError: In the same cases as `solpath.search`.
+
+    Example:
+        >>> rival = solpath.baselines.gauss_newton(model, batches, scale_batches=2)
+        >>> small = solpath.extract(model, rival.plan(sparsity=0.5))
+    """
     check_count("scale_batches", scale_batches, 1)
     with _opened(model, batches, loss, seed) as (engine, identity):
         diagonal, slope = engine.curvature(scale_batches)
@@ -98,13 +155,27 @@ def iterative(
     scale_batches: int = 16,
     first_order: bool = True,
 ) -> SolutionPath:
-    """Gauss-Newton elimination, linearised again at several sizes on the way down.
+    """Remove units step by step, each time by a second-order expansion at the present size.
+
+    At every stage the groups of units with the least estimated loss per parameter leave until its
+    size is reached. Sizes fall geometrically. What remains is ordered by its last estimate.
 
     Args:
-        keep: share of the cost at the last stage; sizes fall geometrically to it.
-        stages: linearisations.
-        scale_batches: batches for each, different at every stage.
-        first_order: use the gradient at the current size as well as the curvature.
+        model, batches, loss: See `solpath.search`.
+        seed: Seeds the noise of the curvature and a shuffling `DataLoader`.
+        keep: Share of the prunable parameters that stays at the last stage, in [0.001, 0.9].
+        stages: Expansions on the way. At least 1.
+        scale_batches: Batches for each of them. Every stage reads the next ones. At least 1.
+        first_order: Use the gradient at the present size as well as the curvature.
+
+    Raises:
+        ConfigError: A setting has the wrong type or is out of its range.
+        SolpathError: In the same cases as `solpath.search`.
+
+    Example:
+        >>> rival = solpath.baselines.iterative(model, batches, stages=3, scale_batches=2)
+        >>> rival.method, rival.config["keep"]
+        ('iterative', 0.05)
     """
     check_number("keep", keep, 1e-3, 0.9)
     check_count("stages", stages, 1)
@@ -146,7 +217,19 @@ def iterative_curvature(
     stages: int = 12,
     scale_batches: int = 16,
 ) -> SolutionPath:
-    """`iterative` without the first-order term, which is the better one on some models."""
+    """Run `iterative` without its first-order term, which orders some models better.
+
+    Args:
+        model, batches, seed, loss, keep, stages, scale_batches: See `iterative`.
+
+    Raises:
+        SolpathError: In the same cases as `iterative`.
+
+    Example:
+        >>> rival = solpath.baselines.iterative_curvature(model, batches, stages=3, scale_batches=2)
+        >>> rival.config["first_order"]
+        False
+    """
     return iterative(
         model,
         batches,
@@ -169,11 +252,28 @@ def released(
     learning_rate: float = 1e-3,
     lam: float = 3.0,
 ) -> SolutionPath:
-    """The update rule of the authors' published code: Adam on the plain loss, no coupling.
+    """Order units by the update rule of the SPP authors' published code (DeiT search script).
 
-    ``M ← Adam(∇L)``, ``V ← V + lr (M - Γ) / (1 - 0.9ᵗ)``, ``Γ = max(V - λ, 0)``. Units are ordered
-    by V, which is finer than the published count of logged steps with Γ > 0; every head has its
-    own mask, where the published code shares one.
+    The rule runs Adam on the plain loss, without coupling: ``M ← Adam(∇L)``,
+    ``V ← V + lr (M - Γ) / (1 - 0.9ᵗ)`` and ``Γ = max(V - λ, 0)``. It differs from that code in two
+    points: units are ordered by V, which is finer than the count of logged steps with Γ > 0, and
+    every head has a mask of its own.
+
+    Args:
+        model, batches, loss: See `solpath.search`.
+        seed: Seeds a shuffling `DataLoader`.
+        steps: Updates, one batch each. At least 1.
+        learning_rate: Step size of both updates, in [1e-12, 1000].
+        lam: Threshold λ, in [1e-6, 1e12].
+
+    Raises:
+        ConfigError: A setting has the wrong type or is out of its range.
+        SolpathError: In the same cases as `solpath.search`.
+
+    Example:
+        >>> rival = solpath.baselines.released(model, batches, steps=4)
+        >>> rival.method, rival.config["steps"]
+        ('released', 4)
     """
     check_count("steps", steps, 1)
     check_number("learning_rate", learning_rate, 1e-12, 1e3)
@@ -201,13 +301,14 @@ METHODS: Mapping[str, Callable[..., SolutionPath]] = {
     "iterative_curvature": iterative_curvature,
     "released": released,
 }
-"""Every baseline by name."""
+"""Name to function of every baseline."""
 
 
 @contextmanager
 def _opened(
     model: nn.Module | Name, batches: Iterable[Any], loss: Loss | None, seed: int
 ) -> Iterator[tuple[Engine, Fingerprint]]:
+    """Yield an engine for `model`, loaded if it is a name, and the fingerprint of the model."""
     model, batches = for_batches(model, batches)
     identity = fingerprint(model, find_pairs(model))
     with open_engine(model, batches, loss=loss, seed=seed) as engine:
@@ -217,6 +318,7 @@ def _opened(
 def _path(
     engine: Engine, identity: Fingerprint, method: str, score: Tensor, config: Mapping[str, Any]
 ) -> SolutionPath:
+    """Return the path that orders units by `score`, the highest first."""
     order = score.argsort(descending=True, stable=True)
     entry = torch.empty_like(score)
     entry[order] = engine.cost[order].cumsum(0) / engine.cost.sum()
@@ -233,7 +335,7 @@ def _path(
 
 
 def _weakest_groups(pairs: Sequence[Pair], mask: Tensor, damage: Tensor) -> Iterator[Tensor]:
-    """Units of equal rank in every head of a pair, least mean damage first. int64 ``[heads]``."""
+    """Yield the remaining groups of units, the least mean damage first, as int64 ``[heads]``."""
     sizes = [pair.units for pair in pairs]
     shapes = [(pair.heads, pair.width) for pair in pairs]
     values = [

@@ -1,4 +1,4 @@
-"""Settings of a search or a tuning: frozen, plain values, checked where they are built."""
+"""Settings of a search or of tuning: frozen dataclasses of plain values, checked when built."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -7,7 +7,17 @@ from solpath.errors import ConfigError
 
 
 def check_number(field: str, value: float, low: float, high: float) -> None:
-    """Raise `ConfigError` unless `value` is a number from `low` to `high`."""
+    """Raise `ConfigError` unless `value` is an int or a float from `low` to `high`, both included.
+
+    Args:
+        field: Name of the setting, for the message.
+        value: The setting. A bool is not a number.
+        low: Smallest value allowed.
+        high: Largest value allowed.
+
+    Raises:
+        ConfigError: `value` is no number or out of range.
+    """
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not low <= value <= high:
         raise ConfigError(f"{field} must be a number between {low:g} and {high:g}, got {value!r}.")
@@ -24,36 +34,63 @@ def _check_flag(field: str, value: bool) -> None:
 
 
 def check_count(field: str, value: int, low: int) -> None:
-    """Raise `ConfigError` unless `value` is an integer of at least `low`."""
+    """Raise `ConfigError` unless `value` is an integer of at least `low`.
+
+    Args:
+        field: Name of the setting, for the message.
+        value: The setting. A bool is not an integer.
+        low: Smallest value allowed.
+
+    Raises:
+        ConfigError: `value` is no integer or below `low`.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ConfigError(f"{field} must be an integer of at least {low}, got {value!r}.")
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """The default search: binary masks, growing pull, masks at their equilibrium (docs/method.md).
+    """Settings of the default search: binary masks under a growing pull (docs/method.md).
 
-    One setting serves every model measured in docs/benchmarks.md; nothing has to be tuned.
+    One setting serves every model in docs/benchmarks.md; nothing has to be tuned. The one-shot
+    scale, below, is the Gauss-Newton diagonal at the dense model.
 
     Attributes:
-        steps: forward-backward passes after the scale has been measured.
-        seed: of the mask draws, the noise of the one-shot scale, and a shuffling `DataLoader`. Same
-            seed, same path.
-        momentum: of the running mean of the marginals, in [0, 0.999].
-        relaxation: share of the way to its equilibrium that the mask moves in a step, in
+        steps: Forward-backward passes, one batch each, after the one-shot scale was measured.
+            At least 2.
+        seed: Seeds the mask draws, the noise of the one-shot scale, and a shuffling `DataLoader`.
+            The same seed gives the same path.
+        momentum: Weight of the past in the running mean of the marginals, in [0, 0.999].
+        relaxation: Share of the way to its equilibrium that the mask moves in a step, in
             [0.001, 1].
-        sharpness: exponent of the marginals in the mask; 1 is the plain equilibrium.
-        shrinkage: pull of noisy marginals towards the one-shot scale; 0 switches it off.
-        final_size: expected share of the cost kept at the last step, in [0.001, 0.9].
-        memory: steps, as a share of `steps`, that a mask is remembered for when the order is read.
-        scale_batches: batches the one-shot scale is measured on.
-        binary: draw masks from {0, 1}; False uses the continuous mask itself (ablation).
-        growing_pull: let the pull grow with the steps; False holds it constant (ablation).
-        basis: ``coordinate`` searches the channels as they are; ``principal`` first turns query-key
-            and value-output dimensions to their principal axes, where nothing stands in the way:
-            rotary embeddings and norms over the heads do (see `solpath.model.basis.obstacle`).
-        compensated: let a unit count only as far as the others cannot make up for it, for members
-            that go through `compensate`.
+        sharpness: Exponent of the marginals in the mask, in [0.1, 10]. 1 gives the plain
+            equilibrium.
+        shrinkage: How strongly noisy marginals are drawn to the one-shot scale, in [0, 1e6].
+            0 leaves them as they are.
+        final_size: Expected share of the prunable parameters at the last step, in [0.001, 0.9].
+            Without `growing_pull` it is not used.
+        memory: Share of `steps` for which the order still counts the masks of larger sizes, in
+            [0, 1].
+        scale_batches: Batches on which the one-shot scale is measured. At least 1.
+        binary: Draw masks of 0 and 1 for every sample. False runs the model under the expected
+            mask itself, for ablations.
+        growing_pull: Let the pull grow from step to step. False aims at half of the prunable
+            parameters in every step, for ablations.
+        basis: ``"coordinate"`` searches along the channels as they are. ``"principal"`` first
+            turns query-key and value-output dimensions to their principal axes. Where something
+            stands between the two maps, such as a rotary embedding or a norm over the heads, the
+            channels stay (see `solpath.model.basis.obstacle`).
+        compensated: Count each marginal only by the unit's unexplained variance. For members that
+            go through `solpath.compensate` afterwards.
+
+    Raises:
+        ConfigError: A setting has the wrong type or is out of its range. The message names it.
+
+    Example:
+        >>> config = solpath.SearchConfig(steps=4, basis="principal")
+        >>> path = solpath.search(model, batches, config, progress=False)
+        >>> path.history.shape
+        torch.Size([2, 4])
     """
 
     steps: int = 200
@@ -85,25 +122,36 @@ class SearchConfig:
             _check_flag(field, getattr(self, field))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the settings as plain values, for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class InclusionConfig:
-    """The paper's differential inclusion: constant pull, continuous masks, entry times.
+    """Settings of the differential inclusion of the SPP paper (ICLR 2025, arXiv 2501.03289).
 
-    Split linearised Bregman iteration with a diagonal preconditioner (docs/method.md).
+    The pull is constant and the masks are continuous. A split linearised Bregman iteration with a
+    diagonal preconditioner solves it; docs/method.md, "The paper's inclusion", defines M, Γ and V.
 
     Attributes:
-        steps: iterations.
-        seed: of the noise of the one-shot scale and of a shuffling `DataLoader`.
-        nu: strength of the coupling is 1/nu; None takes 0.2 / median of the one-shot scale.
-        kappa: inverse of the ridge on the sparse copy, at least 0.
-        lam: threshold that V crosses when a unit enters; None takes
-            ``step_size * steps / 4``, which a mask that stays 1 crosses in a quarter of the steps.
-        step_size: of the mask, as a share of the way to its stationary point, in [0.0001, 1].
-        scale_batches: batches the one-shot scale is measured on.
+        steps: Iterations, one batch each. At least 2.
+        seed: Seeds the noise of the one-shot scale and a shuffling `DataLoader`.
+        nu: Inverse of the coupling between the mask M and its sparse copy Γ. None takes 0.2
+            divided by the median of the positive entries of the one-shot scale.
+        kappa: Inverse of the ridge on the sparse copy, in [0, 1e6].
+        lam: Threshold that V crosses when a unit enters. None takes ``step_size * steps / 4``,
+            which a mask that stays 1 crosses after a quarter of the steps.
+        step_size: Share of the way to its stationary point that the mask moves in a step, in
+            [0.0001, 1].
+        scale_batches: Batches on which the one-shot scale is measured. At least 1.
+
+    Raises:
+        ConfigError: A setting has the wrong type or is out of its range. The message names it.
+
+    Example:
+        >>> config = solpath.InclusionConfig(steps=4)
+        >>> solpath.search(model, batches, config, progress=False).method
+        'inclusion'
     """
 
     steps: int = 200
@@ -126,28 +174,44 @@ class InclusionConfig:
             check_number("lam", self.lam, 1e-6, 1e12)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the settings as plain values, for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """Training of a smaller model against the dense one: AdamW, warmup, one schedule.
+    """Settings of tuning, which trains a member to give the outputs of the dense model.
+
+    The optimizer is AdamW; the learning rate warms up and then follows one schedule.
 
     Attributes:
-        steps: updates, one batch each.
-        seed: of the adapters' start and of a shuffling `DataLoader`.
-        learning_rate: peak; None takes 0.1 times the root of the held-out loss before the first
-            step, divided by the model's width, at most 1e-3; and ten times that for adapters.
-        warmup: share of `steps` in which the learning rate grows from 0 to its peak.
-        schedule: after that: ``cosine`` or ``linear`` to 0, or ``constant``.
-        weight_decay: of the matrices, not of biases and norms.
-        max_grad_norm: longer gradients are scaled down to this norm.
-        evaluate_every: steps between looks at the held-out batches.
-        patience: looks without a new best after which tuning stops early; None never does.
-        lora_rank: train low-rank adapters of this rank and merge them; None trains all weights.
-        lora_alpha: the adapters' product is scaled by ``lora_alpha / lora_rank``.
-        mixed_precision: ``no``, or ``bf16`` for autocast; the weights stay in their dtype.
+        steps: Updates, one batch each. At least 1.
+        seed: Seeds the initial adapters and a shuffling `DataLoader`.
+        learning_rate: Peak of the learning rate. None takes 0.1 times the root of the held-out
+            loss before the first step, divided by the median number of inputs of the trained
+            matrices, but at most 1e-3; for adapters it takes ten times that.
+        warmup: Share of `steps` in which the learning rate grows from 0 to its peak, in [0, 1].
+        schedule: What follows the warmup: ``"cosine"`` or ``"linear"`` decay to 0, or
+            ``"constant"``.
+        weight_decay: Decay of weight matrices, in [0, 1000]. Biases and norms do not decay.
+        max_grad_norm: Norm to which longer gradients are scaled down.
+        evaluate_every: Steps between evaluations on the held-out batches. At least 1.
+        patience: Evaluations without a new best after which tuning stops early. None never stops
+            early.
+        lora_rank: Rank of low-rank adapters, which are trained in place of the weights and then
+            merged. None trains all weights.
+        lora_alpha: The product of the adapters is scaled by ``lora_alpha / lora_rank``.
+        mixed_precision: ``"no"``, or ``"bf16"`` to run under autocast. The weights keep their
+            dtype either way.
+
+    Raises:
+        ConfigError: A setting has the wrong type or is out of its range. The message names it.
+
+    Example:
+        >>> solpath.TuneConfig(schedule="step")
+        Traceback (most recent call last):
+            ...
+        solpath.errors.ConfigError: schedule must be one of cosine, linear, constant; got 'step'.
     """
 
     steps: int = 500
@@ -180,5 +244,5 @@ class TuneConfig:
         _check_choice("mixed_precision", self.mixed_precision, ("no", "bf16"))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the settings as plain values, for JSON."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""What a search minimises: the distance of a model's output to the dense model's own output."""
+"""What a search minimises: the divergence of a model's output from the dense model's output."""
 
 import math
 from collections.abc import Callable
@@ -12,25 +12,42 @@ from solpath.running.forward import Batch, has_logits, output_mask, output_tenso
 _TARGET_CACHE_BYTES = 256 * 2**20
 
 Loss = Callable[[Any, Batch], Tensor]
-"""``loss(outputs, batch) -> scalar``: a mean over the samples of the batch."""
+"""A function ``loss(outputs, batch)`` that returns a scalar: a mean over the batch's samples."""
 
 
 class Target(NamedTuple):
-    """What the dense model gives for a batch, see `output_tensor`, and whether it is logits."""
+    """What the dense model gives for a batch.
+
+    Attributes:
+        output: The output that is compared (see `output_tensor`), ``[batch, ..., features]``.
+        logits: Whether that output is logits.
+    """
 
     output: Tensor
     logits: bool
 
 
 def target_of(dense: nn.Module, batch: Batch) -> Target:
-    """The target of `divergence_from`, without gradients."""
+    """Return the dense model's output for a batch, computed without gradients.
+
+    Args:
+        dense: The dense model.
+        batch: What it runs on. Labels are left out.
+
+    Raises:
+        BatchError: The output has nothing to compare (see `output_tensor`).
+    """
     with torch.no_grad():
         outputs = run(dense, batch, labels=False)
     return Target(output_tensor(outputs).clone(), has_logits(outputs))
 
 
 class Targets:
-    """Targets by step, remembered, up to a limit, while batches of known number repeat."""
+    """A memory for the targets of batches that come again, of at most 256 MiB.
+
+    Args:
+        length: Number of batches before they repeat. None, where it is not known, remembers none.
+    """
 
     def __init__(self, length: int | None) -> None:
         self._length = length
@@ -38,7 +55,12 @@ class Targets:
         self._bytes = 0
 
     def get(self, step: int, compute: Callable[[], Target]) -> Target:
-        """The target of batch `step`, by `compute` if it is not remembered."""
+        """Return the target of batch `step`, computed unless it is remembered.
+
+        Args:
+            step: Batch number, counted on over repetitions.
+            compute: Called to compute the target.
+        """
         if not self._length:
             return compute()
         key = step % self._length
@@ -52,24 +74,42 @@ class Targets:
 
 
 def divergence_from(target: Target, outputs: Any, batch: Batch) -> Tensor:
-    """`divergence` of a model's outputs for a batch from the dense one's. ``[batch]``."""
+    """Return the `divergence` of a model's outputs from the dense model's, ``[batch]``.
+
+    Args:
+        target: What the dense model gave for the batch.
+        outputs: What the model gave for it.
+        batch: The batch, whose attention mask says which tokens count.
+
+    Raises:
+        BatchError: The outputs have nothing to compare (see `output_tensor`).
+    """
     output = output_tensor(outputs)
     return divergence(output, target.output, output_mask(batch, output), logits=target.logits)
 
 
 def divergence(output: Tensor, target: Tensor, mask: Tensor | None, *, logits: bool) -> Tensor:
-    """Distance of every sample to its target; exactly 0, with gradient 0, where they are equal.
+    """Return how far every sample is from its target; docs/method.md, "Objective".
 
-    Logits: KL(target || output) in nats, averaged over tokens. Hidden states: squared error over
-    tokens and features, relative to the squared norm of the target.
+    For logits, this is KL(target || output) in nats, averaged over tokens. For hidden states, it is
+    the squared error over tokens and features, divided by the squared norm of the target. Where
+    output and target are equal, the divergence and its gradient are exactly 0.
 
     Args:
-        output: ``[batch, ..., features]``.
-        target: same shape, the dense model's output.
-        mask: bool ``[batch, tokens]`` or None.
+        output: Output of the model, ``[batch, ..., features]``.
+        target: Output of the dense model, of the same shape.
+        mask: Tokens that count, bool ``[batch, tokens]``; None counts all.
+        logits: Whether the outputs are logits.
 
     Returns:
-        ``[batch]``.
+        float32 ``[batch]``, or float64 where an input is. A sample without any token that counts
+        gives NaN.
+
+    Example:
+        >>> output = torch.tensor([[0.0, 2.0], [0.0, 1.0]])
+        >>> target = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+        >>> divergence(output, target, None, logits=False).tolist()
+        [1.0, 0.0]
     """
     output, target = at_least_float(output), at_least_float(target)
     if logits:
@@ -82,14 +122,19 @@ def divergence(output: Tensor, target: Tensor, mask: Tensor | None, *, logits: b
 
 
 def curvature_sketch(target: Tensor, mask: Tensor | None, noise: Tensor, *, logits: bool) -> Tensor:
-    """Turn white noise into a draw whose covariance is the curvature of `divergence` at its zero.
+    """Turn white noise into a draw whose covariance is the curvature of `divergence` at 0.
 
-    Squared error: ``2 I / norm``. KL: ``(diag(p) - p pᵀ) / tokens``.
+    The curvature in the output of one sample is ``2 I / ‖target‖²`` for hidden states, and
+    ``(diag(p) - p pᵀ) / tokens`` for the logits of every token, with their probabilities p.
 
     Args:
-        target: ``[batch, ..., features]``, dense output.
-        mask: bool ``[batch, tokens]`` or None.
-        noise: same shape as `target`, standard normal.
+        target: Output of the dense model, ``[batch, ..., features]``.
+        mask: Tokens that count, bool ``[batch, tokens]``; None counts all.
+        noise: Independent standard normal numbers, of the shape of `target`.
+        logits: Whether the target is logits.
+
+    Returns:
+        The draw, of the shape of `target`. It is 0 at tokens that do not count.
     """
     target = at_least_float(target)
     if logits:
@@ -108,15 +153,21 @@ def curvature_sketch(target: Tensor, mask: Tensor | None, noise: Tensor, *, logi
 
 
 def at_least_float(value: Tensor) -> Tensor:
-    """Half precision to float32; float32 and float64 as they are."""
+    """Return half precision as float32, and float32 and float64 unchanged.
+
+    Args:
+        value: A tensor of any floating dtype.
+    """
     return value if value.dtype == torch.float64 else value.float()
 
 
 def _total(values: Tensor) -> Tensor:
+    """Sum all but the first dimension."""
     return values.flatten(1).sum(1) if values.dim() > 1 else values
 
 
 def _token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Average over the tokens that count."""
     if values.dim() == 1:
         return values
     if mask is None:

@@ -1,4 +1,4 @@
-"""What can be pruned: pairs of linear maps that meet in an inner dimension nobody outside sees."""
+"""Pairs: what can be pruned. In a pair, two linear maps meet in an inner dimension."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,16 +12,19 @@ Kind = Literal["qk", "vo", "mlp"]
 
 @dataclass(frozen=True)
 class Side:
-    """One linear layer of a pair and how its inner dimension is laid out.
+    """One linear layer of a pair, and the layout of the inner dimension in it.
 
-    The inner dimension is the layer's rows (outputs) or columns (inputs), in the order
-    ``[heads, repeat, channels, width]`` with `heads`, `channels`, `width` from the pair.
+    The inner dimension runs along the layer's outputs or its inputs, as
+    ``[heads, repeat, channels, width]`` with the `heads`, `channels` and `width` of the pair.
 
     Attributes:
-        module: dotted path of the layer in the model.
-        axis: 0 when a unit is outputs of the layer (with their bias), 1 when it is inputs.
-        repeat: heads of this layer per head of the pair (query heads per key-value head).
-        offset: first of its channels in the layer; above 0 in fused query-key-value projections.
+        module: Dotted name of the layer in the model.
+        axis: 0 where units are outputs of the layer (and entries of its bias), 1 where they are
+            inputs.
+        repeat: Heads of this layer per head of the pair: query heads per key-value head under
+            grouped queries, otherwise 1.
+        offset: Index of the first inner channel in the layer. It is above 0 for keys and values
+            in a fused query-key-value projection.
     """
 
     module: str
@@ -35,8 +38,8 @@ class Norm:
     """A norm over every head of the queries or of the keys.
 
     Attributes:
-        module: dotted path in the model.
-        heads_dim: the dimension of its input that runs over heads, -2 or -3.
+        module: Dotted name of the norm in the model.
+        heads_dim: Dimension of its input that runs over the heads, -2 or -3.
     """
 
     module: str
@@ -45,19 +48,26 @@ class Norm:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two linear maps sharing `heads * width` removable units.
+    """Two linear maps that meet in an inner dimension of ``heads * width`` units.
 
     Attributes:
-        name: unique in the model, for example ``encoder.layer.0.attention.qk``.
+        name: Name of the pair, unique in the model, such as ``encoder.layer.0.attention.qk``.
         kind: ``"qk"`` (query-key), ``"vo"`` (value-output) or ``"mlp"`` (fc1-fc2).
-        heads: heads that each keep the same number of units (key-value heads; 1 for ``mlp``).
-        width: units per head in the dense model.
-        left: the layers before the inner dimension (query; value; fc1, or gate and up).
-        right: the layer after it (output; fc2). For ``qk`` it is the key projection.
-        cost: parameters, biases included, that removing one unit removes.
-        channels: inner channels per unit and head: 2 for a rotary couple, otherwise 1.
-        cache: elements of the key-value cache, per token, that one unit takes.
-        norms: the norm of the query and that of the key between projection and logits, if any.
+        heads: Heads, each of which keeps the same number of units: key-value heads, or 1 for
+            ``mlp``.
+        width: Units per head in the dense model.
+        left: The layers before the inner dimension: query; value; fc1, or gate and up.
+        right: The layer after it: output; fc2. For ``qk`` it is the key projection.
+        cost: Parameters that leave with one unit, biases included.
+        channels: Inner channels per unit and head: 2 for a rotary couple, otherwise 1.
+        cache: Elements of the key-value cache that one unit takes per token.
+        norms: The norm of the queries and that of the keys, where the heads are normalised;
+            otherwise empty.
+
+    Example:
+        >>> pair = path.pairs[0]
+        >>> pair.name, pair.kind, pair.heads, pair.width, pair.cost
+        ('bert.encoder.layer.0.attention.qk', 'qk', 4, 8, 66)
     """
 
     name: str
@@ -73,45 +83,67 @@ class Pair:
 
     @property
     def units(self) -> int:
-        """Number of removable units."""
+        """Number of units in all heads."""
         return self.heads * self.width
 
     @property
     def sides(self) -> tuple[Side, ...]:
-        """Every layer that is cut."""
+        """All layers that are cut, the right-hand one last."""
         return (*self.left, self.right)
 
     @property
     def mask_side(self) -> Side:
-        """The layer whose input (axis 1) or output (axis 0) carries the mask."""
+        """The layer whose output (axis 0) or input (axis 1) is multiplied by the mask."""
         return self.left[0] if self.kind == "qk" else self.right
 
     def channel_index(self, side: Side, kept: Tensor) -> Tensor:
-        """Inner channels of `side` that belong to the units `kept`.
+        """Return the positions in `side` of the inner channels of some units.
 
         Args:
-            side: one of `sides`.
-            kept: int64 ``[heads, r]``, kept unit of each head.
+            side: One of `sides`.
+            kept: Kept units of every head, int64 ``[heads, r]``.
 
         Returns:
             int64 ``[heads * repeat * channels * r]``, in the layout of the smaller layer.
+
+        Example:
+            >>> query, key = Side("query", 0), Side("key", 0)
+            >>> pair = Pair("qk", "qk", heads=2, width=4, left=(query,), right=key, cost=10)
+            >>> pair.channel_index(key, torch.tensor([[0, 3], [1, 2]])).tolist()
+            [0, 3, 5, 6]
         """
         first = torch.arange(self.heads * side.repeat * self.channels) * self.width + side.offset
         first = first.view(self.heads, side.repeat, self.channels, 1)
         return (first + kept.view(self.heads, 1, 1, -1)).flatten()
 
     def unit_of_channel(self, side: Side) -> Tensor:
-        """For every inner channel of `side`, the flat index of its unit. int64 ``[channels]``."""
+        """Return the unit that every inner channel of `side` belongs to.
+
+        Args:
+            side: One of `sides`.
+
+        Returns:
+            Index into the units of all heads laid end to end,
+            int64 ``[heads * repeat * channels * width]``.
+        """
         unit = torch.arange(self.units).view(self.heads, 1, 1, self.width)
         return unit.expand(-1, side.repeat, self.channels, -1).flatten()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the pair as plain values, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "Pair":
-        """Inverse of `to_dict`. Raises `KeyError` or `TypeError` on anything else."""
+        """Return the pair that `to_dict` described.
+
+        Args:
+            value: What `to_dict` returned, also after a round trip through JSON.
+
+        Raises:
+            KeyError: A layer or the norms are missing.
+            TypeError: Another field is missing or unknown, or a layer is not a mapping.
+        """
         left = tuple(Side(**side) for side in value["left"])
         right, norms = Side(**value["right"]), tuple(Norm(**norm) for norm in value["norms"])
         return cls(**{**value, "left": left, "right": right, "norms": norms})
@@ -119,18 +151,23 @@ class Pair:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Which model a path belongs to.
+    """What a path or a plan remembers of its dense model, to recognise it.
 
     Attributes:
-        architecture: class name of the model.
-        digests: pair name to a SHA-256 prefix of the weights and biases of its layers.
+        architecture: Class name of the model.
+        digests: Pair name to the first digits of a SHA-256 of the weights and biases of its
+            layers.
     """
 
     architecture: str
     digests: Mapping[str, str]
 
     def differences(self, other: "Fingerprint") -> str:
-        """What differs from `other`, in words; empty when nothing does."""
+        """Return in words how `other` differs, or an empty string when it does not.
+
+        Args:
+            other: The fingerprint to compare with, of the model at hand.
+        """
         if self.architecture != other.architecture:
             return f"the class is {other.architecture}, not {self.architecture}"
         if set(self.digests) != set(other.digests):

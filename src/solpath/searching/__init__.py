@@ -1,6 +1,6 @@
-"""The searches: put all units of a model in order.
+"""The searches, which put all units of a model in order.
 
-`search.py` is the frame, `equilibrium.py` and `inclusion.py` are the two methods, and they ask a
-model for gradients and statistics through `engine.py` only. A new method or a new engine enters
-here; weights are changed elsewhere.
+`search.py` runs one of two methods, `equilibrium.py` or `inclusion.py`. A method asks a model for
+gradients and statistics only through an engine (`engine.py`); `probe.py` is the engine for models
+in memory. The search changes no weights, except that they are rotated to a basis while it runs.
 """

@@ -1,4 +1,4 @@
-"""The mathematics of the search: pure functions on vectors over all units. See docs/method.md."""
+"""The mathematics of both searches: pure functions on vectors over all units (docs/method.md)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,12 +11,12 @@ from solpath.planning.removal import groups_by_rank, removal_order
 
 
 class Equilibrium(NamedTuple):
-    """State of the default search. All float64 ``[units]``.
+    """State of the default search, each part float64 ``[units]``.
 
     Attributes:
-        marginal: running mean of the loss of removing each unit (m).
-        noise: running estimate of the variance of `marginal`.
-        mask: expected mask (M).
+        marginal: Running mean of the loss of removing each unit (m).
+        noise: Running estimate of the variance of `marginal` (v).
+        mask: Expected mask (M), in [0, 1].
     """
 
     marginal: Tensor
@@ -25,22 +25,30 @@ class Equilibrium(NamedTuple):
 
 
 def pull(drive: Float[Tensor, " units"], cost: Float[Tensor, " units"], keep: float) -> float:
-    """The p for which ``Σ cost · min(drive / p, 1) = keep · Σ cost``, exactly.
+    """Return the pull p at which ``Σ cost · min(drive / p, 1) = keep · Σ cost``, exactly.
 
-    The left side falls in p and is linear in 1/p between the sorted drives, so the root is found
-    by one sort. If the units with a positive drive cost less than `keep`, p is 0 in the limit
-    and the smallest positive drive is returned: all of them are kept whole.
+    The left side falls in p and is linear in 1/p between the sorted drives, so one sort finds the
+    root. If the units with a positive drive cost less than `keep`, no pull is small enough: the
+    smallest positive drive is returned, which keeps all of them whole. It is 1 if no drive is
+    positive.
 
     Args:
-        drive: non-negative.
-        cost: positive.
-        keep: share of the cost, in (0, 1].
+        drive: How strongly each unit resists the pull, not negative.
+        cost: Parameters of each unit, positive.
+        keep: Share of the cost to keep, in (0, 1].
+
+    Example:
+        >>> drive = torch.tensor([6.0, 2.0, 1.0, 1.0])
+        >>> pull(drive, torch.ones(4), keep=0.5)
+        4.0
+        >>> (drive / 4.0).clamp(max=1).tolist()
+        [1.0, 0.5, 0.25, 0.25]
     """
     ordered, index = drive.sort(descending=True)
     weight = cost[index]
     target = keep * cost.sum()
     whole = weight.cumsum(0) - weight  # cost of the units before each, kept whole
-    partly = (weight * ordered).flip(0).cumsum(0).flip(0)  # cost · drive from each on
+    partly = (weight * ordered).flip(0).cumsum(0).flip(0)  # cost · drive, from each on
     root = partly / (target - whole)
     valid = (whole < target) & (ordered <= root)
     if valid.any() and root[valid][0] > 0:
@@ -56,17 +64,18 @@ def shrink(
     pair: Int[Tensor, " units"],
     strength: float,
 ) -> Float[Tensor, " units"]:
-    """Pull marginals towards the one-shot scale of their pair as far as they are noise.
+    """Draw noisy marginals to the one-shot scale; docs/method.md, "The mask at its equilibrium".
 
-    With a the least ratio of sums and d the deviation from ``a · scale``, the result is
-    ``a · scale + d³ / (d² + strength · noise)``.
+    In every pair, a is the sum of the marginals over the sum of the scale, at least 0. A marginal
+    that deviates by d from ``a · scale`` becomes ``a · scale + d³ / (d² + strength · noise)``.
+    Where the marginal is certain it stays; where it is noise, the scale takes its place.
 
     Args:
-        marginal: running mean.
-        noise: its variance.
-        scale: one-shot Gauss-Newton diagonal (h).
-        pair: which pair a unit is of.
-        strength: 0 returns `marginal`.
+        marginal: Running mean of the marginals.
+        noise: Variance of that mean.
+        scale: One-shot scale (h): the Gauss-Newton diagonal at the dense model.
+        pair: Index of the pair of every unit.
+        strength: Weight of the noise. 0 returns `marginal` unchanged.
     """
     if strength == 0:
         return marginal
@@ -84,10 +93,17 @@ def shrink(
 def equilibrium_mask(
     marginal: Float[Tensor, " units"], cost: Float[Tensor, " units"], keep: float, sharpness: float
 ) -> Float[Tensor, " units"]:
-    """Stationary mask under the pull that keeps `keep` of the cost in expectation.
+    """Return the stationary mask under the pull that keeps `keep` of the cost in expectation.
 
-    ``M = min(q / p, 1)`` with ``q = (max(m, 0) / cost) ** sharpness``; sharpness 1 is the
-    stationary point of the multilinear extension with a coupling ``p · cost / 2 · M²``.
+    The mask is ``M = min(q / p, 1)`` with ``q = (max(m, 0) / cost) ** sharpness`` and the pull p.
+    Sharpness 1 gives the stationary point of the multilinear extension with a coupling
+    ``p · cost / 2 · M²`` (docs/method.md). If no marginal is positive, every unit gets `keep`.
+
+    Args:
+        marginal: Loss of removing each unit (m).
+        cost: Parameters of each unit, positive.
+        keep: Share of the cost to keep, in (0, 1].
+        sharpness: Exponent of the marginals per cost, positive.
     """
     drive = (marginal.clamp(min=0) / cost).pow(sharpness)
     top = drive.max()
@@ -100,18 +116,24 @@ def equilibrium_mask(
 def unexplained_variance(
     correlation: Float[Tensor, "n n"], mask: Float[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
-    """Share of each variable's variance that the others, as far as they are kept, cannot predict.
+    """Return the share of every variable's variance that kept variables cannot predict.
 
-    A variable that is kept with probability M enters as if noise of (1 - M)/M times its own
-    variance were added, so that one that is always kept predicts fully and one that is never kept
-    not at all. With ``A = R + diag((1 - M)/M + 0.01)`` the share of i is ``1 / (A⁻¹)_ii - N_i``.
+    A variable that is kept with probability M predicts as if noise of (1 - M)/M times its own
+    variance were added to it. So a variable that is always kept predicts fully, and one that is
+    never kept predicts nothing. With ``N = (1 - M)/M + 0.01`` and ``A = R + diag(N)``, the share is
+    ``1 / (A⁻¹)_ii - N_i`` (docs/method.md, "Compensation").
 
     Args:
-        correlation: R, positive semidefinite with unit diagonal.
-        mask: M, in [0, 1].
+        correlation: Correlations of the variables (R), positive semidefinite, 1 on the diagonal.
+        mask: Probability that each is kept (M), in [0, 1].
 
     Returns:
-        In (0, 1].
+        The shares, in [0.001, 1].
+
+    Example:
+        >>> twins, kept = torch.ones(2, 2), torch.tensor([1.0, 0.0])
+        >>> unexplained_variance(twins, kept).double().round(decimals=2).tolist()
+        [1.0, 0.01]
     """
     kept = mask.clamp(min=1e-3)
     noise = (1 - kept) / kept + 0.01
@@ -134,14 +156,22 @@ def equilibrium_step(
     shrinkage: float,
     unexplained: Float[Tensor, " units"] | None = None,
 ) -> Equilibrium:
-    """One step of the default search.
+    """Return the state after one step of the default search (docs/method.md).
 
     Args:
-        state: before.
-        mean: marginals of this step, averaged over its samples.
-        variance: variance of that average.
-        keep: expected share of the cost to keep.
-        unexplained: share of every marginal that counts, see `unexplained_variance`; None is all.
+        state: State before the step.
+        mean: Marginals of this step, averaged over its samples.
+        variance: Variance of that average.
+        scale: One-shot scale (h), see `shrink`.
+        cost: Parameters of each unit.
+        pair: Index of the pair of every unit.
+        keep: Share of the cost to keep in expectation.
+        momentum: Weight of the past in the running means.
+        relaxation: Share of the way to its equilibrium that the mask moves.
+        sharpness: See `equilibrium_mask`.
+        shrinkage: Strength of `shrink`.
+        unexplained: Unexplained variance, by which marginals are multiplied. None counts them in
+            full.
     """
     marginal = momentum * state.marginal + (1 - momentum) * mean
     noise = momentum * state.noise + (1 - momentum) * variance * (1 - momentum) / (1 + momentum)
@@ -158,22 +188,26 @@ def read_order(
     shapes: Sequence[tuple[int, int]],
     memory: int,
 ) -> Float[Tensor, " units"]:
-    """Read one nested order off the masks of a search, by elimination from dense to empty.
+    """Read one nested order from the masks of a search, by elimination from dense to empty.
 
-    A unit stays at a size as long as it gathers mask from there to the end of the search. At step
-    k the remaining units are ranked by the sum of their masks over the steps from ``k - memory``
-    on, and those that rank lowest leave until ``keep[k]`` of the cost is left. Units leave in
-    groups of equal rank in every head of a pair, see `solpath.planning.removal`.
+    At step k the remaining units are ranked by the sum of their masks from step ``k - memory`` to
+    the end of the search. The lowest leave until ``keep[k]`` of the cost is left. They leave in
+    groups of equal rank in every head of a pair (see `solpath.planning.removal`).
 
     Args:
-        masks: expected mask after every step.
-        keep: share of the cost at every step, falling.
-        cost: per unit, equal within a pair.
+        masks: Expected mask after every step.
+        keep: Share of the cost to keep at every step, falling.
+        cost: Parameters of each unit, float64, equal within a pair.
         shapes: ``(heads, width)`` of every pair, in the order of the units.
-        memory: steps before k that still count.
+        memory: Steps before k that still count.
 
     Returns:
-        Entry time: the share of the cost that is kept once the unit has entered, in (0, 1].
+        Entry time: the share of the cost that is kept once the unit is in, in (0, 1].
+
+    Example:
+        >>> masks = torch.tensor([[1.0, 0.6], [0.9, 0.1]])
+        >>> read_order(masks, [0.5, 0.1], torch.ones(2).double(), [(1, 2)], memory=0).tolist()
+        [0.5, 1.0]
     """
     tail = masks.double().sum(0)
     forgotten = 0
@@ -198,7 +232,7 @@ def read_order(
         groups = [groups_by_rank(value, here) for value, here in zip(values, alive, strict=True)]
         order = removal_order([mean for mean, _ in groups], first)
         spent = group_cost[order.pair].cumsum(0)
-        before = left - (spent - group_cost[order.pair])  # cost that is left when a group leaves
+        before = left - (spent - group_cost[order.pair])  # cost left before it leaves
         count = int((before > size * total).sum())
         for i in range(len(shapes)):
             own = order.pair[:count] == i
@@ -210,12 +244,12 @@ def read_order(
 
 
 class Inclusion(NamedTuple):
-    """State of the paper's inclusion. All float64 ``[units]``.
+    """State of the paper's differential inclusion, each part float64 ``[units]``.
 
     Attributes:
-        mask: M.
-        dual: V, the dual of the sparse copy.
-        entry: time at which V crossed lambda, infinite before.
+        mask: Mask (M), in [0, 1].
+        dual: Dual variable (V) of the sparse copy of the mask.
+        entry: Time in steps at which V crossed λ, infinite before that.
     """
 
     mask: Tensor
@@ -224,7 +258,15 @@ class Inclusion(NamedTuple):
 
 
 def sparse_copy(dual: Float[Tensor, " units"], kappa: float, lam: float) -> Float[Tensor, " units"]:
-    """Γ = κ · max(V - λ, 0), the minimiser tied to the dual variable (one-sided l1 + ridge)."""
+    """Return Γ = κ · max(V - λ, 0), the sparse copy of the mask that belongs to a dual variable.
+
+    It solves V ∈ ∂Ω(Γ) for Ω(Γ) = λ‖Γ‖₁ + ‖Γ‖²/2κ and Γ ≥ 0 (docs/method.md).
+
+    Args:
+        dual: Dual variable (V).
+        kappa: Inverse of the ridge (κ).
+        lam: Threshold (λ).
+    """
     return kappa * (dual - lam).clamp(min=0)
 
 
@@ -239,15 +281,22 @@ def inclusion_step(
     step_size: float,
     time: int,
 ) -> Inclusion:
-    """One step of split linearised Bregman iteration with a diagonal preconditioner.
+    """Return the state after one step of the paper's differential inclusion (arXiv 2501.03289).
 
-    ``M ← M - D (∇L(M) + (M - Γ)/ν)`` with ``D = step_size / (h + 1/ν)``, kept in [0, 1];
-    ``V ← V + step_size (M - Γ)``, that is a time step of ``step_size · ν`` in
-    ``V̇ = (M - Γ)/ν``; the entry time is where V crosses λ, by linear interpolation.
+    The step is a split linearised Bregman iteration with a diagonal preconditioner:
+    ``M ← M - D (∇L(M) + (M - Γ)/ν)`` with ``D = step_size / (h + 1/ν)``, kept in [0, 1], then
+    ``V ← V + step_size (M - Γ)``, a time step of ``step_size · ν`` in ``V̇ = (M - Γ)/ν``. A unit
+    enters where V first crosses λ, by linear interpolation between steps.
 
     Args:
+        state: State before the step.
         gradient: ∇L at the mask of `state`.
-        time: steps taken before this one.
+        scale: One-shot scale (h), see `shrink`.
+        nu: Inverse of the coupling (ν).
+        kappa: Inverse of the ridge on the sparse copy (κ).
+        lam: Threshold (λ).
+        step_size: Share of the way to its stationary point that the mask moves.
+        time: Steps taken before this one.
     """
     gamma = sparse_copy(state.dual, kappa, lam)
     direction = gradient + (state.mask - gamma) / nu
@@ -260,6 +309,14 @@ def inclusion_step(
 
 
 def extrapolated_entry(state: Inclusion, lam: float, steps: int) -> Float[Tensor, " units"]:
-    """Entry times, with ``steps · λ / V`` for units that never entered; a total order by time."""
+    """Return the entry times in steps, with ``steps · λ / V`` for units that have not entered.
+
+    A unit that has not entered comes after all that have, because its V is below λ.
+
+    Args:
+        state: State after the last step.
+        lam: Threshold (λ).
+        steps: Steps taken.
+    """
     late = steps * lam / state.dual.clamp(min=1e-12 * lam)
     return torch.where(state.entry.isinf(), late, state.entry)

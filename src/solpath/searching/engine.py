@@ -1,7 +1,7 @@
-"""What a search or a baseline may ask of a model, and which implementation answers.
+"""What a search or a baseline may ask of a model, and which engine answers.
 
-Searches see a model through an `Engine` only. One that holds the weights in another place is a
-second class with these methods and a second branch in `open_engine`; no search changes.
+Searches see a model only through an `Engine`. To search a model whose weights are elsewhere,
+write a second class with these methods and a second branch in `open_engine`; no search changes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,17 +21,17 @@ from solpath.searching.redundancy import Inputs
 
 
 class Engine(Protocol):
-    """Gradients, curvature and statistics of one masked model on one stream of batches.
+    """What answers a search's questions to one model, on one stream of batches.
 
-    All vectors run over the units of all pairs laid end to end. In a distributed run every process
-    sees the same batches, takes its share of the samples of each, and gets the same averages back.
-    The same seed gives the same bits, whichever engine answers on one device.
+    All vectors run over the units of all pairs, laid end to end. In a distributed run every process
+    sees the same batches, takes its own samples of each, and gets the same averages back. On one
+    device the same seed gives the same bits, whichever engine answers.
 
     Attributes:
-        pairs: what can be pruned in the model.
-        units: number of units.
-        cost: parameters per unit, float64 ``[units]``.
-        pair: index of the pair of every unit, int64 ``[units]``.
+        pairs: The pairs of the model.
+        units: Number of units.
+        cost: Parameters of every unit, float64 ``[units]``.
+        pair: Index of the pair of every unit, int64 ``[units]``.
     """
 
     pairs: Sequence[Pair]
@@ -44,91 +44,144 @@ class Engine(Protocol):
         """Sums of squares of normed queries and keys; see `SolutionPath.energy`."""
 
     def generator(self, *stream: object) -> torch.Generator:
-        """A random generator that depends on the seed and on `stream` only."""
-
-    def batch_size(self, step: int) -> int:
-        """Samples of batch `step`, over all processes."""
-
-    def gradients(self, step: int, mask: Tensor, *, binary: bool) -> tuple[float, Tensor, Tensor]:
-        """Loss, mask and mask gradient of every local sample of batch `step`.
+        """Return a random generator that depends only on the seed and on `stream`.
 
         Args:
-            step: batch number; also the stream of the draw.
-            mask: expected mask, ``[units]``.
-            binary: draw 0/1 masks from it, one for every sample; else use it as it is.
+            stream: Values that name the purpose, such as ``"mask", 3``.
+        """
 
-        Returns:
-            Mean loss over the whole batch; masks used and gradients of each sample's own loss,
-            both float64 ``[local samples, units]``.
+    def batch_size(self, step: int) -> int:
+        """Return the number of samples in batch `step`, over all processes.
+
+        Args:
+            step: Batch number.
 
         Raises:
-            NonFiniteLossError: the loss is NaN or infinite.
+            BatchError: The batch has no tensor or no samples.
+        """
+
+    def gradients(self, step: int, mask: Tensor, *, binary: bool) -> tuple[float, Tensor, Tensor]:
+        """Return the loss, the masks and the mask gradients of one batch.
+
+        Args:
+            step: Batch number. It also seeds the draw of the masks.
+            mask: Expected mask, ``[units]``.
+            binary: Draw one mask of 0 and 1 for every sample. False uses `mask` itself.
+
+        Returns:
+            The mean loss over the whole batch; the mask of every local sample; the gradient of that
+            sample's own loss by its mask. Both are float64 ``[local samples, units]``.
+
+        Raises:
+            BatchError: The batch is on another device, or has fewer samples than processes.
+            NonFiniteLossError: The loss is NaN or infinite.
         """
 
     def mean(self, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Mean over all samples of all processes, and the variance of that mean.
+        """Return the mean over the samples of all processes, and the variance of that mean.
 
         Args:
-            rows: ``[local samples, units]``.
-            size: samples in the whole batch.
+            rows: One row for every local sample, ``[local samples, units]``.
+            size: Samples in the whole batch.
         """
 
     def curvature(
         self, batches: int, mask: Tensor | None = None, *, start: int = 0, absolute: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Gauss-Newton diagonal and gradient at a fixed mask, averaged over some batches.
+        """Return the Gauss-Newton diagonal and the gradient at a fixed mask, averaged over batches.
 
-        For the built-in objectives the diagonal is ``E[(∂⟨u, f⟩/∂M_i)²]`` with u drawn with the
-        covariance of the output's loss curvature; for a user's loss it is the empirical Fisher
-        ``E[(∂ℓ/∂M_i)²]`` over samples.
+        For the built-in objectives the diagonal is ``E[(∂⟨u, f⟩/∂M_i)²]``, where the covariance of
+        u is the curvature of the loss in the output f. For a loss of the user it is the empirical
+        Fisher diagonal ``E[(∂ℓ/∂M_i)²]`` over samples. See docs/method.md, "Objective".
 
         Args:
-            batches: how many.
-            mask: ``[units]``; None is the dense model.
-            start: number of the first batch.
-            absolute: return ``E[|·|]`` in place of the mean square.
+            batches: Number of batches.
+            mask: Mask, ``[units]``. None is the dense model.
+            start: Number of the first batch.
+            absolute: Average absolute values in place of squares.
 
         Returns:
-            Diagonal and gradient of the loss, float64 ``[units]``.
+            The diagonal and the gradient of the loss, each float64 ``[units]``.
+
+        Raises:
+            BatchError: A batch is on another device, or has fewer samples than processes.
+            NonFiniteLossError: The loss is NaN or infinite.
         """
 
     def measure_basis(self, batches: int) -> dict[str, Tensor]:
-        """Principal axes of every pair that can be rotated, from some batches of the dense model.
+        """Return the principal axes of every pair that can be rotated, measured on the dense model.
+
+        Args:
+            batches: Number of batches.
 
         Returns:
-            See `solpath.model.basis.principal_basis`.
+            Pair name to axes, see `solpath.model.basis.principal_basis`.
         """
 
     def measure_inputs(self, batches: int) -> Inputs:
-        """What the right-hand layers of value-output and MLP pairs see, on some batches."""
+        """Return second moments of what right-hand layers of value-output and MLP pairs get.
+
+        Args:
+            batches: Number of batches.
+
+        Returns:
+            See `solpath.searching.redundancy.Inputs`. Pairs that no batch reached are left out.
+        """
 
     def rotated(self, basis: Basis) -> AbstractContextManager[Any]:
-        """A block in which the units are those along `basis`."""
+        """Return a context manager in which the units lie along `basis`.
+
+        Args:
+            basis: Pair name to axes; other pairs keep theirs.
+        """
 
     def unexplained_variance(self, inputs: Inputs, mask: Tensor) -> Tensor:
-        """Share of every unit's variance that the kept units cannot predict. ``[units]``."""
+        """Return the share of every unit's variance that kept units cannot predict, ``[units]``.
+
+        Args:
+            inputs: From `measure_inputs`.
+            mask: Probability that each unit is kept, ``[units]``.
+        """
 
     def weight_norms(self, pair: Pair, side: Side) -> Tensor:
-        """Squared norm of every unit's weights in one layer of `pair`. float64 ``[pair.units]``."""
+        """Return the squared norm of every unit's weights in one layer, float64 ``[pair.units]``.
+
+        Args:
+            pair: One of `pairs`.
+            side: The layer, one of the pair's sides.
+        """
 
     def count_costs(self) -> CostTable:
-        """What the model and every unit cost, on the first sample of the first batch."""
+        """Return what the model and every unit cost, counted on one sample of the first batch.
+
+        Raises:
+            BatchError: The batch is on another device, or has no samples.
+            ConfigError: A measure does not count one whole number for every pair.
+        """
 
 
 def open_engine(
     model: nn.Module, batches: Iterable[Any], *, loss: Loss | None, seed: int
 ) -> AbstractContextManager[Engine]:
-    """The engine for a model, which leaves the model as it was found when the block ends.
+    """Return a context manager that yields the engine of a model.
 
-    Today every model is searched where it is, in memory.
+    When the block ends, the model is as it was found. Today every model is searched in memory.
 
     Args:
-        model: the dense model.
-        batches: see `solpath.search`.
-        loss: see `solpath.search`.
-        seed: of the mask draws and of all other noise.
+        model: The dense model.
+        batches: See `solpath.search`.
+        loss: See `solpath.search`.
+        seed: Seeds the mask draws and all other noise.
 
     Raises:
-        UnsupportedModelError: see `find_pairs`; or half precision on a CPU.
+        UnsupportedModelError: The model cannot be cut (see `find_pairs`), or it is in half
+            precision on a CPU.
+        BatchError: There are no batches, or a single one in place of an iterable.
+
+    Example:
+        >>> with open_engine(model, batches, loss=None, seed=0) as engine:
+        ...     loss, masks, gradients = engine.gradients(0, torch.ones(engine.units), binary=False)
+        >>> gradients.shape
+        torch.Size([8, 256])
     """
     return probing(model, find_pairs(model), batches, loss=loss, seed=seed)

@@ -9,14 +9,17 @@ from solpath.searching.dynamics import Equilibrium, equilibrium_step, read_order
 from solpath.searching.engine import Engine
 from solpath.searching.redundancy import Inputs
 
-_LOOK_EVERY = 20  # steps between looks at what the kept units can predict
+_LOOK_EVERY = 20  # steps after which the unexplained variance is computed anew
 
 
 class EquilibriumSearch:
-    """What the default search starts from, does in a step, and reads its order from.
+    """The `Method` of the default search.
+
+    Args:
+        config: Settings of the search.
 
     Attributes:
-        name: what its paths call it.
+        name: Name of the method in its paths.
     """
 
     name = "spp"
@@ -27,13 +30,21 @@ class EquilibriumSearch:
         self._looked, self._unexplained = -1, torch.zeros(0)
 
     def basis(self, engine: Engine) -> dict[str, Tensor]:
-        """The axes to search along; empty for the channels as they are."""
+        """Return the axes to search along, by pair name; none for the channels as they are.
+
+        Args:
+            engine: Measures principal axes, if the settings ask for them.
+        """
         if self._config.basis == "coordinate":
             return {}
         return engine.measure_basis(self._config.scale_batches)
 
     def start(self, engine: Engine) -> State:
-        """The state before the first step."""
+        """Return the state before the first step, in which every mask is 1.
+
+        Args:
+            engine: Measures the one-shot scale.
+        """
         scale, slope = engine.curvature(self._config.scale_batches)
         return {
             "scale": scale,
@@ -44,7 +55,13 @@ class EquilibriumSearch:
         }
 
     def step(self, engine: Engine, state: State, k: int) -> tuple[State, float, float]:
-        """The state after step `k`, its loss, and the share of the cost that it aims at."""
+        """Return the state after step `k`, its loss, and the share of the cost that it aimed at.
+
+        Args:
+            engine: Answers for the batch of the step.
+            state: State before the step. It is not changed.
+            k: Number of the step, from 0.
+        """
         config = self._config
         loss, rows, gradient = engine.gradients(k, state["mask"], binary=config.binary)
         marginals = state["scale"] * (rows - 0.5) - gradient
@@ -68,7 +85,12 @@ class EquilibriumSearch:
         return state | after._asdict() | {"masks": masks}, loss, keep
 
     def entry_times(self, engine: Engine, state: State) -> Tensor:
-        """For every unit, the share of the cost that is kept once it has entered. ``[units]``."""
+        """Return for every unit the share of the cost that is kept once it is in, ``[units]``.
+
+        Args:
+            engine: Knows the pairs and their costs.
+            state: State after the last step.
+        """
         return read_order(
             state["masks"].float(),
             state["history"][1].tolist(),
@@ -78,10 +100,12 @@ class EquilibriumSearch:
         )
 
     def _look(self, engine: Engine, masks: Tensor) -> Tensor:
-        """The unexplained variance at the masks of a few steps ago; a function of these alone.
+        """Return the unexplained variance at the masks of at most 20 steps ago.
+
+        It depends only on `masks`, so a resumed search finds the same.
 
         Args:
-            masks: after every step so far, ``[steps, units]``.
+            masks: Expected masks after every step so far, ``[steps, units]``.
         """
         if self._inputs is None:  # after a resume they are measured again
             self._inputs = engine.measure_inputs(self._config.scale_batches)

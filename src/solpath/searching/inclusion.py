@@ -1,4 +1,4 @@
-"""The paper's search: its differential inclusion, with a constant pull and continuous masks."""
+"""The search of the SPP paper (arXiv 2501.03289): its differential inclusion, to the letter."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,13 @@ from solpath.searching.engine import Engine
 
 
 class InclusionSearch:
-    """What the paper's inclusion starts from, does in a step, and reads its order from.
+    """The `Method` of the paper's inclusion: a constant pull and continuous masks.
+
+    Args:
+        config: Settings of the search.
 
     Attributes:
-        name: what its paths call it.
+        name: Name of the method in its paths.
     """
 
     name = "inclusion"
@@ -22,11 +25,19 @@ class InclusionSearch:
         self._config = config
 
     def basis(self, engine: Engine) -> dict[str, Tensor]:
-        """Empty: the channels as they are."""
+        """Return an empty dict: the inclusion searches along the channels as they are.
+
+        Args:
+            engine: Not used.
+        """
         return {}
 
     def start(self, engine: Engine) -> State:
-        """The state before the first step."""
+        """Return the state before the first step: every mask is 1, every dual variable is 0.
+
+        Args:
+            engine: Measures the one-shot scale.
+        """
         scale, _ = engine.curvature(self._config.scale_batches)
         zeros = torch.zeros_like(scale)
         return {
@@ -37,7 +48,13 @@ class InclusionSearch:
         }
 
     def step(self, engine: Engine, state: State, k: int) -> tuple[State, float, float]:
-        """The state after step `k`, its loss, and the share of the cost under the mask."""
+        """Return the state after step `k`, the loss before it, and the cost share under its mask.
+
+        Args:
+            engine: Answers for the batch of the step.
+            state: State before the step. It is not changed.
+            k: Number of the step, from 0.
+        """
         loss, _, gradient = engine.gradients(k, state["mask"], binary=False)
         nu, lam = inclusion_constants(self._config, state["scale"])
         after = inclusion_step(
@@ -54,14 +71,24 @@ class InclusionSearch:
         return state | after._asdict(), loss, keep
 
     def entry_times(self, engine: Engine, state: State) -> Tensor:
-        """For every unit, the time at which its dual variable crosses λ. float64 ``[units]``."""
+        """Return for every unit the step at which its dual variable crosses λ, float64 ``[units]``.
+
+        Args:
+            engine: Not used.
+            state: State after the last step.
+        """
         lam = inclusion_constants(self._config, state["scale"])[1]
         final = Inclusion(state["mask"], state["dual"], state["entry"])
         return extrapolated_entry(final, lam, self._config.steps)
 
 
 def inclusion_constants(config: InclusionConfig, scale: Tensor) -> tuple[float, float]:
-    """ν and λ of the inclusion, with the defaults that follow from the scale and the steps."""
+    """Return ν and λ, with the defaults that follow from the scale and the number of steps.
+
+    Args:
+        config: Settings of the search; see `InclusionConfig` for the defaults.
+        scale: One-shot scale, ``[units]``.
+    """
     positive = scale[scale > 0]
     median = float(positive.median()) if len(positive) else 1.0
     nu = 0.2 / median if config.nu is None else config.nu

@@ -1,4 +1,4 @@
-"""The engine of models in memory: forward-backward passes through a masked model."""
+"""The engine for models in memory: forward-backward passes through a masked model."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,13 +42,22 @@ Hooks = Callable[
     [nn.Module, Sequence[Pair], Batch],
     contextlib.AbstractContextManager[Mapping[str, Tensor]],
 ]
-"""``hooks(model, pairs, batch)`` adds up what is noted of every pair, on the CPU, in a block."""
+"""A context manager ``hooks(model, pairs, batch)``: while the model runs, it adds up some
+statistic of every pair, by pair name and on the CPU."""
 
 
 class Probe:
-    """The `Engine` of a model that is whole in memory: masks by hooks, gradients by autograd.
+    """The `Engine` of a model that is whole in memory: hooks set masks, autograd gives gradients.
 
-    Made by `probing`, which freezes the model and removes the hooks afterwards.
+    `probing` makes it, freezes the model, and removes the hooks afterwards.
+
+    Args:
+        model: The dense model.
+        pairs: Its pairs.
+        source: The batches, by step.
+        masks: The masks that the hooked pairs obey.
+        loss: Loss of the user, or None for the divergence from the dense model.
+        seed: Seeds the mask draws and all other noise.
     """
 
     def __init__(
@@ -148,7 +157,11 @@ class Probe:
         return {name: energy.double().cpu() for name, energy in self._masks.energy.items()}
 
     def measure_energy(self, batches: int) -> None:
-        """Sums of squares of the units that a norm over the heads sees, on some batches."""
+        """Measure, on the dense model, what `Engine.energy` returns.
+
+        Args:
+            batches: Number of batches.
+        """
         normed = [pair for pair in self.pairs if pair.norms]
         totals = self._add_up(batches, energy_hooks, normed)
         self._masks.energy |= {name: total.to(self._device) for name, total in totals.items()}
@@ -165,7 +178,7 @@ class Probe:
         return {name: total for name, total in totals.items() if total.any()}
 
     def _add_up(self, batches: int, hooks: Hooks, pairs: Sequence[Pair]) -> dict[str, Tensor]:
-        """Sums of what `hooks` note of the dense model, over some batches and all processes."""
+        """Return what `hooks` add up on the dense model, over batches and all processes."""
         totals: dict[str, Tensor] = {}
         for step in range(batches if pairs else 0):
             batch = self._local(step)[0]
@@ -206,6 +219,7 @@ class Probe:
         return local_samples(self._source, step, self._device, self._rank, self._world)
 
     def _set(self, rows: Tensor) -> list[Tensor]:
+        """Mask each sample by its row of `rows`, ``[samples, units]``; return the masks by pair."""
         parts = torch.split(rows.to(self._device), [pair.units for pair in self.pairs], 1)
         leaves = [part.contiguous().requires_grad_() for part in parts]
         self._masks.units.update({p.name: leaf for p, leaf in zip(self.pairs, leaves, strict=True)})
@@ -233,10 +247,21 @@ def probing(
     loss: Loss | None,
     seed: int,
 ) -> Iterator[Probe]:
-    """Freeze `model`, hook its pairs, yield a `Probe`, and leave the model as it was found.
+    """Yield a `Probe` of `model`, frozen and hooked, and leave the model as it was found.
 
-    Weights, buffers, hooks, training flags, requires_grad and torch's random state come back bit
-    for bit, whatever happens in the block.
+    Weights, buffers, hooks, training flags, ``requires_grad`` and torch's random state come back
+    bit for bit, whatever happens in the block.
+
+    Args:
+        model: The dense model.
+        pairs: Its pairs.
+        batches: See `solpath.search`.
+        loss: See `solpath.search`.
+        seed: Seeds the mask draws and all other noise.
+
+    Raises:
+        UnsupportedModelError: The model is in half precision on a CPU.
+        BatchError: There are no batches, or a single one in place of an iterable.
     """
     parameter = next(model.parameters())
     if parameter.device.type == "cpu" and parameter.dtype in (torch.float16, torch.bfloat16):
@@ -252,7 +277,7 @@ def probing(
 
 
 def _slopes(value: Tensor, leaves: list[Tensor], *, keep: bool = False) -> tuple[Tensor, ...]:
-    """Gradients by the masks; zeros for pairs that the batch did not reach."""
+    """Return the gradients of `value` by the masks: 0 for pairs that the batch did not reach."""
     return torch.autograd.grad(
         value, leaves, retain_graph=keep, allow_unused=True, materialize_grads=True
     )

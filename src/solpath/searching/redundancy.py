@@ -1,4 +1,4 @@
-"""How much of a unit the kept units cannot predict, and what it is computed from."""
+"""The unexplained variance of units, and the moments that it is computed from."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,17 +15,22 @@ from solpath.searching.dynamics import unexplained_variance
 
 Inputs = Mapping[str, Tensor]
 """Pair name to float64 ``[channels + 1, channels + 1]``: second moments of the channels that the
-right-hand layer sees, bordered by their sums and the number of tokens."""
+right-hand layer gets, summed over tokens. The last row and column hold the sums of the channels
+and the number of tokens."""
 
 
 @contextlib.contextmanager
 def input_hooks(
     model: nn.Module, pairs: Sequence[Pair], batch: Batch
 ) -> Iterator[dict[str, Tensor]]:
-    """Add up `Inputs` while the model runs.
+    """Yield `Inputs` that add up while the model runs.
+
+    The hooks are removed when the block ends.
 
     Args:
-        batch: what it runs on; its padding does not count.
+        model: The model that runs.
+        pairs: Its pairs to watch.
+        batch: What it runs on. Padding does not count.
     """
     totals: dict[str, Tensor] = {}
 
@@ -36,7 +41,7 @@ def input_hooks(
             keep = activation_mask(batch, states)
             weight = weight if keep is None else weight * keep.unsqueeze(-1)
             rows = torch.cat([states * weight, weight], -1).flatten(0, -2).double()
-            total.add_((rows.T @ rows).cpu())  # variances are small beside squared means
+            total.add_((rows.T @ rows).cpu())  # a variance may be tiny beside the squared mean
 
         return hook
 
@@ -54,15 +59,19 @@ def input_hooks(
 def unexplained_variances(
     model: nn.Module, pairs: Sequence[Pair], inputs: Inputs, mask: Tensor
 ) -> Tensor:
-    """Share of every unit's energy that the other units cannot predict. float64 ``[units]``.
+    """Return the share of every unit's mean square that kept units cannot predict.
 
-    A right-hand layer with a bias makes up for means too; without one, moments are about 0.
+    A right-hand layer with a bias makes up for means, so moments are taken about the mean. Without
+    a bias they are taken about 0. See docs/method.md, "Compensation".
 
     Args:
-        model: it is only asked which right-hand layers have a bias.
-        pairs: of the model.
-        inputs: from `input_hooks`; units of pairs without an entry get 1.
-        mask: how far each unit is kept, ``[units]``.
+        model: Tells which right-hand layers have a bias.
+        pairs: Its pairs.
+        inputs: From `input_hooks`. Units of pairs that are not in it get 1.
+        mask: Probability that each unit is kept, ``[units]``.
+
+    Returns:
+        The shares, in [0.0001, 1], float64 ``[units]``.
     """
     parts = []
     for pair, kept in zip(pairs, torch.split(mask.double(), [p.units for p in pairs]), strict=True):

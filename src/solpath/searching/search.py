@@ -1,4 +1,4 @@
-"""One search over a model; its result is an order that gives every size."""
+"""One search over a model, which puts all its units in order."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -23,30 +23,52 @@ from solpath.searching.engine import Engine, open_engine
 from solpath.searching.equilibrium import EquilibriumSearch
 from solpath.searching.inclusion import InclusionSearch
 
-_BASIS = "basis/"  # before the name of a pair, in a state
+_BASIS = "basis/"  # prefix of the entries of a state that hold the axes of a pair
 _FIGURES = "loss {task.fields[loss]:.4f}  size {task.fields[size]:.0%}"
 
 
 class Method(Protocol):
-    """One way to search: where it starts, what a step does, and the order it ends with.
+    """One way to search: where it starts, what a step does, and which order it ends with.
 
-    The state is all that a step changes, so that it can be written and resumed; ``history`` in it
-    belongs to the frame.
+    A step changes nothing but the state, so that the state can be written to disk and resumed. The
+    entry ``history`` of the state belongs to `search`.
+
+    Attributes:
+        name: Name of the method in its paths.
     """
 
     name: str
 
     def basis(self, engine: Engine) -> dict[str, Tensor]:
-        """The axes to search along, by pair name; empty for the channels as they are."""
+        """Return the axes to search along, by pair name; none for the channels as they are.
+
+        Args:
+            engine: Answers for the model.
+        """
 
     def start(self, engine: Engine) -> State:
-        """The state before the first step."""
+        """Return the state before the first step.
+
+        Args:
+            engine: Answers for the model.
+        """
 
     def step(self, engine: Engine, state: State, k: int) -> tuple[State, float, float]:
-        """A new state after step `k`, the loss there, and the share of the cost it stands for."""
+        """Return the state after step `k`, its loss, and the share of the cost that it stands for.
+
+        Args:
+            engine: Answers for the model.
+            state: State before the step. It is not changed.
+            k: Number of the step, from 0.
+        """
 
     def entry_times(self, engine: Engine, state: State) -> Tensor:
-        """When every unit enters, the first ones first. float64 ``[units]``."""
+        """Return when every unit enters, the most important ones first, float64 ``[units]``.
+
+        Args:
+            engine: Answers for the model.
+            state: State after the last step.
+        """
 
 
 def search(
@@ -59,40 +81,50 @@ def search(
     checkpoint_every: int = 25,
     progress: bool = True,
 ) -> SolutionPath:
-    """Order every removable unit of `model` by one search (paper, section 3; docs/method.md).
+    """Put every unit of `model` in order by one search, and return the path.
 
-    The model is left as it was found, bit for bit. The result depends on the model, the batches,
-    `config` and `loss` alone: not on `checkpoint_every`, on `progress`, or on being interrupted
-    and resumed. On one machine with one number of threads it is bit-identical from run to run;
-    other numbers of threads or processes change sums of floats in their last bits.
+    The default search and the differential inclusion it comes from (SPP, ICLR 2025, arXiv
+    2501.03289, section 3) are derived in docs/method.md. The model is left as it was found, bit for
+    bit. The path depends on the model, the batches, `config` and `loss` alone: not on
+    `checkpoint_every`, on `progress`, or on being interrupted and resumed. On one machine with one
+    number of threads it is the same to the last bit; another number of threads or processes changes
+    the last bits of sums.
 
     Args:
-        model: a transformers model; see `find_pairs`. The search runs where the model is. A folder
-            or hub id is loaded by `from_pretrained`, to where the batches are.
-        batches: iterable of what the model takes (dicts or tensors on the model's device),
-            repeated when shorter than the search; 8 to 64 samples each.
-        config: `SearchConfig` (default) or `InclusionConfig`.
-        loss: ``loss(outputs, batch) -> scalar``, a mean over the samples of the batch. Default:
-            distance to the dense model's own output, without labels.
-        checkpoint: folder for the state of the search. If it holds the state of the same search,
-            that search goes on from there.
-        checkpoint_every: steps between checkpoints.
-        progress: show a progress bar with loss, expected size and time left.
+        model: A model of transformers or timm, searched on the device that it is on. A folder or a
+            Hub id is loaded by `from_pretrained`, to the device of the batches.
+        batches: An iterable of dicts of arguments or of input tensors, on the model's device, with
+            8 to 64 samples each. They are repeated when there are fewer than steps.
+        config: A `SearchConfig` for the default search or an `InclusionConfig` for the paper's.
+            None is ``SearchConfig()``.
+        loss: A function ``loss(outputs, batch)`` that returns a scalar, a mean over the samples of
+            the batch. None takes the divergence from the dense model's own output, which needs no
+            labels.
+        checkpoint: Folder for the state of the search. If it holds the state of the same search,
+            that search is resumed.
+        checkpoint_every: Steps between two checkpoints. At least 1.
+        progress: Show a progress bar with the loss, the expected size and the time left.
 
     Returns:
         The path; `SolutionPath.plan` cuts it to any size.
 
     Raises:
-        UnsupportedModelError: see `find_pairs`; or half precision on a CPU.
-        FileError: see `from_pretrained`; or a damaged checkpoint, or one that cannot be written.
-        ConfigError: a bad `checkpoint_every`.
-        BatchError: empty batches, or on another device.
-        NonFiniteLossError: the loss became NaN or infinite; the last checkpoint is kept.
-        FingerprintError: the checkpoint belongs to another model or other settings.
+        UnsupportedModelError: The model cannot be cut (see `find_pairs`), or it is in half
+            precision on a CPU.
+        FileError: The model cannot be loaded (see `from_pretrained`), or the checkpoint is damaged
+            or cannot be written.
+        ConfigError: `checkpoint_every` is out of its range, timm is needed and not installed, or a
+            measure in `MEASURES` does not count whole numbers.
+        BatchError: There are no batches, or one is empty, on another device, or of a wrong type.
+        NonFiniteLossError: The loss is NaN or infinite. The last checkpoint is kept.
+        FingerprintError: The checkpoint belongs to another model or to other settings.
 
     Example:
-        >>> path = solpath.search(model, batches)  # doctest: +SKIP
-        >>> small = solpath.extract(model, path.plan(sparsity=0.5))  # doctest: +SKIP
+        >>> path = solpath.search(model, batches, solpath.SearchConfig(steps=4), progress=False)
+        >>> path
+        SolutionPath(spp: 256 units in 6 pairs of BertForSequenceClassification,
+        16,704 of 37,922 parameters prunable, 4 steps, seed 0)
+        >>> small = solpath.extract(model, path.plan(sparsity=0.5))
     """
     check_count("checkpoint_every", checkpoint_every, 1)
     model, batches = for_batches(model, batches)
@@ -144,6 +176,7 @@ def _method(config: SearchConfig | InclusionConfig) -> Method:
 
 
 def _basis_of(state: State) -> dict[str, Tensor]:
+    """Return the axes that a state holds, by pair name."""
     found = {name: value for name, value in state.items() if name.startswith(_BASIS)}
     return {name.removeprefix(_BASIS): value for name, value in found.items()}
 
@@ -158,7 +191,7 @@ def _run(
     every: int,
     report: Report,
 ) -> State:
-    """Step to the end, saving on the way and on Ctrl-C."""
+    """Run the remaining steps, saving the state on the way and on Ctrl-C."""
     done = saved = state["history"].shape[1]
     try:
         for k in range(done, steps):
@@ -177,11 +210,12 @@ def _run(
 
 
 def _save(file: Path | None, header: Mapping[str, Any], state: State) -> int:
-    """Write the checkpoint, if one is kept, on the first process; returns the steps it holds."""
+    """Write the checkpoint, if one is kept, in the first process; return the steps it holds."""
     if file is not None and process()[0] == 0:
         write_checkpoint(file, header, state)
     return state["history"].shape[1]
 
 
 def _record(state: State, loss: float, keep: float) -> Tensor:
+    """Return the history with the loss and the size of one more step."""
     return torch.cat([state["history"], torch.tensor([[loss], [keep]], dtype=torch.float64)], 1)
