@@ -1,4 +1,4 @@
-"""What a model costs and how near it stays to the dense one.
+"""What a model costs, and how near it stays to the dense model.
 
-Figures of models as they are; nothing here changes one.
+Every figure is taken from a model as it is. Nothing here changes a model.
 """

@@ -1,4 +1,4 @@
-"""How close a smaller model stays to the dense one on held-out batches."""
+"""Measure how close a smaller model stays to the dense model on held-out batches."""
 
 import itertools
 import math
@@ -26,11 +26,12 @@ class Result:
     """What an evaluation found.
 
     Attributes:
-        metrics: name to value. ``cosine`` and ``relative_error`` always; ``kl`` (nats) and
-            ``agreement`` (share of equal argmax) when the model gives logits; ``task`` when asked.
-        samples: samples seen.
-        cost: size of the model when it was extracted, otherwise None.
-        provenance: command, commit, versions, device, threads, time.
+        metrics: Name of a metric to its value. ``cosine`` and ``relative_error`` are always there;
+            ``kl`` (nats) and ``agreement`` (share of positions with equal argmax) are there if the
+            model gives logits; ``task`` is there if a task was given.
+        samples: Number of samples.
+        cost: Size of the model if it was extracted, otherwise None.
+        provenance: Where the figures come from, see `solpath.running.provenance.provenance`.
     """
 
     metrics: Mapping[str, float]
@@ -39,7 +40,7 @@ class Result:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return {**asdict(self), "cost": None if self.cost is None else self.cost.to_dict()}
 
     def __repr__(self) -> str:
@@ -57,24 +58,35 @@ def evaluate(
 ) -> Result:
     """Compare the outputs of `model` with those of the dense `reference`.
 
-    With logits, every position that is not padding counts once. Without logits, the last hidden
-    state is averaged over the positions of each sample that are not padding, and ``cosine`` is
-    between those averages; ``relative_error`` stays position by position, sample by sample.
-    ``relative_error`` is ``|y - t|^2 / |t|^2`` with t the output of the reference.
+    With logits, every metric is a mean over the positions that are not padding. Without logits,
+    every metric is a mean over samples: ``cosine`` compares the last hidden states averaged over
+    the positions that are not padding, and ``relative_error`` compares them position by position.
+    With y an output and t that of the reference, ``relative_error`` is ``|y - t|² / |t|²``, and
+    ``kl`` is KL(t || y) in nats.
 
-    Both models run in eval mode without gradients and are left as found, and so is the state of
-    torch's random number generators.
+    Both models run in eval mode without gradients. They are left as they were found, and so is the
+    state of torch's random number generators.
 
     Args:
-        model: the smaller model, or the dense one inside ``with masked(model, plan):``.
-        reference: the dense model, or its outputs from `reference_outputs` for these batches.
-            Inside ``with masked(...)`` take the outputs: the dense model is masked there.
-        batches: held-out batches, each run once.
-        task: called with `model`; what it returns is reported as ``metrics["task"]``.
+        model: The smaller model, or the dense model inside ``with masked(model, plan):``.
+        reference: The dense model, or its outputs on these batches from `reference_outputs`. Inside
+            ``with masked(...)`` the outputs are needed, because there the dense model is masked.
+        batches: The held-out batches. Each is run once.
+        task: A function that is called with `model`. Its value is reported as ``metrics["task"]``.
+
+    Returns:
+        The metrics, with the size of the model and where the figures come from.
 
     Raises:
-        BatchError: no batches, or on another device than `model`; an output that does not fit the
-            reference, or is not finite.
+        BatchError: There are no batches, a batch is on another device than `model`, or an output is
+            not finite or does not fit the reference.
+
+    Example:
+        >>> result = solpath.evaluate(small, model, batches)
+        >>> sorted(result.metrics), result.samples
+        (['agreement', 'cosine', 'kl', 'relative_error'], 96)
+        >>> solpath.evaluate(model, model, batches).metrics["relative_error"]
+        0.0
     """
     check_batches(batches)
     device = device_of(model)
@@ -106,10 +118,23 @@ def evaluate(
 
 
 def reference_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
-    """Outputs of the dense model for `evaluate`, one tensor per batch, kept on the CPU.
+    """Return the outputs of the dense model, one tensor on the CPU per batch, for `evaluate`.
+
+    Args:
+        model: The dense model, which is left as it was found.
+        batches: The batches, on the device of the model. Each is run once.
+
+    Returns:
+        What `forward` gives for every batch, in the order of the batches.
 
     Raises:
-        BatchError: no batches.
+        BatchError: There are no batches.
+
+    Example:
+        >>> targets = reference_outputs(model, batches)
+        >>> with solpath.masked(model, path.plan(sparsity=0.5)):
+        ...     solpath.evaluate(model, targets, batches).samples
+        96
     """
     with inferring(model):
         outputs = [forward(model, batch).cpu() for batch in batches]
@@ -121,7 +146,10 @@ def reference_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
 def _with_targets(
     reference: nn.Module | Sequence[Tensor], batches: Iterable[Any]
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Pair every batch with the reference's output for it."""
+    """Yield every batch with the output of the reference for it.
+
+    Raise `BatchError` if there are more batches than outputs, or the other way round.
+    """
     if isinstance(reference, nn.Module):
         for batch in batches:
             yield batch, forward(reference, batch)
@@ -137,7 +165,7 @@ def _with_targets(
 
 
 def _run(model: nn.Module, batch: Any) -> tuple[Tensor, bool]:
-    """The output of `model`, and whether it is logits."""
+    """Return the output of `model`, and whether it is logits."""
     outputs = run(model, batch, labels=False)
     return output_tensor(outputs), has_logits(outputs)
 
@@ -154,7 +182,7 @@ def _check(index: int, output: Tensor, target: Tensor) -> None:
 
 
 def _compare_logits(output: Tensor, target: Tensor, mask: Tensor | None) -> dict[str, float]:
-    """Sums over positions. ``[B, ..., C]`` twice, mask ``[B, T]`` or None."""
+    """Sum each metric over positions. Outputs are ``[B, ..., C]``, the mask ``[B, T]`` or None."""
     classes = output.shape[-1]
     y, t = (at_least_float(value).reshape(-1, classes) for value in (output, target))
     if mask is not None:
@@ -171,7 +199,7 @@ def _compare_logits(output: Tensor, target: Tensor, mask: Tensor | None) -> dict
 
 
 def _compare_hidden(output: Tensor, target: Tensor, mask: Tensor | None) -> dict[str, float]:
-    """Sums over samples. ``[B, ..., D]`` twice, mask ``[B, T]`` or None."""
+    """Sum each metric over samples. Outputs are ``[B, ..., D]``, the mask ``[B, T]`` or None."""
     batch, width = output.shape[0], output.shape[-1]
     y, t = (at_least_float(value).reshape(batch, -1, width) for value in (output, target))
     if mask is None:

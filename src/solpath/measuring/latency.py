@@ -1,4 +1,4 @@
-"""Latency as a budget: measure a table of shapes, and verify plans by a stopwatch."""
+"""Latency as a budget: measure a table of latencies, and verify plans by a stopwatch."""
 
 import math
 import re
@@ -30,35 +30,43 @@ from solpath.running.modes import inferring
 from solpath.running.provenance import provenance
 
 ATTEMPTS = 6
+"""How many plans `plan_for_latency` times before it gives up."""
 _CHECKS = 40  # timed passes that verify a plan
-_AT_ONCE = 4  # narrow models in memory beside the dense one
-_ATTENTION_PARTS, _MLP_PARTS = 4, 8
+_AT_ONCE = 4  # narrow models that are in memory beside the dense model
+_ATTENTION_PARTS, _MLP_PARTS = 4, 8  # parts of a dense width; every multiple is measured
 _SAME = ("device", "threads", "dtype", "attention", "batch")
 
 Block = tuple[Pair, ...]
+"""The pairs whose widths act together on time: those of one attention, or that of one MLP."""
 
 
 def measure_latency(model: nn.Module, batch: Any, *, repeats: int = 7) -> LatencyTable:
-    """Measure what blocks of every shape take, for `SolutionPath.plan(latency_ms=...)`.
+    """Measure how long blocks of every shape take, for `SolutionPath.plan(latency_ms=...)`.
 
-    Whole models are timed in which all blocks of one shape have one width, beside the dense model
-    and in turns with it; what they save is shared out among these blocks. Query-key and
-    value-output widths are measured at 0, 1 and every quarter, in all combinations; MLPs at 0, 1
-    and every eighth.
+    Narrow models are timed in turns with the dense model. In each of them all blocks of one shape
+    have the same width, and the time that it saves is divided equally among these blocks. Query-key
+    and value-output widths are measured at 0, 1 and every quarter of the dense width, in all
+    combinations; MLP widths at 0, 1 and every eighth. A model with one shape of attention and one
+    shape of MLP thus takes up to 44 narrow models.
 
     Args:
-        model: the dense model, on the device that counts. It is left as found.
-        batch: one batch as the model will get them, on the model's device.
-        repeats: timed passes of each of the (about 45) models.
+        model: The dense model, on the device that counts. It is left as it was found.
+        batch: One batch as the model will get it, on the model's device.
+        repeats: Timed passes of every narrow model.
+
+    Returns:
+        The table, with the conditions under which it holds.
 
     Raises:
-        ConfigError: `repeats` below 1.
-        BatchError: the batch has no samples, or lies on another device than the model.
-        UnsupportedModelError: the model cannot be cut.
+        ConfigError: `repeats` is below 1.
+        BatchError: The batch has no samples, or is on another device than the model.
+        UnsupportedModelError: The model cannot be cut; see `find_pairs`.
 
     Example:
-        >>> table = solpath.measure_latency(model, batch)  # doctest: +SKIP
-        >>> path.plan(latency_ms=0.6 * table.dense_ms, latency=table)  # doctest: +SKIP
+        >>> sample = {name: value[:1] for name, value in batch.items()}
+        >>> table = solpath.measure_latency(model, sample, repeats=1)
+        >>> [len(kind.blocks) for kind in table.blocks]  # two attentions and two MLPs of one shape
+        [2, 2]
     """
     check_count("repeats", repeats, 1)
     batch_size(batch)
@@ -81,7 +89,7 @@ def measure_latency(model: nn.Module, batch: Any, *, repeats: int = 7) -> Latenc
         plans = [
             _uniform(dense, group, widths)
             for group, grid in zip(groups, grids, strict=True)
-            for widths in list(product(*grid))[:-1]  # the last is dense
+            for widths in list(product(*grid))[:-1]  # the last combination is the dense one
         ]
         dense_ms, ratios = _time(model, plans, batch, repeats)
     rest = iter(ratios)
@@ -106,36 +114,47 @@ def plan_for_latency(
     min_width: int = 0,
     protect: Sequence[str] = (),
 ) -> Plan:
-    """A plan whose extracted model was measured to take `latency_ms`, up to `tolerance`.
+    """Return a plan whose extracted model was measured to take `latency_ms`, up to `tolerance`.
 
-    The plan that the table gives is extracted and timed beside the dense model, which takes
-    `dense_ms` of the table by definition: so a machine that is busier now than it was then does
-    not spoil the check. If the plan is too far off, the table is scaled by measured over predicted
-    (later by the root of it, so that noise dies down), and another plan is made.
+    The plan that the table gives is extracted and timed in turns with the dense model. The dense
+    model takes the time in the table by definition, so a machine that is busier now than it was
+    then does not spoil the check. If the plan is too far off, the table is scaled by the measured
+    over the predicted time, and another plan is made. Later corrections use the root of that
+    factor, so that noise dies down.
 
     Args:
-        model: the dense model, on the device that counts. It is left as found.
-        path: of this model.
-        batch: one batch as the model will get them, on the model's device.
-        latency_ms: milliseconds of one forward pass of the batch, on the machine as it was when
-            the table was measured.
-        latency: a table measured before with this machine and batch; None measures one.
-        tolerance: share of `latency_ms` by which the measured time may differ.
-        multiple_of, min_width, protect: see `SolutionPath.plan`.
+        model: The dense model, on the device that counts. It is left as it was found.
+        path: A path of this model.
+        batch: One batch as the model will get it, on the model's device.
+        latency_ms: Milliseconds that one forward pass of the batch should take, on the machine as
+            it was when the table was measured.
+        latency: A table that was measured on this machine with this batch; None measures one.
+        tolerance: Share of `latency_ms` by which the measured time may differ, in (0, 1).
+        multiple_of: Every head keeps a multiple of this many units, or all of them.
+        min_width: Units that every head keeps at least.
+        protect: Shell patterns of pair names that stay dense, for example ``"*layer.0.*"``.
 
     Returns:
-        The plan; its `latency_ms` has what was predicted and what was measured.
+        The plan. Its `latency_ms` holds the predicted and the measured time, in milliseconds.
 
     Raises:
-        BudgetError: not reachable, or not met in some attempts, with what was measured.
-        ConfigError: a bad `tolerance` or option, or a table that was measured under other
-            conditions.
-        FingerprintError: path or table belong to another model.
-        BatchError: a batch on another device.
-        UnsupportedModelError: see `find_pairs`.
+        BudgetError: `latency_ms` is not reachable, or was not met in six attempts; the message says
+            what was measured.
+        ConfigError: `tolerance` or an option is out of range, a pattern matches no pair, or the
+            table was measured under other conditions.
+        FingerprintError: The path or the table belongs to another model.
+        BatchError: The batch has no samples, or is on another device than the model.
+        UnsupportedModelError: The model cannot be cut; see `find_pairs`.
 
     Example:
-        >>> plan = solpath.plan_for_latency(model, path, batch, 3.5)  # doctest: +SKIP
+        Any machine, however busy, meets the time of the dense model with a large tolerance.
+
+        >>> sample = {name: value[:1] for name, value in batch.items()}
+        >>> table = solpath.measure_latency(model, sample, repeats=1)
+        >>> options = {"latency": table, "tolerance": 0.9}
+        >>> plan = solpath.plan_for_latency(model, path, sample, table.dense_ms, **options)
+        >>> sorted(plan.latency_ms)
+        ['measured', 'predicted']
     """
     if not 0 < tolerance < 1:
         raise ConfigError(f"tolerance must be in (0, 1), got {tolerance!r}.")
@@ -148,7 +167,7 @@ def plan_for_latency(
     dense_ms = table.dense_ms
     found: list[str] = []
     for _ in range(ATTEMPTS):
-        # What the first table can reach, a corrected one can: the dense model at most.
+        # A budget that the first table reaches stays reachable, by the dense model if by no other.
         target = min(latency_ms, table.dense_ms) if found else latency_ms
         plan = path.plan(latency_ms=target, latency=table, **options)
         with inferring(model):
@@ -164,7 +183,7 @@ def plan_for_latency(
         if abs(measured / latency_ms - 1) <= tolerance:
             return plan
         found.append(f"{measured:.2f}")
-        error = measured / max(predicted, 0.01 * measured)  # a table may predict almost nothing
+        error = measured / max(predicted, 0.01 * measured)  # a prediction may be almost 0
         table = table.scaled(error if len(found) == 1 else math.sqrt(error))
     raise BudgetError(
         f"latency_ms {latency_ms} was not met to {tolerance:.1%} in {ATTEMPTS} attempts, which "
@@ -182,7 +201,24 @@ def check_request(
     min_width: int,
     protect: Sequence[str],
 ) -> None:
-    """Raise what `plan_for_latency` would, as far as it is known before anything is measured."""
+    """Raise the errors of `plan_for_latency` that can be known before anything is measured.
+
+    Args:
+        model: The dense model. It is only looked at.
+        path: A path of this model.
+        batch: The batch that will be timed.
+        latency_ms: Milliseconds that one forward pass of the batch should take.
+        multiple_of: See `plan_for_latency`.
+        min_width: See `plan_for_latency`.
+        protect: See `plan_for_latency`.
+
+    Raises:
+        BudgetError: `latency_ms` is not a positive number.
+        ConfigError: An option is out of range, or a pattern matches no pair.
+        FingerprintError: The path belongs to another model.
+        BatchError: The batch is on another device than the model.
+        UnsupportedModelError: The model cannot be cut; see `find_pairs`.
+    """
     if not isinstance(latency_ms, int | float) or not 0 < latency_ms < math.inf:
         raise BudgetError(f"latency_ms must be a positive number, got {latency_ms!r}.")
     path.plan(sparsity=0, multiple_of=multiple_of, min_width=min_width, protect=protect)
@@ -191,7 +227,10 @@ def check_request(
 
 
 def _alike(blocks: Sequence[Block]) -> list[list[Block]]:
-    """Blocks of one shape and, up to indices, one place: only these have inputs of one shape."""
+    """Group the blocks that have one shape and whose names differ in indices alone.
+
+    Only the blocks of such a group have inputs of one shape.
+    """
     groups: dict[Any, list[Block]] = defaultdict(list)
     for block in blocks:
         place = re.sub(r"\.\d+(?=\.)", "", block[0].name)
@@ -200,7 +239,7 @@ def _alike(blocks: Sequence[Block]) -> list[list[Block]]:
 
 
 def _grid(block: Block) -> list[tuple[int, ...]]:
-    """The widths to measure, for every pair of a block."""
+    """Return the widths to measure, ascending, for every pair of a block."""
     parts = _MLP_PARTS if len(block) == 1 else _ATTENTION_PARTS
     return [
         tuple(sorted({0, 1, *(pair.width * i // parts for i in range(1, parts + 1))}))
@@ -209,7 +248,7 @@ def _grid(block: Block) -> list[tuple[int, ...]]:
 
 
 def _uniform(dense: Plan, group: Sequence[Block], widths: Sequence[int]) -> Plan:
-    """Every block of `group` with the same widths, everything else whole."""
+    """Return a plan in which all blocks of `group` have these widths and all others stay whole."""
     cut = {p.name: width for block in group for p, width in zip(block, widths, strict=True)}
     kept = {p.name: torch.arange(cut.get(p.name, p.width)).repeat(p.heads, 1) for p in dense.pairs}
     return replace(dense, kept=kept)
@@ -218,7 +257,7 @@ def _uniform(dense: Plan, group: Sequence[Block], widths: Sequence[int]) -> Plan
 def _time(
     model: nn.Module, plans: Sequence[Plan], batch: Any, repeats: int
 ) -> tuple[float, list[float]]:
-    """Milliseconds of the dense model, and the time of each plan as a share of it."""
+    """Return the milliseconds of the dense model, and the time of each plan as a share of it."""
     dense: list[float] = []
     ratios = []
     for start in range(0, len(plans), _AT_ONCE):
@@ -234,7 +273,12 @@ def _time(
 def _beside(
     models: Mapping[str, nn.Module], batch: Any, repeats: int
 ) -> tuple[list[float], list[float]]:
-    """Seconds of the first model's passes, and for every other the median ratio to it, in turns."""
+    """Time models in turns.
+
+    Returns:
+        The seconds of every pass of the first model, and for each other model the median ratio of
+        its time to that of the first.
+    """
     passes = {name: partial(forward, model, batch) for name, model in models.items()}
     first, *others = latencies(passes, repeats=repeats).values()
     ratios = [[a / b for a, b in zip(own, first, strict=True)] for own in others]
@@ -242,7 +286,7 @@ def _beside(
 
 
 def _conditions(model: nn.Module, batch: Any) -> dict[str, Any]:
-    """What a latency depends on beside the model, and where the figures are from."""
+    """Return what a latency depends on besides the model, and where the figures come from."""
     parameter = next(model.parameters())
     config = getattr(model, "config", None)
     return provenance(parameter.device) | {

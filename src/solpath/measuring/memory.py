@@ -1,4 +1,4 @@
-"""Bytes: what a model takes on disk and in memory, and what a forward pass takes at its peak."""
+"""Count bytes: of a model on disk and in memory, and of a forward pass at its peak."""
 
 import json
 import weakref
@@ -15,7 +15,7 @@ from solpath.model.counting import saved_tensors
 
 
 def bytes_on_disk(model: nn.Module) -> int:
-    """Size of one safetensors file with the model's weights; nothing is written.
+    """Return the bytes of a safetensors file with the model's weights; nothing is written.
 
     Names that share one tensor are counted once.
     """
@@ -35,10 +35,18 @@ def bytes_on_disk(model: nn.Module) -> int:
 def peak_memory(
     function: Callable[[], Any], *, device: torch.device | str = "cpu"
 ) -> tuple[int, str]:
-    """Bytes that `function` allocates on top of what was alive, at its peak, and the source.
+    """Return the most bytes that `function` has alive beyond those before it, and the source.
 
-    On CUDA the allocator's own peak. Elsewhere the storages of all tensors that operators return
-    are followed until they are freed; what an operator allocates and frees inside is not seen.
+    On CUDA the figure is the allocator's own peak. Elsewhere the storages of all tensors that
+    operators return are followed until they are freed; what an operator allocates and frees inside
+    is not seen.
+
+    Args:
+        function: The work to measure. It is called once.
+        device: Where the work is done.
+
+    Returns:
+        The bytes, and how they were counted.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -53,11 +61,13 @@ def peak_memory(
 
 
 class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Follow every storage first seen as an operator's output, until it is freed.
+    """Follow every storage that an operator returns until it is freed.
+
+    Storages that were there before the block do not count.
 
     Attributes:
-        alive: bytes alive now.
-        peak: most bytes alive at once since the start, or since `peak` was last set.
+        alive: Bytes that are alive now.
+        peak: Most bytes alive at once since the start, or since `peak` was last set.
     """
 
     def __init__(self) -> None:
@@ -69,7 +79,7 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run one operator and note the storages it makes."""
+        """Run one operator and note the storages that it makes."""
         kwargs = kwargs or {}
         for tensor in _tensors((args, kwargs)):
             self._follow(tensor, 0)
@@ -98,7 +108,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, each storage once."""
+    """Return the bytes of all parameters and buffers of a model, each storage once."""
     tensors = (*model.parameters(), *model.buffers())
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())

@@ -1,4 +1,4 @@
-"""A model and its inner dimensions: find them, count them, mask them, turn them, cut them.
+"""A model and its inner dimensions: find them, count them, mask them, rotate them, cut them.
 
-What has to know where weights lie enters here. Nothing here decides which units leave.
+Every module that needs to know where weights lie is here. Nothing here decides which units leave.
 """

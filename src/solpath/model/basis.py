@@ -1,8 +1,8 @@
-"""Rotate inner dimensions to where their energy sits; the dense model stays the same function.
+"""Rotate pairs to a basis in which units differ most, without changing what the model computes.
 
-The inner dimension between two linear maps has no axes of its own: any invertible matrix may
-stand between them with its inverse. Along principal axes the first r carry the best r-dimensional
-product, so that what a unit is worth differs most from unit to unit.
+The inner dimension between two linear maps has no axes of its own: any invertible matrix may follow
+the first map if its inverse precedes the second. Along principal axes the first r units carry the
+best product of rank r. The mathematics is in docs/method.md, "Principal axes".
 """
 
 import contextlib
@@ -17,13 +17,31 @@ from solpath.pair import Pair, Side
 from solpath.running.forward import Batch, activation_mask
 
 Basis = Mapping[str, Tensor]
-"""Pair name to float64 ``[heads, width, width]``: what multiplies the layer before it."""
+"""Pair name to the matrix that multiplies the outputs of its first layer.
 
-_FLOOR = 1e-8  # of eigenvalues and singular values, relative to the largest
+Every matrix is float64 ``[heads, width, width]``. A pair without an entry keeps its own axes.
+"""
+
+_FLOOR = 1e-8  # smallest eigenvalue or singular value that counts, relative to the largest
 
 
 def obstacle(model: nn.Module, pair: Pair) -> str | None:
-    """What stands between the two maps of `pair`, so that it keeps its axes; None if nothing."""
+    """Return what stands between the two maps of `pair` and forbids a rotation.
+
+    Args:
+        model: The dense model. It is only looked at.
+        pair: A pair of `model`.
+
+    Returns:
+        A noun phrase such as ``"an activation"``, or None if the pair can be rotated.
+
+    Example:
+        >>> qk, vo, mlp = solpath.find_pairs(model)[:3]
+        >>> obstacle(model, mlp)
+        'an activation'
+        >>> obstacle(model, qk) is None
+        True
+    """
     if pair.kind == "mlp":
         return "an activation"
     if pair.channels > 1:
@@ -37,17 +55,24 @@ def obstacle(model: nn.Module, pair: Pair) -> str | None:
 
 
 def principal_axes(one: Tensor, other: Tensor) -> Tensor:
-    """The matrix T with which ``T x`` and ``T⁻ᵀ y`` are principal axes of the product ``xᵀ y``.
+    """Return the matrix T that turns x and y to the principal axes of their product ``xᵀ y``.
 
-    With ``one^½ other^½ = U s Vᵀ``, ``T = s^½ Uᵀ one^-½``. Keeping r axes is then the best
-    approximation of rank r in the mean square, and both sides have the second moment ``diag(s)``.
+    With ``one^½ other^½ = U s Vᵀ``, T is ``s^½ Uᵀ one^-½``. Then ``T x`` and ``T⁻ᵀ y`` have the
+    same product and both the second moment ``diag(s)``, and keeping the first r axes is its best
+    approximation of rank r in the mean square (docs/method.md, "Principal axes").
 
     Args:
-        one: second moments of x, float64 ``[..., width, width]``.
-        other: second moments of y, likewise.
+        one: Second moments of x, float64 ``[..., width, width]``.
+        other: Second moments of y, of the same shape and dtype.
 
     Returns:
-        ``[..., width, width]``.
+        T, float64 ``[..., width, width]``.
+
+    Example:
+        >>> one, other = torch.eye(2).double(), torch.diag(torch.tensor([4.0, 9.0])).double()
+        >>> axes = principal_axes(one, other)
+        >>> (axes @ one @ axes.mT).diagonal().round(decimals=4).tolist()
+        [3.0, 2.0]
     """
     root, inverse = _roots(one)
     u, s, _ = torch.linalg.svd(root @ _roots(other)[0])
@@ -57,7 +82,7 @@ def principal_axes(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Square root of a positive semidefinite matrix, and the inverse of the root."""
+    """Return the square root of a positive semidefinite matrix, and the inverse of that root."""
     values, vectors = torch.linalg.eigh(moment)
     top = values.amax(-1, keepdim=True).clamp(min=1e-30)
     root = torch.maximum(values, _FLOOR * top).sqrt().unsqueeze(-2)
@@ -67,10 +92,18 @@ def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
 def principal_basis(
     model: nn.Module, pairs: Sequence[Pair], moments: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The principal axes of every pair that has `moments`, see `moment_hooks`.
+    """Return the principal axes of every pair in `pairs` that some batch reached.
 
-    Pairs that no batch reached are left out. For ``qk`` the product is that of query and key; for
-    ``vo`` that of the output projection and the attention output, whose axes are the value's.
+    The product of a ``qk`` pair is that of query and key. The product of a ``vo`` pair is that of
+    the output projection and the attention output, which has the axes of the values it sums up.
+
+    Args:
+        model: The dense model. It is only looked at.
+        pairs: The pairs to rotate; `obstacle` must find nothing in their way.
+        moments: The second moments of these pairs, from `moment_hooks`.
+
+    Returns:
+        The basis of these pairs.
     """
     basis = {}
     for pair in pairs:
@@ -91,14 +124,17 @@ def principal_basis(
 def moment_hooks(
     model: nn.Module, pairs: Sequence[Pair], batch: Batch
 ) -> Iterator[dict[str, Tensor]]:
-    """Add up second moments while the model runs.
+    """Add up the second moments of activations while `model` runs inside the block.
 
     Args:
-        batch: what it runs on; its padding does not count.
+        model: The dense model. Its hooks are removed when the block ends.
+        pairs: The pairs to watch.
+        batch: The batch that `model` will run on. Its padding does not count.
 
     Yields:
-        Pair name to float64 ``[2, heads, width, width]`` on the CPU: of query and key; or of the
-        attention output, and zeros.
+        Pair name to float64 ``[2, heads, width, width]`` on the CPU. The two moments of a ``qk``
+        pair are those of the query and of the key. For a ``vo`` pair the first is that of the
+        attention output, and the second stays zero.
     """
     moments = {p.name: torch.zeros(2, p.heads, p.width, p.width).double() for p in pairs}
 
@@ -130,12 +166,17 @@ def moment_hooks(
 
 @contextlib.contextmanager
 def rotated(model: nn.Module, pairs: Sequence[Pair], basis: Basis) -> Iterator[nn.Module]:
-    """Give `model` rotated parameters in place of its own, until the block ends.
+    """Give `model` rotated parameters until the block ends.
+
+    The parameters are rotated in float64 and rounded to their own dtype.
 
     Args:
-        model: gets its own parameters back, the same objects.
-        pairs: of the model; those without a basis stay as they are.
-        basis: from `principal_basis`.
+        model: The dense model. It gets its own parameter objects back when the block ends.
+        pairs: The pairs of `model`. Those without an entry in `basis` are left untouched.
+        basis: From `principal_basis`.
+
+    Yields:
+        `model` itself.
     """
     values: dict[int, Tensor] = {}
     places: dict[int, tuple[nn.Module, str, nn.Parameter]] = {}
@@ -168,14 +209,17 @@ def rotated(model: nn.Module, pairs: Sequence[Pair], basis: Basis) -> Iterator[n
 
 
 def _rotate_(value: Tensor, pair: Pair, side: Side, matrix: Tensor) -> None:
-    """Multiply the channels of `side`, the first dimension of `value`, head by head, in place."""
+    """Multiply the channels of `side` in `value` by `matrix`, head by head, in place.
+
+    The channels are the first dimension of `value`; `matrix` is ``[heads, width, width]``.
+    """
     heads = torch.einsum("hij,hrjk->hrik", matrix, _by_head(pair, side, value))
     part = value[side.offset : side.offset + heads.shape[:-1].numel()]
     part.copy_(heads.reshape(part.shape))
 
 
 def _by_head(pair: Pair, side: Side, channels: Tensor) -> Tensor:
-    """Channels of `side`, first, by head. ``[channels, n] -> [heads, repeat, width, n]``."""
+    """Split the channels of `side` by head: ``[channels, ...] -> [heads, repeat, width, n]``."""
     count = pair.heads * side.repeat * pair.width
     part = channels[side.offset : side.offset + count]
     return part.reshape(pair.heads, side.repeat, pair.width, -1)

@@ -1,4 +1,4 @@
-"""Count what a model takes under every measure, and each unit's part in it."""
+"""Count what a dense model and each of its units cost under every measure."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,13 +21,13 @@ from solpath.running.forward import Batch, device_of, run
 
 @dataclass(frozen=True)
 class Seen:
-    """One forward pass of a dense model on one sample: what a measure counts from.
+    """One forward pass of a dense model on one sample, for the measures to count from.
 
     Attributes:
-        model: the dense model; it may be on the meta device.
-        pairs: what can be pruned in it.
-        macs: multiply-accumulates of the pass.
-        shapes: dotted path of every layer of a pair that ran, to the shapes of its inputs.
+        model: The dense model. It may be on the meta device.
+        pairs: The pairs of the model.
+        macs: The multiply-accumulates of the pass.
+        shapes: Dotted path of every layer of a pair that ran, to the shapes of its inputs.
     """
 
     model: nn.Module
@@ -37,29 +37,31 @@ class Seen:
 
 
 Measure = Callable[[Seen], tuple[int, Mapping[str, int]]]
-"""What the dense model takes, and by pair name what one unit takes. Units must add up: a model
-without some units takes as much less as the sum of theirs."""
+"""A function that returns the cost of the dense model, and pair name to the cost of one unit.
+
+The costs of units must add up: a model without some units must cost less by exactly their sum.
+"""
 
 
 def _params(seen: Seen) -> tuple[int, Mapping[str, int]]:
-    """Parameters."""
+    """Count parameters, a tied one once."""
     whole = sum(parameter.numel() for parameter in seen.model.parameters())
     return whole, {pair.name: pair.cost for pair in seen.pairs}
 
 
 def _bytes(seen: Seen) -> tuple[int, Mapping[str, int]]:
-    """Bytes of all parameters and saved buffers, a tied one once, in the dtype they have."""
+    """Count the bytes of all parameters and saved buffers in their own dtype, a tied one once."""
     whole = sum(tensor.nbytes for tensor in saved_tensors(seen.model).values())
     return whole, {p.name: p.cost * _element_size(seen.model, p) for p in seen.pairs}
 
 
 def _macs(seen: Seen) -> tuple[int, Mapping[str, int]]:
-    """Multiply-accumulates of the sample."""
+    """Count the multiply-accumulates of the sample."""
     return seen.macs, {pair.name: _unit_macs(seen, pair) for pair in seen.pairs}
 
 
 def _cache(seen: Seen) -> tuple[int, Mapping[str, int]]:
-    """Bytes of the key-value cache per generated token, in the dtype of its layers."""
+    """Count the bytes of the key-value cache per generated token, in the dtype of its layers."""
     unit = {p.name: p.cache * _element_size(seen.model, p) for p in seen.pairs}
     return sum(pair.units * unit[pair.name] for pair in seen.pairs), unit
 
@@ -70,25 +72,38 @@ MEASURES: dict[str, Measure] = {
     "macs": _macs,
     "cache": _cache,
 }
-"""Every measure that a budget may be counted in, by name. Paths searched from now on know a
-measure that is added here, and ``path.plan(Budget(name, value))`` cuts to it."""
+"""Every measure that a budget can be counted in, by name.
+
+A measure that you add here is known to every path that is searched afterwards, and
+``path.plan(Budget(name, value))`` cuts to it.
+"""
 
 
 def count_costs(model: nn.Module, pairs: Sequence[Pair], sample: Batch) -> CostTable:
-    """Cost table of a dense model for one sample, under every measure in `MEASURES`.
+    """Count what a dense model and its units cost on one sample, under every measure in `MEASURES`.
 
-    A unit takes part in its rows and columns of the linear layers, once per token, and a ``qk`` or
-    ``vo`` unit also in one multiplication per pair of tokens and query head. Units of layers that
-    did not run on the sample (the other tower, say) cost no MACs. Bytes are those of the dtype
-    that the tensors have; the key-value cache is taken to have that of the key and value layers.
+    A unit costs its rows and columns of the linear layers once per token. A ``qk`` or ``vo`` unit
+    also costs one multiply-accumulate for each query, key and query head. Units of layers that did
+    not run on the sample (those of another tower, for example) cost no MACs. Bytes are counted in
+    the dtype that the tensors have, and the key-value cache in that of the layers it belongs to.
 
     Args:
-        model: runs once, without gradients; may be on the meta device, with the sample.
-        pairs: of the model.
-        sample: a batch of one sample.
+        model: The dense model. It runs once, without gradients. It may be on the meta device if the
+            sample is there too.
+        pairs: The pairs of the model.
+        sample: A batch of one sample.
+
+    Returns:
+        The cost table of the model.
 
     Raises:
-        ConfigError: a measure does not count one whole number for every pair.
+        ConfigError: A measure does not return one whole number for the model and for every pair.
+
+    Example:
+        >>> sample = {"input_ids": batch["input_ids"][:1]}
+        >>> costs = count_costs(model, solpath.find_pairs(model), sample)
+        >>> {name: costs.dense[name] for name in MEASURES}
+        {'params': 37922, 'bytes': 151688, 'macs': 296000, 'cache': 0}
     """
     shapes: dict[str, list[torch.Size]] = {}
 
@@ -116,10 +131,17 @@ def count_costs(model: nn.Module, pairs: Sequence[Pair], sample: Batch) -> CostT
 
 
 def count_macs(model: nn.Module, batch: Batch) -> int:
-    """Multiply-accumulates of one forward pass of the whole batch: matrix products, convolutions.
+    """Count the multiply-accumulates of matrix products and convolutions in one forward pass.
 
-    Attention is run in its plain form while counting, because the counter knows no formula for
-    some fused kernels.
+    Attention runs in its plain form during the count, because the counter knows no formula for some
+    fused kernels.
+
+    Args:
+        model: Any model. It runs once, without gradients.
+        batch: The batch to run. All of its samples count.
+
+    Returns:
+        Half the floating-point operations of the pass.
     """
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
@@ -128,11 +150,11 @@ def count_macs(model: nn.Module, batch: Batch) -> int:
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers, each once, under the first of its names."""
+    """Return the parameters and saved buffers of a model, each once, under its first name."""
     distinct: dict[object, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         key: object = id(tensor)
-        if tensor.numel() and not tensor.is_meta:  # another view of the same memory is the same
+        if tensor.numel() and not tensor.is_meta:  # the same view of memory is the same tensor
             key = tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape
         distinct.setdefault(key, (name, tensor))
     return dict(distinct.values())
@@ -143,23 +165,26 @@ def _element_size(model: nn.Module, pair: Pair) -> int:
 
 
 def _without_data(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """On the meta device, fake tensors: models know these and do not look at values."""
+    """Return a block of fake tensors for a model on the meta device, or one that does nothing.
+
+    Models recognise fake tensors and do not look at their values.
+    """
     if device_of(model).type == "meta":
         return FakeTensorMode(allow_non_fake_inputs=True)
     return contextlib.nullcontext()
 
 
 def _unit_macs(seen: Seen, pair: Pair) -> int:
-    """MACs of one unit, from the shapes of what went into the layers."""
+    """Return the MACs of one unit of `pair`, from the shapes that went into its layers."""
     first = pair.left[0].module
     if first not in seen.shapes:
         return 0
-    # A fused module that gets query, key and value apart is looked up by what a side is.
+    # nn.MultiheadAttention takes query, key and value as three inputs; every side reads its own.
     argument = {"qk": (0, 1), "vo": (2, 0), "mlp": (0, 0)}[pair.kind]
     sides = [(side, argument[0]) for side in pair.left] + [(pair.right, argument[1])]
     macs, rows, tokens = 0, [], []
     for side, index in sides:
-        # Such a module does not call its output layer, which has a row for every query.
+        # nn.MultiheadAttention does not call its output layer, which has one row for every query.
         given = seen.shapes.get(side.module, seen.shapes[first])
         shape = given[index] if index < len(given) else given[0]
         linear = linear_map(seen.model, side.module)
@@ -168,7 +193,7 @@ def _unit_macs(seen: Seen, pair: Pair) -> int:
         rows.append(shape[:-1].numel())
         tokens.append(shape[-2])
     if pair.kind != "mlp":
-        # Logits and weighted sums: one multiplication for each query, key and query head.
+        # Logits and weighted sums take one multiplication for each query, key and query head.
         queries, keys = (rows[0], tokens[1]) if pair.kind == "qk" else (rows[1], tokens[0])
         macs += max(side.repeat for side in pair.sides) * pair.channels * queries * keys
     return macs

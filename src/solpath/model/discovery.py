@@ -1,4 +1,4 @@
-"""Find what can be pruned in a model."""
+"""Find the pairs of a model: all inner dimensions that can be pruned."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -18,12 +18,13 @@ from solpath.pretrained import Name, as_model
 
 @dataclass(frozen=True)
 class Site:
-    """One attention of a model.
+    """One attention of a model, with its pairs.
 
     Attributes:
-        path: of its module in the model.
-        table: what is known of it.
-        qk, vo: its pairs.
+        path: Dotted path of the attention module in the model.
+        table: What the table of the architecture says about it.
+        qk: Its query-key pair.
+        vo: Its value-output pair.
     """
 
     path: str
@@ -33,33 +34,32 @@ class Site:
 
 
 def find_pairs(model: nn.Module | Name) -> tuple[Pair, ...]:
-    """Every inner dimension of every attention head and every MLP neuron, block by block.
+    """Return the pairs of a model, block by block.
 
     Args:
-        model: a model of transformers or timm, or its folder or hub id; it is only looked at, and
-            weights are not read.
+        model: A model of transformers or timm, or its folder or hub id. A model is only looked at;
+            from a folder or an id it is built without reading its weights.
 
     Returns:
-        Per block the ``qk`` and ``vo`` pairs of its attentions, then the ``mlp`` pair.
+        For every block, the ``qk`` and ``vo`` pairs of its attentions, then its ``mlp`` pair.
 
     Raises:
-        UnsupportedModelError: unknown type of model (the message lists the known ones), blocks of
-            another form than the table's, an already extracted model, a quantised or wrapped layer,
-            or weights shared with another module.
-        FileError, ConfigError: by name: see `from_pretrained`.
+        UnsupportedModelError: The type of model is unknown (the message lists the known ones), the
+            blocks are not as the table of the architecture says, the model was already extracted,
+            or a layer is quantised, wrapped, or shares its weights with another module.
+        FileError: A folder or id was given and cannot be read; see `from_pretrained`.
+        ConfigError: The model needs timm, which is not installed, or asks timm for more than a
+            model; see `from_pretrained`.
 
     Example:
-        >>> from transformers import BertConfig, BertModel
-        >>> config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        ...                     intermediate_size=64, vocab_size=50)
-        >>> [(pair.kind, pair.heads, pair.width) for pair in find_pairs(BertModel(config))]
-        [('qk', 2, 16), ('vo', 2, 16), ('mlp', 1, 64)]
+        >>> [(pair.kind, pair.heads, pair.width) for pair in solpath.find_pairs(model)[:3]]
+        [('qk', 4, 8), ('vo', 4, 8), ('mlp', 1, 64)]
     """
     return survey(as_model(model, device="meta"))[0]
 
 
 def survey(model: nn.Module) -> tuple[tuple[Pair, ...], tuple[Site, ...]]:
-    """The pairs of a model, see `find_pairs`, and its attentions, found in one walk."""
+    """Return the pairs of a model, as `find_pairs` does, and its attentions, in one walk."""
     found = _find(model)
     return _pairs(found), tuple(part for part in found if isinstance(part, Site))
 
@@ -73,7 +73,7 @@ def _pairs(found: list[Site | Pair]) -> tuple[Pair, ...]:
 
 
 def _find(model: nn.Module) -> list[Site | Pair]:
-    """Attentions and MLP pairs, in the order of `find_pairs`."""
+    """Return the attentions and the MLP pairs of a model, in the order of `find_pairs`."""
     plan = plan_of(model)
     if plan is not None:
         raise UnsupportedModelError(
@@ -96,7 +96,10 @@ def _find(model: nn.Module) -> list[Site | Pair]:
 
 
 def _blocks(model: nn.Module, path: str) -> Iterator[str]:
-    """Paths of the blocks that `path`, with ``*`` for any index, leads to; none if it is absent."""
+    """Yield the paths of the blocks that `path` leads to, where ``*`` stands for any index.
+
+    Nothing is yielded if `model` has no module there.
+    """
     head, star, rest = path.partition(".*")
     if not _has(model, head):
         return
@@ -140,7 +143,7 @@ def _site(model: nn.Module, block: str, table: Attention) -> Site:
     else:
         counts = {"query": heads, "key": kv_heads, "value": kv_heads}
         widths = {name: layers[name].out_features // counts[name] for name in paths}
-    before = widths["query"] if fused else 0  # channels that every head before takes in the layer
+    before = widths["query"] if fused else 0  # channels per head in a fused layer, for the offsets
     query = Side(paths["query"], 0, repeat)
     key = Side(paths["key"], 0, 1, heads * before)
     value = Side(paths["value"], 0, 1, (heads + kv_heads) * before)
@@ -206,7 +209,7 @@ def _check_identity(model: nn.Module, parent: str, names: tuple[str, ...]) -> No
 
 
 def _unit_cost(model: nn.Module, *sides: Side) -> int:
-    """Parameters that go with one channel of a head, in all `sides` together."""
+    """Count the parameters that leave with one channel of a head, in all `sides` together."""
     cost = 0
     for side in sides:
         linear = linear_map(model, side.module)

@@ -1,4 +1,4 @@
-"""Cut a model to a plan: a new model with really smaller matrices."""
+"""Cut a model to a plan: make a new model with smaller matrices."""
 
 import copy
 from collections import defaultdict
@@ -30,32 +30,42 @@ def extract(model: Name, plan: Plan, *, check: bool = True) -> nn.Module: ...
 
 
 def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Module:
-    """A copy of `model` that keeps only the units of `plan`.
+    """Return a copy of `model` that keeps only the units of `plan`.
 
-    The copy has the class behaviour of the original: forward signature, outputs, `config`,
-    `state_dict`. Layers that keep every unit are copied bit for bit. Its attribute
-    ``solpath_plan`` is the plan. `model` is left untouched.
+    The copy is used like the original: it has the same forward signature, kinds of outputs,
+    `config` and names in its `state_dict`. Layers that keep every unit are copied bit for bit. Its
+    attribute ``solpath_plan`` is the plan. `model` is left untouched.
 
     Args:
-        model: the dense model the plan was made for, or its folder or hub id, which is loaded on
-            the CPU.
-        plan: from `SolutionPath.plan`.
-        check: compare the model's weights with the plan's fingerprint first.
+        model: The dense model that the plan was made for, or its folder or hub id, which is loaded
+            on the CPU.
+        plan: From `SolutionPath.plan`.
+        check: Whether to compare the model's weights with the plan's fingerprint first.
+
+    Returns:
+        A member of the family: a model of its own, on the device of `model`.
 
     Raises:
-        FingerprintError: the plan belongs to another model; the message says what differs.
-        UnsupportedModelError: the model cannot be cut, or was cut already.
-        FileError, ConfigError: by name: see `from_pretrained`.
+        FingerprintError: The plan belongs to another model (the message says what differs), or it
+            was read from a saved model and lacks the basis of a pair that it cuts.
+        UnsupportedModelError: The model cannot be cut or was cut already; see `find_pairs`.
+        FileError: A folder or id was given and cannot be read; see `from_pretrained`.
+        ConfigError: The model needs timm, which is not installed, or asks timm for more than a
+            model; see `from_pretrained`.
 
     Example:
-        >>> small = solpath.extract(model, path.plan(sparsity=0.5))  # doctest: +SKIP
+        >>> small = solpath.extract(model, path.plan(sparsity=0.5))
+        >>> round(small.solpath_plan.achieved.sparsity, 1)
+        0.5
+        >>> small(**batch).logits.shape == model(**batch).logits.shape
+        True
     """
     model = as_model(model)
     pairs, sites = survey(model)
     if check:
         check_fingerprint(plan.fingerprint, model, pairs)
 
-    # The copy finds the cut parameters in `memo`, so what is cut is never copied whole.
+    # deepcopy finds the cut parameters in `memo`, so a matrix that is cut is never copied whole.
     cut = {pair.name for pair in pairs if plan.kept[pair.name].shape[1] < pair.width}
     layers = _sides_of_layers(pairs, cut)
     with rotated(model, pairs, plan.rotations()):
@@ -74,13 +84,16 @@ def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Mo
 
 
 def copy_extracted(model: Model) -> Model:
-    """A deep copy of a model; the plan it was cut to, if any, is the same object."""
+    """Return a deep copy of a model. The plan that it was cut to, if any, stays the same object."""
     plan = plan_of(model)
     return copy.deepcopy(model, {id(plan): plan})
 
 
 def _sides_of_layers(pairs: tuple[Pair, ...], cut: set[str]) -> dict[str, list[tuple[Pair, Side]]]:
-    """Every layer that a cut pair touches, with all that shares it, in the order of its rows."""
+    """Return every layer that a cut pair touches, by path, with all pairs and sides that share it.
+
+    The sides of a layer come in the order of its rows.
+    """
     layers: dict[str, list[tuple[Pair, Side]]] = defaultdict(list)
     for pair in pairs:
         for side in pair.sides:
@@ -93,7 +106,7 @@ def _sides_of_layers(pairs: tuple[Pair, ...], cut: set[str]) -> dict[str, list[t
 
 
 def _slim_(model: nn.Module, site: Site, plan: Plan) -> None:
-    """Give an attention whose projections were cut the `forward` that runs with their widths."""
+    """Give an attention whose projections were cut a `forward` that runs with their widths."""
     if site.table.forward is None:
         return
     attention = model.get_submodule(site.path)

@@ -1,4 +1,4 @@
-"""Which model a path belongs to: a digest of the weights that can be cut."""
+"""Tell which model a path belongs to, by a digest of the weights that can be cut."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,17 @@ from solpath.pair import Fingerprint, Pair
 
 
 def fingerprint(model: nn.Module, pairs: tuple[Pair, ...]) -> Fingerprint:
-    """Class and a digest of the weights of every pair; no digests of weights without data."""
+    """Return the class name of `model` and a digest of the weights of every pair.
+
+    The digest of a pair on the meta device, where weights have no data, is ``"meta"``.
+
+    Args:
+        model: The dense model. It is only read.
+        pairs: The pairs of the model.
+
+    Returns:
+        The fingerprint, which does not depend on the device of the model.
+    """
 
     def digest(pair: Pair) -> str:
         sha256 = hashlib.sha256()
@@ -32,14 +42,23 @@ def fingerprint(model: nn.Module, pairs: tuple[Pair, ...]) -> Fingerprint:
 
 
 def check_fingerprint(expected: Fingerprint, model: nn.Module, pairs: tuple[Pair, ...]) -> None:
-    """Raise `FingerprintError` unless a path or plan is for this model, naming what differs."""
+    """Raise `FingerprintError` unless `model` is the one that a path or plan was made for.
+
+    Args:
+        expected: The fingerprint in the path or plan.
+        model: The model at hand.
+        pairs: The pairs of `model`.
+
+    Raises:
+        FingerprintError: The class, the pairs or the weights differ; the message says which.
+    """
     difference = expected.differences(fingerprint(model, pairs))
     if difference:
         raise FingerprintError(f"the plan is for another model: {difference}.")
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of all weights and buffers, first 16 hexadecimal digits."""
+    """Return the first 16 hexadecimal digits of a SHA-256 of all weights and saved buffers."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -52,5 +71,5 @@ def _layers(model: nn.Module, pair: Pair) -> list[LinearMap]:
 
 
 def values_as_bytes(tensor: Tensor) -> Any:
-    """The values of a tensor as a buffer of bytes, for a digest."""
+    """Return the values of a tensor as an array of bytes, for a digest."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -1,4 +1,4 @@
-"""Hooks that are gone after the block, whatever happens in it."""
+"""Hooks on modules that are removed when a block ends, whatever happens in it."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,14 +11,15 @@ from solpath.nn.pooling import QueryHook
 
 
 class Hook(NamedTuple):
-    """A function that a module calls.
+    """A function that a module calls when it runs.
 
     Attributes:
-        module: what calls it.
-        when: ``"before"`` it runs, as ``function(module, args)``; ``"after"``, as
-            ``function(module, args, output)``; or on the projected ``"query"`` of a
-            `nn.MultiheadAttention`, as ``function(query)``.
-        function: what it returns takes the place of what it was given, unless that is None.
+        module: The module that calls the function.
+        when: ``"before"`` the module runs, as ``function(module, args)``; ``"after"`` it has run,
+            as ``function(module, args, output)``; or ``"query"``, as ``function(query)`` on the
+            projected query of an `nn.MultiheadAttention`.
+        function: The function. Its result replaces the inputs, the output or the query. None leaves
+            inputs and outputs untouched; on a query it is not allowed.
     """
 
     module: nn.Module
@@ -30,7 +31,17 @@ class Hook(NamedTuple):
 def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
     """Register hooks, and remove every one of them when the block ends.
 
-    A hook that cannot be registered, or an iterable that fails on the way, leaves none behind.
+    If a hook cannot be registered, or the iterable fails on the way, no hook is left behind.
+
+    Args:
+        hooks: The hooks, in the order in which they are registered.
+
+    Example:
+        >>> seen = []
+        >>> with hooked([Hook(model.classifier, "before", lambda module, args: seen.extend(args))]):
+        ...     outputs = model(**batch)
+        >>> seen[0].shape
+        torch.Size([8, 32])
     """
     handles: list[RemovableHandle | QueryHook] = []
     try:

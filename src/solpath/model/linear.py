@@ -14,9 +14,9 @@ class LinearMap:
     """Weight and bias of a linear layer, whatever its class.
 
     Attributes:
-        weight: ``[out, in]``, or ``[in, out]`` when `outputs` is 1.
-        bias: ``[out]`` or None.
-        outputs: the dimension of `weight` that runs over outputs.
+        weight: The weight, ``[out, in]``, or ``[in, out]`` when `outputs` is 1.
+        bias: The bias, ``[out]``, or None.
+        outputs: The dimension of `weight` that runs over outputs, 0 or 1.
     """
 
     weight: nn.Parameter
@@ -34,16 +34,25 @@ class LinearMap:
         return self.weight.shape[1 - self.outputs]
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The weight, and the bias if there is one."""
+        """Return the weight, and the bias if there is one, by name."""
         found = {"weight": self.weight}
         return found if self.bias is None else found | {"bias": self.bias}
 
 
 def linear_map(model: nn.Module, path: str) -> LinearMap:
-    """The linear map of the layer at `path`; the input projection of a `nn.MultiheadAttention`.
+    """Return the linear map of the layer at `path`.
+
+    For an `nn.MultiheadAttention` it is the input projection of query, key and value together.
+
+    Args:
+        model: The model. Its parameters are returned as they are, not copied.
+        path: Dotted path of the layer.
+
+    Returns:
+        The linear map.
 
     Raises:
-        UnsupportedModelError: any other class, such as a quantised or wrapped layer.
+        UnsupportedModelError: The layer is of another class, for example quantised or wrapped.
     """
     from transformers.pytorch_utils import Conv1D
 

@@ -1,4 +1,4 @@
-"""Masks on the inner dimensions of a model, put there by hooks and gone after the block."""
+"""Mask the units of a model by hooks that are removed when a block ends."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,14 +18,14 @@ from solpath.running.forward import Batch, activation_mask, device_of
 
 @dataclass
 class Masks:
-    """What hooked pairs obey; change it between forward passes.
+    """The masks that hooked pairs obey; change them between forward passes.
 
     Attributes:
-        units: pair name to ``[units]``, or ``[batch, units]`` for one mask per sample; a pair
-            without an entry is left alone.
-        energy: pair name to sums of squares of queries and keys, see `SolutionPath.energy`; from
-            it the gain after a norm follows a mask that moves.
-        gains: pair name to a fixed gain, see `Plan.gains`; comes before `energy`.
+        units: Pair name to a mask ``[units]``, or ``[batch, units]`` for one mask per sample. A
+            pair without an entry is not masked.
+        energy: Pair name to sums of squares of queries and keys, see `SolutionPath.energy`. They
+            give the gain of a pair with norms under any mask.
+        gains: Pair name to a fixed gain, see `Plan.gains`. It takes precedence over `energy`.
     """
 
     units: dict[str, Tensor] = field(default_factory=dict)
@@ -35,10 +35,17 @@ class Masks:
 
 @contextlib.contextmanager
 def mask_hooks(model: nn.Module, pairs: Sequence[Pair]) -> Iterator[Masks]:
-    """Hook every pair; yield the masks that the forward passes obey.
+    """Hook every pair, so that forward passes inside the block obey masks.
 
-    A mask multiplies the inner activation: the output of the query projection (or of the norm
-    over its heads), or the input of the right-hand layer. Hooks are removed when the block ends.
+    A mask multiplies the inner activation: the output of the query projection (or of the norms over
+    the heads), or the input of the right-hand layer.
+
+    Args:
+        model: The dense model. Its hooks are removed when the block ends.
+        pairs: The pairs to mask.
+
+    Yields:
+        The masks, without an entry at first.
     """
     masks = Masks()
 
@@ -63,20 +70,25 @@ def mask_hooks(model: nn.Module, pairs: Sequence[Pair]) -> Iterator[Masks]:
 
 @contextlib.contextmanager
 def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
-    """Run `model` as if it had been cut to `plan`, without cutting it.
-
-    Hooks and rotated parameters are there inside the block and gone after it.
+    """Run `model` inside the block as if it had been cut to `plan`, without cutting it.
 
     Args:
-        model: the dense model the plan was made for. Only its class is checked, not its weights.
-        plan: from `SolutionPath.plan`.
+        model: The dense model that the plan was made for. Only its class is checked, not its
+            weights. It gets its own parameters back, and loses the hooks, when the block ends.
+        plan: From `SolutionPath.plan`.
+
+    Yields:
+        `model` itself.
 
     Raises:
-        FingerprintError: the plan is for a model of another class.
+        FingerprintError: The plan is for a model of another class, or it was read from a saved
+            model and lacks the basis of a pair that it cuts.
 
     Example:
-        >>> with solpath.masked(model, path.plan(sparsity=0.5)):  # doctest: +SKIP
+        >>> with solpath.masked(model, path.plan(sparsity=0.5)):
         ...     outputs = model(**batch)
+        >>> torch.allclose(outputs.logits, small(**batch).logits, atol=1e-5)
+        True
     """
     if type(model).__name__ != plan.fingerprint.architecture:
         raise FingerprintError(
@@ -122,10 +134,14 @@ def _on_input(masks: Masks, pair: Pair) -> Any:
 
 
 def _on_norm(masks: Masks, pair: Pair, norm: Norm, query: bool) -> Any:
-    """The norm runs over the kept channels alone; the gain makes up for what they lack."""
+    """Return a hook that lets a norm over the heads see the kept channels alone.
+
+    The gain multiplies the query and makes up for the channels that both norms no longer see
+    (docs/method.md, "Norms over the heads").
+    """
 
     def by_head(value: Tensor, channels: int) -> Tensor:
-        """``[..., heads, n]`` to the layout of the norm's input, its ``n`` repeated."""
+        """Lay ``[..., heads, n]`` out like the input of the norm, its ``n`` repeated."""
         value = value.repeat((*[1] * (value.dim() - 1), channels))
         return value.unsqueeze(-3 if norm.heads_dim == -2 else -2)
 
@@ -141,7 +157,8 @@ def _on_norm(masks: Masks, pair: Pair, norm: Norm, query: bool) -> Any:
             mask = mask.repeat_interleave(pair.left[0].repeat, -2)
         kept = by_head(mask, pair.channels)
         if mask.requires_grad:
-            # What the other branch gives, but linear in the mask of a unit at 0 as well as at 1.
+            # Masks of 0 and 1 give what the other branch gives. The energy is linear in the mask,
+            # so that the gradient of a unit at 0 does not vanish.
             square = args[0].square()
             small = 1e-6 * square.mean(-1, keepdim=True)
             ratio = (square.mean(-1, keepdim=True) + small).sqrt()
@@ -160,14 +177,16 @@ def _on_norm(masks: Masks, pair: Pair, norm: Norm, query: bool) -> Any:
 def energy_hooks(
     model: nn.Module, pairs: Sequence[Pair], batch: Batch
 ) -> Iterator[Mapping[str, Tensor]]:
-    """Add up the squares that the norms of `pairs` see while the model runs.
+    """Add up the squares that the norms of `pairs` see while `model` runs inside the block.
 
     Args:
-        batch: what it runs on; its padding does not count.
+        model: The dense model. Its hooks are removed when the block ends.
+        pairs: Pairs with norms over the heads.
+        batch: The batch that `model` will run on. Its padding does not count.
 
     Yields:
-        Pair name to float64 ``[heads, query heads per head + 1, width]``, on the CPU: queries,
-        then key.
+        Pair name to float64 ``[heads, query heads per head + 1, width]`` on the CPU: the sums of
+        squares of the queries, then of the key.
     """
     totals = {p.name: torch.zeros(p.heads, p.left[0].repeat + 1, p.width).double() for p in pairs}
 
@@ -195,7 +214,10 @@ def _on_energy(total: Tensor, pair: Pair, norm: Norm, batch: Batch) -> Any:
 
 
 def _expansion(pair: Pair) -> Callable[[Tensor, Tensor], Tensor]:
-    """From a mask over units ``[..., units]`` to one over the channels of the mask's layer."""
+    """Return what turns a mask of units into one of all channels of the layer that is masked.
+
+    A mask ``[..., units]`` becomes ``[..., channels]``; channels of other pairs get 1.
+    """
     side = pair.mask_side
     unit = pair.unit_of_channel(side)
     whole = torch.equal(unit, torch.arange(pair.units))
@@ -214,7 +236,8 @@ def _expansion(pair: Pair) -> Callable[[Tensor, Tensor], Tensor]:
 def _rows(mask: Tensor, inner: Tensor, pair: Pair) -> Tensor:
     """Line a mask per sample up with the rows of an activation ``[batch, ..., channels]``.
 
-    Windows of one sample lie next to each other: ``[batch * windows, ..., channels]``.
+    Windows of one sample lie next to each other in ``[batch * windows, ..., channels]``. Raise
+    `BatchError` if the rows do not divide evenly among the samples.
     """
     if mask.dim() == 1:
         return mask

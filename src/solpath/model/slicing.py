@@ -1,4 +1,4 @@
-"""The only code that cuts a tensor."""
+"""Cut parameters; no other module cuts a tensor."""
 
 from torch import Tensor, nn
 
@@ -6,27 +6,30 @@ from solpath.model.linear import LinearMap
 
 
 def cut(parameter: nn.Parameter, index: Tensor, dim: int) -> nn.Parameter:
-    """A new parameter with the kept entries of one dimension; `parameter` is left untouched.
+    """Return a new parameter that keeps some entries of one dimension.
 
     Args:
-        parameter: any shape; may live on the meta device.
-        index: int64 ``[r]``, what to keep, in the order it will have.
-        dim: the dimension that is cut to r.
+        parameter: A parameter of any shape, which is left untouched. It may be on the meta device.
+        index: Entries to keep, int64 ``[r]``, in the order that they will have.
+        dim: The dimension that is cut to r.
 
     Returns:
-        Same dtype, device and requires_grad.
+        The new parameter, with the dtype, device and `requires_grad` of the old one.
     """
     kept = parameter.detach().index_select(dim, index.to(parameter.device))
     return nn.Parameter(kept, requires_grad=parameter.requires_grad)
 
 
 def cut_linear(linear: LinearMap, index: Tensor, axis: int) -> dict[int, nn.Parameter]:
-    """What to put in place of the parameters of a layer: id of the old one to the new one.
+    """Return the new parameters of a layer that is cut, by the `id` of the old ones.
 
     Args:
-        linear: left untouched.
-        index: int64 ``[r]``, channels to keep.
-        axis: 0 keeps outputs, with their bias; 1 keeps inputs, and the bias whole.
+        linear: The layer, which is left untouched.
+        index: Channels to keep, int64 ``[r]``.
+        axis: 0 keeps these outputs with their biases; 1 keeps these inputs and the whole bias.
+
+    Returns:
+        The `id` of every parameter that changes, to the parameter that takes its place.
     """
     outputs = linear.outputs
     if axis == 1:
@@ -38,7 +41,10 @@ def cut_linear(linear: LinearMap, index: Tensor, axis: int) -> dict[int, nn.Para
 
 
 def resize_(layer: nn.Module) -> None:
-    """Let a layer whose parameters were cut know its sizes."""
+    """Set the sizes that a layer states about itself to those of its cut parameters.
+
+    A `Conv1D` also changes its class, to one that runs with no inputs or no outputs.
+    """
     from transformers.pytorch_utils import Conv1D
 
     from solpath.nn.conv1d import CutConv1D

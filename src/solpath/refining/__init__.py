@@ -1,4 +1,4 @@
 """Make up for a cut: refit in closed form, or train against the dense model.
 
-What changes the weights of a model that was cut enters here.
+Every module that changes the weights of a model that was cut is here.
 """

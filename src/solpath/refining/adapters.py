@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, by peft) on the linear layers of a model, and merging them."""
+"""Put low-rank adapters (LoRA, by peft) on the linear layers of a model, and merge them."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -16,23 +16,24 @@ if TYPE_CHECKING:
 
 
 def add_adapters_(model: nn.Module, rank: int, alpha: float) -> "LoraModel":
-    """Put an adapter on every linear layer of `model`; only adapters require gradients afterwards.
+    """Put an adapter on every linear layer of `model`, in place.
 
-    Left out: layers of width 0, frozen layers, and layers whose weight another module shares,
-    because a merge would change that module too. The new model computes what the old one did. The
-    adapters' start is drawn from torch's global generator.
+    Only adapters require gradients afterwards. The model computes what it computed before. Three
+    kinds of layers get no adapter: those whose weight is empty, frozen ones, and those whose weight
+    another module shares, because a merge would change that module too. The first factor of every
+    adapter is drawn from torch's global generator.
 
     Args:
-        model: changed in place.
-        rank: columns of the first factor.
-        alpha: the product of the factors is scaled by ``alpha / rank``.
+        model: The model, which is changed.
+        rank: Rank of every adapter, which is a product of two factors.
+        alpha: The product of the factors is scaled by ``alpha / rank``.
 
     Returns:
-        What merges the adapters; its attribute ``model`` is `model`.
+        The object that merges the adapters later. Its attribute ``model`` is `model`.
 
     Raises:
         ConfigError: peft is not installed.
-        UnsupportedModelError: there is no layer to put an adapter on.
+        UnsupportedModelError: No layer can get an adapter.
     """
     try:
         from peft import LoraConfig, LoraModel
@@ -57,7 +58,7 @@ def add_adapters_(model: nn.Module, rank: int, alpha: float) -> "LoraModel":
 
 
 def adaptable(model: nn.Module) -> list[str]:
-    """Names of the linear layers that get an adapter."""
+    """Return the names of the linear layers that can get an adapter, see `add_adapters_`."""
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     return [
         name
@@ -70,10 +71,14 @@ def adaptable(model: nn.Module) -> list[str]:
 
 
 def merge_adapters_(tuner: "LoraModel", adapters: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """Set the factors to `adapters`, add them to the weights, and take them off the model.
+    """Set the factors of adapters, add their products to the weights, and remove the adapters.
+
+    Args:
+        tuner: From `add_adapters_`. Its model is changed.
+        adapters: Name to value of the factors. Factors that are not named keep their values.
 
     Returns:
-        All parameters of the model by their name without adapters.
+        All parameters of the model, by their names without adapters.
     """
     with torch.no_grad():
         for name, parameter in tuner.model.named_parameters():

@@ -1,4 +1,4 @@
-"""Refit what is left of a cut model to the dense one, layer by layer, in closed form."""
+"""Refit what is left of a cut model to the dense model, layer by layer, in closed form."""
 
 import operator
 from collections import Counter
@@ -26,11 +26,11 @@ from solpath.running.progress import progress_bar
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_Calls = tuple[Batch, LayerCall, LayerCall]  # a batch, in the dense model and in the cut one
+_Calls = tuple[Batch, LayerCall, LayerCall]  # a batch, and its calls in the dense and cut model
 _Rows = tuple[Tensor, Tensor, Tensor]  # inputs, what they are fitted to, weights of the tokens
-_CHECKED = 4  # every so many batches, one decides whether a refit is kept
+_CHECKED = 4  # one batch in so many is held out: it decides whether a refit stays
 _AT_ONCE = 8  # batches whose tokens go into one product
-_SAMPLES = 8  # of one batch, from which the residual streams are found
+_SAMPLES = 8  # samples of the first batch in which the residual streams are looked for
 
 
 @overload
@@ -63,41 +63,43 @@ def compensate(
     ridge: float = 0.1,
     progress: bool = True,
 ) -> Model | list[Model]:
-    """A copy of `small` whose cut layers make up for what was cut, without training.
+    """Return a copy of `small` whose cut layers make up for what was cut, without training.
 
-    Layer by layer, in the order they run, the weights and biases of every pair are refitted by
-    least squares, on what the refitted layers before give, to what the dense layer gives on the
-    same tokens. A layer that adds to a residual stream is fitted to the dense stream, so that it
-    also takes back the error of the layers before. Tokens are weighted by the inverse variance of
-    that stream, by which the norm that follows divides. A refit stays only if it lowers the error
-    on batches that it was not fitted on (every fourth); the whole copy stays only if it is nearer
-    to `dense` on these. See docs/method.md.
+    The layers of all pairs are refitted in the order they run. Each is fitted by least squares to
+    what it gives in the dense model on the same tokens, given what the refitted layers before it
+    give. A layer that adds to a residual stream is fitted to the dense stream, so that it also
+    takes back the errors of the layers before. Tokens are weighted by the inverse variance of that
+    stream, by which the norm that follows divides. See docs/method.md, "Compensation".
 
-    All models are left as they were found. The same inputs give the same bits on one machine.
+    Every fourth batch is held out. A refit stays only if it lowers the error on these batches, and
+    the whole copy stays only if its outputs are nearer to those of `dense` on them; otherwise a
+    plain copy of `small` is returned. All models are left as they were found. The same inputs give
+    the same bits on one machine.
 
     Args:
-        small: from `extract` or `load`, with the plan it was cut to. Several are refitted side by
-            side, each as it would be alone; the dense model runs once for all of them.
-        dense: the model they were cut from, on the same device.
-        batches: iterable of what the models take, without labels; all of them are used and kept
-            in memory, and so is one layer's activations of all of them in every model. Tens of
-            thousands of tokens are well spent: the more, the better the fit.
-        ridge: pull towards the present weights, as a share of each input's own energy.
-        progress: show a progress bar.
+        small: A model from `extract` or `load`, or a sequence of them. Several are refitted side by
+            side, each as it would be alone, while the dense model runs once for all of them.
+        dense: The dense model that they were cut from, on the same device.
+        batches: An iterable of what the models take, without labels. All batches stay in memory,
+            with the activations of all of them at one layer of every model. Tens of thousands of
+            tokens are well spent: the more there are, the better the fit.
+        ridge: Pull towards the present weights, as a share of each input's own energy.
+        progress: Whether to show a progress bar.
 
     Returns:
-        A model like `small` with other weights: same class, plan, names and shapes. A list of
-        such models, if several were given.
+        A model with other weights and the class, plan, names and shapes of `small`; a list of such
+        models if a sequence was given.
 
     Raises:
         UnsupportedModelError: `small` was not extracted.
         ConfigError: `ridge` is not positive.
-        BatchError: fewer than four batches, batches on another device, or batches that do not run
-            the same layers.
+        BatchError: There are fewer than four batches, a batch is on another device, or two batches
+            run layers in different orders.
 
     Example:
-        >>> small = solpath.extract(model, path.plan(sparsity=0.6))  # doctest: +SKIP
-        >>> small = solpath.compensate(small, model, batches)  # doctest: +SKIP
+        >>> refitted = solpath.compensate(small, model, batches, progress=False)
+        >>> refitted.solpath_plan is small.solpath_plan
+        True
     """
     models = [small] if isinstance(small, nn.Module) else list(small)
     if not models:
@@ -146,12 +148,12 @@ def _refit_(
     ridge: float,
     progress: bool,
 ) -> None:
-    """Refit every layer of `models` that is part of a pair, in the order they run."""
+    """Refit every layer of `models` that belongs to a pair, in the order they run, in place."""
     last = {pair.right.module for pair in pairs if pair.kind != "qk"}
     sample = slice_samples(batches[0], 0, min(_SAMPLES, batch_size(batches[0])))
     sides = [side.module for pair in pairs for side in pair.sides]
     runs = [layers_run(model, sides, sample) for model in (dense, *models)]
-    common = set.intersection(*map(set, runs))  # a fused attention runs without its layers
+    common = set.intersection(*map(set, runs))  # a fused attention does not call its layers
     layers = [name for name in runs[-1] if name in common]
     streams = residual_streams(dense, sorted(last), sample)
     with ExitStack() as stack:
@@ -167,7 +169,7 @@ def _refit_(
 
 
 class _DenseTargets:
-    """What a layer sees and gives in the dense model, kept until every cut model was there."""
+    """The layer calls of the dense model, each kept until every cut model has used it."""
 
     def __init__(self, wanted: Iterator[tuple[str, list[LayerCall]]], models: int) -> None:
         self._wanted, self._models = wanted, models
@@ -175,10 +177,10 @@ class _DenseTargets:
         self._uses: Counter[str] = Counter()
 
     def use(self, name: str) -> list[LayerCall]:
-        """The calls of the dense model; the models may run neighbours in another order."""
+        """Return the calls of the layer `name`. Models may run neighbours in different orders."""
         while name not in self._kept:
             other, calls = next(self._wanted)
-            if other not in self._uses:  # a layer that runs twice: the first counts
+            if other not in self._uses:  # if a layer runs twice, the first run counts
                 self._kept.setdefault(other, calls)
         self._uses[name] += 1
         return self._kept.pop(name) if self._uses[name] == self._models else self._kept[name]
@@ -193,7 +195,7 @@ def _refit_layers_(
     last: Container[str],
     ridge: float,
 ) -> Iterator[None]:
-    """Change one layer after the other, where that helps; stops after each."""
+    """Refit one layer of `model` after another where that helps, and pause after each."""
     done: set[str] = set()
     seen: list[Tensor] = []
     moments: tuple[_Moments, _Moments] | None = None
@@ -222,14 +224,20 @@ def _refit_layers_(
 
 
 def _input_rows(batch: Batch, target: LayerCall, call: LayerCall) -> _Rows:
-    """Of a first layer: inputs, what they lack, and weights 1, ``[tokens, ...]``."""
+    """Return what a layer before an inner dimension is fitted on, ``[tokens, ...]``.
+
+    That is its inputs, what these lack of the dense inputs, and weights of 1.
+    """
     keep = activation_mask(batch, call.hidden)
     hidden = _tokens(call.hidden, keep)
     return hidden, _tokens(target.hidden, keep) - hidden, hidden.new_ones(len(hidden), 1)
 
 
 def _output_rows(stream: Stream | None, batch: Batch, target: LayerCall, call: LayerCall) -> _Rows:
-    """Of a last layer: inputs, what its outputs should be, and the weights of the tokens."""
+    """Return what a layer after an inner dimension is fitted on, ``[tokens, ...]``.
+
+    That is its inputs, what its outputs should be, and the weights of the tokens.
+    """
     assert target.output is not None
     keep = activation_mask(batch, call.hidden)
     hidden, wanted = _tokens(call.hidden, keep), _tokens(target.output, keep)
@@ -242,9 +250,9 @@ def _output_rows(stream: Stream | None, batch: Batch, target: LayerCall, call: L
 
 
 class _Moments(NamedTuple):
-    """What a least-squares fit needs of the tokens, in float64.
+    """What a least-squares fit needs to know of the tokens, in float64.
 
-    With x an input followed by 1, r what is to be added to the output, w the weight of a token:
+    Let x be an input followed by 1, r what is to be added to the output, w the weight of a token.
 
     Attributes:
         square: Σ w x xᵀ, ``[in + 1, in + 1]``.
@@ -255,19 +263,19 @@ class _Moments(NamedTuple):
     cross: Tensor
 
     def plus(self, other: "_Moments") -> "_Moments":
-        """Of the tokens of both."""
+        """Return the moments of the tokens of both."""
         return _Moments(self.square + other.square, self.cross + other.cross)
 
     def lacking(self, present: Tensor) -> "_Moments":
-        """With r less what a layer ``[out, in + 1]`` gives already."""
+        """Return the moments with r less what a layer ``[out, in + 1]`` already gives."""
         return _Moments(self.square, self.cross - present @ self.square)
 
     def mapped(self, weight: Tensor) -> "_Moments":
-        """With ``weight @ r`` in place of r."""
+        """Return the moments with ``weight @ r`` in place of r."""
         return _Moments(self.square, weight @ self.cross)
 
     def solve(self, ridge: float, bias: bool) -> Tensor:
-        """Change of weight and bias, ``[out, in + 1]``; without a bias its change is 0."""
+        """Return the change of weight and bias, ``[out, in + 1]``, with 0 for an absent bias."""
         square, cross = self.square[:-1, :-1], self.cross[:, :-1]
         mean_input = self.square[-1, :-1] / self.square[-1, -1]
         mean_lack = self.cross[:, -1] / self.square[-1, -1]
@@ -281,7 +289,7 @@ class _Moments(NamedTuple):
         return torch.cat([weight, shift.unsqueeze(1)], 1)
 
     def gain(self, change: Tensor) -> float:
-        """By how much a change lowers the sum of the weighted squared errors."""
+        """Return by how much a change lowers the sum of the weighted squared errors."""
         return float((change * (2 * self.cross - change @ self.square)).sum())
 
 
@@ -291,7 +299,7 @@ def _moments(
     targets: Sequence[LayerCall],
     calls: Sequence[LayerCall],
 ) -> tuple[_Moments, _Moments]:
-    """Of the batches to fit, and of those to check."""
+    """Return the moments of the batches to fit, and those of the batches to check."""
     triples = list(zip(batches, targets, calls, strict=True))
     check = triples[_CHECKED - 1 :: _CHECKED]
     del triples[_CHECKED - 1 :: _CHECKED]
@@ -302,7 +310,7 @@ def _add_up(
     rows: Callable[[Batch, LayerCall, LayerCall], _Rows],
     triples: Sequence[_Calls],
 ) -> _Moments:
-    """Sums over tokens: products of a few batches in their precision, all of them in float64."""
+    """Sum over tokens: a few batches at a time in their own precision, the sums in float64."""
 
     def sums(few: Sequence[_Calls]) -> _Moments:
         columns = zip(*(rows(*triple) for triple in few), strict=True)
@@ -316,14 +324,14 @@ def _add_up(
 
 
 def _affine(linear: LinearMap) -> Tensor:
-    """Weight and bias of a layer, float64 ``[out, in + 1]``."""
+    """Return the weight and the bias of a layer side by side, float64 ``[out, in + 1]``."""
     weight = linear.weight if linear.outputs == 0 else linear.weight.T
     bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias
     return torch.cat([weight, bias.unsqueeze(1)], 1).double()
 
 
 def _tokens(hidden: Tensor, keep: Tensor | None) -> Tensor:
-    """``[..., features] -> [tokens, features]``, at least float32."""
+    """Drop padding: ``[..., features] -> [tokens, features]``, in float32 or float64."""
     rows = hidden.flatten(0, -2)
     rows = rows if rows.dtype == torch.float64 else rows.float()
     return rows if keep is None else rows[keep.flatten()]
@@ -332,7 +340,7 @@ def _tokens(hidden: Tensor, keep: Tensor | None) -> Tensor:
 def _divergences(
     dense: nn.Module, models: Sequence[nn.Module], batches: Sequence[Batch]
 ) -> list[float]:
-    """Mean divergence of each model from the dense one, over all samples."""
+    """Return the mean divergence of each model from the dense model, over all samples."""
     totals = [0.0 for _ in models]
     for batch in batches:
         target = target_of(dense, batch)

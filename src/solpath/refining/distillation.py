@@ -1,4 +1,4 @@
-"""Batches with the dense model's outputs, and the distance of a smaller model to them."""
+"""Make distillation batches, and measure how far a model is from the dense model on them."""
 
 from typing import NamedTuple
 
@@ -14,13 +14,13 @@ from solpath.running.processes import sum_over_processes
 
 
 class DistillationBatch(NamedTuple):
-    """This process's samples of one batch, and the dense model's outputs for them.
+    """The samples of one batch that this process takes, with the dense model's outputs for them.
 
     Attributes:
-        inputs: the samples.
-        target: the dense model's outputs, ``[samples, ...]``.
-        samples: in `inputs`.
-        total: samples of the batch over all processes.
+        inputs: The samples, as the models take them.
+        target: The dense targets, ``[samples, ...]``.
+        samples: Number of samples in `inputs`.
+        total: Number of samples of the batch over all processes.
     """
 
     inputs: Batch
@@ -30,7 +30,17 @@ class DistillationBatch(NamedTuple):
 
 
 class Distillation:
-    """Distillation batches by step; targets are remembered, up to a limit, while batches repeat."""
+    """Distillation batches by step number, and the divergence of a model on them.
+
+    Dense targets are remembered up to a limit, if `source` knows how many batches repeat.
+
+    Args:
+        dense: The dense model.
+        source: The batches.
+        device: The device of the models and the batches.
+        accelerator: Knows which samples of a batch this process takes.
+        bf16: Whether forward passes run in bfloat16 autocast.
+    """
 
     def __init__(
         self,
@@ -56,11 +66,19 @@ class Distillation:
             return target_of(self._dense, inputs)
 
     def autocast(self) -> torch.autocast:
-        """The precision of the forward passes."""
+        """Return a block that sets the precision of the forward passes."""
         return torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
 
     def errors(self, model: nn.Module, batch: DistillationBatch) -> Tensor:
-        """Divergence of every sample of a batch from the dense model. ``[samples]``."""
+        """Return the divergence of every sample of a batch from the dense model, ``[samples]``.
+
+        Args:
+            model: The smaller model, on the device of the batch.
+            batch: A distillation batch, from this object by step number.
+
+        Raises:
+            BatchError: The outputs of the two models differ in shape.
+        """
         with self.autocast():
             outputs = run(model, batch.inputs, labels=False)
         output = output_tensor(outputs)
@@ -72,7 +90,10 @@ class Distillation:
         return divergence_from(batch.target, outputs, batch.inputs)
 
     def divergence(self, model: nn.Module) -> float:
-        """Mean over the samples of all batches and all processes."""
+        """Return the mean divergence of `model` over the samples of all batches and all processes.
+
+        The source must know how many batches it has.
+        """
         total = count = 0.0
         with torch.no_grad():
             for step in range(self._source.length or 0):
@@ -83,7 +104,7 @@ class Distillation:
         return total / count
 
     def sum(self, *values: float) -> list[float]:
-        """Each value summed over all processes."""
+        """Return the sum of each value over all processes."""
         total = sum_over_processes(torch.tensor(values, dtype=torch.float64), self._device)
         found: list[float] = total.tolist()
         return found

@@ -1,4 +1,4 @@
-"""Training in one process or in several: accelerate, and tensors that may be sharded."""
+"""Train in one process or in several, with accelerate and with tensors that may be sharded."""
 
 import contextlib
 import os
@@ -19,10 +19,18 @@ _REFUSED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEG
 
 @contextlib.contextmanager
 def accelerating(device: torch.device, mixed_precision: str) -> Iterator[Accelerator]:
-    """An accelerator that leaves models where they are; accelerate's state is left as found.
+    """Yield an accelerator that leaves models where they are.
+
+    The global state of accelerate is left as it was found when the block ends.
+
+    Args:
+        device: The device of the model that is trained.
+        mixed_precision: ``"no"`` or ``"bf16"``, from the config.
 
     Raises:
-        ConfigError: accelerate was set up for something else.
+        ConfigError: accelerate does not start, or it was set up with another precision, another
+            number of processes or another kind of device, or with another kind of parallelism than
+            data parallelism or FSDP 2.
     """
     found = is_initialized()
     handler = DistributedDataParallelKwargs(find_unused_parameters=True)
@@ -43,7 +51,7 @@ def accelerating(device: torch.device, mixed_precision: str) -> Iterator[Acceler
 
 
 def _check(accelerator: Accelerator, device: torch.device, mixed_precision: str) -> None:
-    """Raise `ConfigError` if accelerate was set up for something else than this tuning."""
+    """Raise `ConfigError` if accelerate was set up for something other than this tuning."""
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if accelerator.mixed_precision not in ("no", mixed_precision):
         raise ConfigError(
@@ -68,7 +76,7 @@ def _check(accelerator: Accelerator, device: torch.device, mixed_precision: str)
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """A copy on the CPU; the shards of a sharded tensor are gathered."""
+    """Return a copy of a tensor on the CPU, whole if the tensor is sharded."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
@@ -76,7 +84,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """`value` on the device of `like`, sharded in the same way."""
+    """Return `value` on the device of `like`, and sharded in the same way."""
     value = value.to(like.device)
     if isinstance(like, DTensor) and value.dim():
         return distribute_tensor(value, like.device_mesh, like.placements)

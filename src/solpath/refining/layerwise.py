@@ -1,4 +1,4 @@
-"""Forward passes of many batches side by side, each waiting at every layer for the others."""
+"""Run many batches side by side, each waiting at every layer for the others."""
 
 from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,12 +13,17 @@ from solpath.errors import BatchError
 from solpath.model.hooks import Hook, hooked
 from solpath.running.forward import Batch, run
 
-_REACH = 60  # inputs and outputs of modules between a layer's output and its residual stream
-_TOKENS = 32  # of a sample, from which residual streams are found
+_REACH = 60  # inputs and outputs of modules to look at on each side of a layer's output
+_TOKENS = 32  # tokens of a sample in which residual streams are looked for
 
 
 class Place(NamedTuple):
-    """What goes into a module, or comes out of it."""
+    """A tensor in a forward pass: what goes into a module, or what comes out of it.
+
+    Attributes:
+        module: Dotted path of the module.
+        output: Whether it is the output of the module; otherwise its first input.
+    """
 
     module: str
     output: bool
@@ -26,11 +31,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Stream:
-    """The residual stream that a layer adds to: ``stream + gain * output`` is what it becomes.
+    """The residual stream that a layer adds to: it becomes ``stream + gain * output``.
 
     Attributes:
-        place: where the stream can be seen before the layer runs.
-        gain: ``[features]``.
+        place: Where the stream can be seen before the layer runs.
+        gain: The factor of each channel of the layer's output, ``[features]``; usually 1.
     """
 
     place: Place
@@ -42,9 +47,9 @@ class LayerCall:
     """One batch at one layer.
 
     Attributes:
-        hidden: the layer's input.
-        stream: what its output will be added to, if that was found.
-        output: what it gives, where it was waited for.
+        hidden: The input of the layer.
+        stream: What the output will be added to, if that was found.
+        output: The output of the layer, if it was waited for.
     """
 
     hidden: Tensor
@@ -53,7 +58,7 @@ class LayerCall:
 
 
 class _Run(greenlet):
-    """The forward pass of one batch, which waits where it is told to."""
+    """The forward pass of one batch, which pauses where hooks tell it to."""
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
         super().__init__(lambda: self._forward(model, batch))
@@ -62,7 +67,7 @@ class _Run(greenlet):
 
     @classmethod
     def current(cls) -> "_Run":
-        """The one that runs now."""
+        """Return the run whose forward pass is under way."""
         one = getcurrent()
         assert isinstance(one, cls)
         return one
@@ -79,14 +84,22 @@ def lockstep(
     streams: Mapping[str, Stream],
     after: Container[str] = (),
 ) -> Generator[tuple[str, list[LayerCall]], None, None]:
-    """Run all batches side by side, so that each layer sees all of them before any runs it.
+    """Run all batches side by side, so that all of them reach a layer before any runs it.
 
     Args:
-        after: of `layers`, those to wait behind, for their outputs.
+        model: The model. Its hooks are removed at the end.
+        batches: The batches to run.
+        layers: Dotted paths of the layers to wait at.
+        streams: The residual streams to look at, by layer, from `residual_streams`.
+        after: Those of `layers` to wait behind, so that their outputs are known.
 
     Yields:
-        The layer that all batches wait at, and each one's call. They run it, as it then is, when
-        the next is asked for; or have run it, if it is one of `after`.
+        The layer that all batches wait at, and the layer call of each batch. When the next layer is
+        asked for, the batches run this one with the weights that it has by then. A layer of `after`
+        has run before it is yielded.
+
+    Raises:
+        BatchError: Two batches run the layers in different orders.
     """
 
     def wait_at(name: str) -> Any:
@@ -129,7 +142,7 @@ def lockstep(
 
 
 def layers_run(model: nn.Module, layers: Iterable[str], sample: Batch) -> list[str]:
-    """Those of `layers` that a forward pass runs as modules, in the order they run."""
+    """Return those of `layers` that a forward pass runs as modules, in the order they run."""
     found: dict[str, None] = {}
 
     def noting(name: str) -> Hook:
@@ -141,11 +154,19 @@ def layers_run(model: nn.Module, layers: Iterable[str], sample: Batch) -> list[s
 
 
 def residual_streams(model: nn.Module, layers: Sequence[str], sample: Batch) -> dict[str, Stream]:
-    """Where the outputs of `layers` are added to a residual stream, found by looking.
+    """Find out where the outputs of `layers` are added to a residual stream, by looking.
 
-    A module's input t after the layer is the stream after the sum, and a tensor a before the layer
-    the stream before it, if ``t = a + gain * output`` holds for all tokens, channel by channel.
-    Layers for which no such tensors go in or out of a module are left out.
+    The input t of a later module is the stream after the sum, and an earlier tensor a is the stream
+    before it, if ``t = a + gain * output`` holds for all tokens, channel by channel. The tensors
+    are inputs and outputs of modules that have no children.
+
+    Args:
+        model: The dense model. It runs once, and its hooks are removed afterwards.
+        layers: Dotted paths of the layers.
+        sample: A few samples to run.
+
+    Returns:
+        The stream of every layer for which such tensors were found, by layer.
     """
     log: list[tuple[Place, Tensor]] = []
     with _logging(model, log):
@@ -170,7 +191,7 @@ def residual_streams(model: nn.Module, layers: Sequence[str], sample: Batch) -> 
 def _sum_of(
     before: Sequence[tuple[Place, Tensor]], output: Tensor, after: Tensor, tolerance: float
 ) -> Stream | None:
-    """The first of `before` of which `after` is the sum with a gain times `output`."""
+    """Return the first stream among `before` that `output`, times a gain, turns into `after`."""
     energy = output.square().sum(0).clamp(min=1e-30)
     for place, value in before:
         step = after - value
@@ -182,7 +203,7 @@ def _sum_of(
 
 @contextmanager
 def _logging(model: nn.Module, log: list[tuple[Place, Tensor]]) -> Iterator[None]:
-    """Note what goes in and out of every module without children, ``[n, d]``."""
+    """Log the first input and the output of every module without children, ``[n, features]``."""
 
     def note(place: Place, value: Any) -> None:
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:

@@ -1,4 +1,4 @@
-"""The training loop of `tune`: updates, looks at the held-out batches, and states to go on from."""
+"""The training loop of `tune`: updates, checks on held-out batches, and states to resume from."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,18 +17,28 @@ from solpath.refining.distributed import gather, shard_like
 from solpath.running.checkpoint import State, resume_hint, write_checkpoint
 from solpath.running.progress import Report
 
-_RATE, _MAX_RATE = 0.1, 1e-3  # times the root of the held-out loss, over the width; and at most
-_ADAPTERS = 10  # times the rate of all weights
+# The default peak of the learning rate is `_RATE` times the root of the held-out loss, divided by
+# the width, and at most `_MAX_RATE`; for adapters it is `_ADAPTERS` times as high.
+_RATE, _MAX_RATE = 0.1, 1e-3
+_ADAPTERS = 10
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Training:
-    """A model in training: weights, moments, and what the held-out batches said.
+    """A model in training: its weights, its optimizer, and what the held-out batches said.
+
+    Args:
+        model: The model, which is changed. Parameters that require no gradients stay as they are.
+        config: The settings.
+        taught: The distillation batches to train on.
+        heldout: The distillation batches that decide which weights are best.
+        accelerator: Wraps the model and the optimizer, and runs the backward passes.
+        width: Typical number of inputs of a trained matrix, for the default learning rate.
 
     Attributes:
-        losses: of every step.
-        checks: (step, held-out divergence); the first is the start.
-        best: trained parameters at the best check, on the CPU.
+        losses: The loss of every step.
+        checks: Step and held-out divergence of every check; the first is before any update.
+        best: The trained parameters at the best check, on the CPU.
         settled: False while an update is under way.
     """
 
@@ -65,12 +75,12 @@ class Training:
 
     @property
     def steps(self) -> int:
-        """Updates done."""
+        """Number of updates done."""
         return len(self.losses)
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done, or patience is at its end."""
+        """Whether all steps are done or patience has run out."""
         values = [value for _, value in self.checks]
         stale = len(values) - 1 - values.index(min(values))
         patience = self._config.patience
@@ -78,11 +88,11 @@ class Training:
 
     @property
     def _peak(self) -> float:
-        """Of the learning rate.
+        """Peak of the learning rate.
 
-        An update of Adam is as long as its rate, whatever the gradient, and changes what a layer
-        gives by as much as it has inputs. So the default goes with the distance to the dense
-        model, which is the root of the loss at the start, and against the width.
+        An update of Adam is as long as the rate, whatever the gradient, and changes the output of a
+        layer in proportion to the number of its inputs. So the default is proportional to the
+        distance to the dense model, the root of the loss at the start, and inverse to the width.
         """
         if self._config.learning_rate is not None:
             return self._config.learning_rate
@@ -90,7 +100,11 @@ class Training:
         return rate if self._config.lora_rank is None else _ADAPTERS * rate
 
     def check_(self) -> None:
-        """Look at the held-out batches, if it is time to, and remember the best weights."""
+        """Measure the held-out divergence if it is time to, and remember the best weights.
+
+        Raises:
+            NonFiniteLossError: The divergence is NaN or infinite before the first update.
+        """
         done, last = self.steps, self.steps == self._config.steps
         if (done % self._config.evaluate_every and not last) or done in dict(self.checks):
             return
@@ -102,10 +116,10 @@ class Training:
         self.checks.append((done, value if math.isfinite(value) else math.inf))
 
     def step_(self) -> None:
-        """One update on the next batch.
+        """Do one update on the next batch.
 
         Raises:
-            NonFiniteLossError: the loss is NaN or infinite; the weights are those before the step.
+            NonFiniteLossError: The loss is NaN or infinite. The weights are left untouched.
         """
         config, done = self._config, self.steps
         self._optimizer.zero_grad()
@@ -114,7 +128,7 @@ class Training:
         [value] = self._taught.sum(float(loss.detach()) * batch.samples / batch.total)
         if not math.isfinite(value):
             raise NonFiniteLossError(f"the loss is {value} at step {done}.")
-        # Gradients are averaged over processes, whose shares of the batch may differ by one.
+        # Gradients are averaged over processes, whose numbers of samples may differ by one.
         weight = batch.samples * self.accelerator.num_processes / batch.total
         self.accelerator.backward(loss * weight)
         self.accelerator.clip_grad_norm_(list(self._trained.values()), config.max_grad_norm)
@@ -126,7 +140,7 @@ class Training:
         self.settled = True
 
     def state(self) -> State:
-        """Everything a resumed run needs, as tensors on the CPU."""
+        """Return everything that a resumed run needs, as tensors on the CPU."""
         state = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
         state["checks"] = torch.tensor(self.checks, dtype=torch.float64).view(-1, 2)
         for name, parameter in self._trained.items():
@@ -137,10 +151,14 @@ class Training:
         return state
 
     def restore_(self, state: State, file: Path) -> None:
-        """Go back to a state; `file` is for the message.
+        """Go back to a state.
+
+        Args:
+            state: A state from `state`.
+            file: Where the state was read from, for the message of the error.
 
         Raises:
-            FileError: a tensor is missing or has another shape.
+            FileError: A tensor is missing or has another shape.
         """
         try:
             self.losses = state["losses"].tolist()
@@ -161,7 +179,22 @@ class Training:
 def train_(
     training: Training, file: Path | None, header: Mapping[str, Any], every: int, report: Report
 ) -> None:
-    """Train to the end, saving on the way and on Ctrl-C."""
+    """Train to the end, and save the state on the way.
+
+    A run in a single process also saves on Ctrl-C, unless an update is under way.
+
+    Args:
+        training: The training, which is changed.
+        file: The checkpoint to write; None writes none.
+        header: Says in the checkpoint which run it belongs to.
+        every: Steps between checkpoints.
+        report: Moves the progress bar by one step.
+
+    Raises:
+        NonFiniteLossError: The loss is NaN or infinite; the message says which checkpoint is kept.
+        FileError: A checkpoint cannot be written.
+        KeyboardInterrupt: The user pressed Ctrl-C.
+    """
 
     def save() -> int:
         if file is not None:
@@ -190,9 +223,12 @@ def train_(
 
 
 def _schedule(config: TuneConfig) -> Callable[[int], float]:
-    """Share of the peak learning rate of a step: by its number, so that resuming needs no state."""
+    """Return what maps a step to the share of the peak learning rate that it gets.
+
+    It depends on the number of the step alone, so that resuming needs no state.
+    """
     name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     warmup = round(config.warmup * config.steps)
     unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     [factor] = get_scheduler(name, unit, warmup, config.steps).lr_lambdas
-    return lambda step: factor(step + 0.5)  # of its middle: at both ends it may be 0
+    return lambda step: factor(step + 0.5)  # mid-step: it may be 0 at either end

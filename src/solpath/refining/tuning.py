@@ -1,4 +1,4 @@
-"""Tune a smaller model: train it to give the outputs of the dense one, without labels."""
+"""Tune a smaller model: train it to give the outputs of the dense model, without labels."""
 
 import math
 import os
@@ -41,46 +41,55 @@ def tune(
     checkpoint_every: int = 100,
     progress: bool = True,
 ) -> Model:
-    """Train a copy of `small` to give the outputs of `dense`, on unlabelled batches.
+    """Train a copy of `small` to give the outputs of `dense`, on batches without labels.
 
     The loss is that of the search: KL of the logits, or the squared error of the last hidden
-    states. Parameters of `small` that do not require gradients stay as they are. The weights with
-    the least held-out loss are returned, and the start counts: on the held-out batches the result
-    is never worse than `small`. Dropout is off. Both models are left as they were found.
+    states. Parameters of `small` that do not require gradients stay as they are, and dropout is
+    off. The weights with the least held-out loss are returned, and those before the first step
+    compete: on the held-out batches the result is never worse than `small`. Both models are left as
+    they were found.
 
-    On one machine with one number of threads the result is bit-identical from run to run and does
-    not depend on `checkpoint_every`, on `progress`, or on being interrupted and resumed. Several
-    processes (``accelerate launch``, ``torchrun``) must see the same batches; each takes its share
-    of the samples of each, which gives the same updates up to sums of floats.
+    On one machine with one number of threads the result is the same bit for bit in every run. It
+    does not depend on `checkpoint_every`, on `progress`, or on being interrupted and resumed.
+    Several processes (``accelerate launch``, ``torchrun``) must see the same batches. Each takes
+    some samples of every batch, which gives the updates of a single process up to the rounding of
+    sums.
 
     Args:
-        small: from `extract` or `load`; any module with outputs of the shape of `dense`'s will do.
-            Tuning runs where it is.
-        dense: the model to imitate, on the same device.
-        batches: iterable of what both models take, repeated when shorter than the steps.
-        config: see `TuneConfig`.
-        heldout: batches that decide which weights are best. Default: the last tenth of
-            `batches`, which must then be a sequence of at least 10.
-        checkpoint: folder for the state. If it holds the state of the same tuning, that goes on.
-        checkpoint_every: steps between checkpoints; each is four times the trained weights.
-        progress: show a progress bar with loss, held-out loss and time left.
+        small: A model from `extract` or `load`, or any module whose outputs have the shape of
+            `dense`'s. Tuning runs on its device.
+        dense: The model to imitate, on the same device.
+        batches: An iterable of what both models take. It is repeated if it is shorter than the
+            training.
+        config: The settings; None takes `TuneConfig` as it is.
+        heldout: The held-out batches, which decide which weights are best. None takes the last
+            tenth of `batches`, which must then be a sequence of at least 10.
+        checkpoint: A folder for the state. If it holds the state of the same tuning, that tuning is
+            resumed. None saves no state.
+        checkpoint_every: Steps between checkpoints. A checkpoint is about four times as large as
+            the weights that are trained.
+        progress: Whether to show a progress bar with the loss, the held-out loss and the time left.
 
     Returns:
-        A model like `small` with other weights: same class, plan, flags, names and shapes.
+        A model with other weights and the class, plan, flags, names and shapes of `small`.
 
     Raises:
-        BatchError: empty batches, on another device, or outputs of different shapes.
-        ConfigError: `lora_rank` without peft, a bad `checkpoint_every`, or a way of ``accelerate``
-            that does not fit.
-        FileError: a damaged checkpoint, or one that cannot be written.
-        UnsupportedModelError: no parameter to train, or half-precision ones.
-        NonFiniteLossError: the loss became NaN or infinite; the last checkpoint is kept.
-        FingerprintError: the checkpoint belongs to other models or other settings.
+        BatchError: There are no batches or too few to hold some out, a batch is on another device
+            or has fewer samples than there are processes, or the outputs of the models differ in
+            shape.
+        ConfigError: `lora_rank` is set and peft is not installed, `checkpoint_every` is below 1, or
+            ``accelerate`` is set up in a way that does not fit.
+        FileError: A checkpoint is damaged or cannot be written.
+        UnsupportedModelError: No parameter can be trained, or one that is to be trained is in half
+            precision.
+        NonFiniteLossError: The loss became NaN or infinite. The last checkpoint is kept.
+        FingerprintError: The checkpoint belongs to other models or other settings.
 
     Example:
-        >>> small = solpath.extract(dense, path.plan(sparsity=0.6))  # doctest: +SKIP
-        >>> tuned = solpath.tune(small, dense, batches)  # doctest: +SKIP
-        >>> solpath.save(tuned, "tuned/")  # doctest: +SKIP
+        >>> config = solpath.TuneConfig(steps=2, learning_rate=1e-4)
+        >>> tuned = solpath.tune(small, model, batches, config, progress=False)
+        >>> tuned.solpath_plan is small.solpath_plan
+        True
     """
     check_count("checkpoint_every", checkpoint_every, 1)
     config = config or TuneConfig()
@@ -119,7 +128,7 @@ def tune(
 
 
 def _result(small: Model, config: TuneConfig, training: Training, judge: Distillation) -> Model:
-    """A copy of `small` with the best weights."""
+    """Return a copy of `small` with the best weights."""
     result = copy_extracted(small)
     values: Mapping[str, Tensor] = training.best
     if config.lora_rank is not None:
@@ -129,7 +138,7 @@ def _result(small: Model, config: TuneConfig, training: Training, judge: Distill
         for name, parameter in result.named_parameters():
             if name in values:
                 parameter.copy_(values[name])
-    if config.lora_rank is not None:  # a merge rounds, so look again
+    if config.lora_rank is not None:  # a merge rounds, so the result is checked once more
         with evaluating(result):
             merged = judge.divergence(result)
         if not merged < training.checks[0][1]:
@@ -138,7 +147,7 @@ def _result(small: Model, config: TuneConfig, training: Training, judge: Distill
 
 
 def _width(model: nn.Module) -> float:
-    """Median number of inputs of the matrices that are trained."""
+    """Return the median number of inputs of the matrices that are trained."""
     inputs = [p.shape[-1] for p in model.parameters() if p.requires_grad and p.dim() == 2]
     return statistics.median(inputs) if inputs else 1.0
 
@@ -146,11 +155,14 @@ def _width(model: nn.Module) -> float:
 def _split(
     batches: Iterable[Any], heldout: Iterable[Any] | None, seed: int
 ) -> tuple[BatchSource, BatchSource]:
-    """Batches to train on and batches to judge by."""
+    """Return the batches to train on and the held-out batches.
+
+    Raise `BatchError` if none can be held out.
+    """
     train = BatchSource(batches, seed)
     if heldout is not None:
         held = BatchSource(heldout, seed)
-        if held.length is None:  # a loader, read once
+        if held.length is None:  # a DataLoader, read only once
             torch.manual_seed(derive_seed(seed, "heldout"))
             held = BatchSource(list(heldout), seed)
         return train, held
@@ -160,12 +172,12 @@ def _split(
             f"cannot hold out a tenth of {found}; pass heldout=, or a sequence of at least 10."
         )
     count = len(batches) // 10
-    last = list(batches[-count:])  # read once, as they are looked at again and again
+    last = list(batches[-count:])  # read only once, although every check needs them
     return BatchSource(batches[:-count], seed), BatchSource(last, seed)
 
 
 def _check_model(model: nn.Module, config: TuneConfig) -> torch.device:
-    """Where the model is. Raises `UnsupportedModelError` if it cannot be trained."""
+    """Return the device of the model; raise `UnsupportedModelError` if it cannot be trained."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise UnsupportedModelError(

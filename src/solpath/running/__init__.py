@@ -1,4 +1,4 @@
-"""Running a model, and leaving it as it was found: forward passes, modes, processes, progress.
+"""Run a model and leave it as it was found: forward passes, modes, processes, progress.
 
-What long work on any model needs. Nothing here knows of pairs, plans or pruning.
+Long work on any model needs these modules. Nothing here knows of pairs, plans or pruning.
 """

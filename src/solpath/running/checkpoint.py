@@ -1,4 +1,4 @@
-"""The state of a search or a tuning on disk: one safetensors file, replaced atomically."""
+"""Keep the state of a search or a tuning in one safetensors file that is replaced atomically."""
 
 import json
 from collections.abc import Mapping
@@ -13,22 +13,37 @@ from solpath.errors import FileError, FingerprintError
 from solpath.files import write_file
 
 State = dict[str, Tensor]
+"""The tensors of a run that is under way, by name."""
 
 _KEY = "solpath.checkpoint"
 
 
 def write_checkpoint(file: Path, header: Mapping[str, Any], state: State) -> None:
-    """Replace `file` by `state`; `header` says which run it belongs to."""
+    """Replace a checkpoint atomically.
+
+    Args:
+        file: The file to replace. Its folder is made if it is missing.
+        header: Says which run the state belongs to.
+        state: The tensors to write.
+
+    Raises:
+        FileError: The file cannot be written; the old one is left untouched.
+    """
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
     write_file(file, save(tensors, {_KEY: json.dumps(header)}))
 
 
 def read_checkpoint(file: Path, header: Mapping[str, Any]) -> State | None:
-    """The state in `file`, or None if there is no file.
+    """Return the state in a checkpoint, or None if there is no file.
+
+    Args:
+        file: The checkpoint.
+        header: Says which run is to be resumed. The header in the file must agree with it.
 
     Raises:
-        FileError: damaged, or not a checkpoint.
-        FingerprintError: it belongs to another model or other settings; says which.
+        FileError: The file is damaged or not a checkpoint.
+        FingerprintError: The file belongs to another model or to other settings; the message says
+            which.
     """
     if not file.exists():
         return None
@@ -49,11 +64,16 @@ def read_checkpoint(file: Path, header: Mapping[str, Any]) -> State | None:
 
 
 def resume_hint(file: Path | None, step: int) -> str:
-    """What an error says about the state to go on from; nothing where none was written."""
+    """Return the end of an error message that says which checkpoint is kept, if there is one.
+
+    Args:
+        file: The checkpoint; None if none is written.
+        step: The step that it holds; 0 if none was written yet.
+    """
     return f"; the checkpoint of step {step} is kept in {file.parent}" if file and step else ""
 
 
 def _fields(header: Mapping[str, Any]) -> dict[str, Any]:
-    """The header without its nesting."""
+    """Return the header without its nesting."""
     rest = {name: value for name, value in header.items() if name not in ("config", "fingerprint")}
     return {**rest, **header["config"], **header["fingerprint"]}

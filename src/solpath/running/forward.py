@@ -14,12 +14,23 @@ Batch = Any
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of a model's first parameter; the CPU for a model without parameters."""
+    """Return the device of a model's first parameter, or the CPU for a model without parameters."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def run(model: nn.Module, batch: Batch, *, labels: bool) -> Any:
-    """Call `model` on `batch`; without `labels`, a ``labels`` entry is left out."""
+    """Call a model on a batch.
+
+    A model that can cache keys and values is told not to, unless the batch says otherwise.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        labels: Whether the model gets the ``labels`` of the batch, if there are any.
+
+    Returns:
+        What the model returns.
+    """
     if not isinstance(batch, Mapping):
         return model(batch)
     inputs = {name: value for name, value in batch.items() if labels or name != "labels"}
@@ -29,19 +40,30 @@ def run(model: nn.Module, batch: Batch, *, labels: bool) -> Any:
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """The output that is compared, see `output_tensor`.
+    """Run a model on a batch without labels and return the output that is compared.
+
+    Args:
+        model: The model.
+        batch: The batch.
 
     Returns:
-        ``[batch, classes]``, ``[batch, tokens, classes]`` or ``[batch, tokens, features]``.
+        ``[batch, classes]``, ``[batch, tokens, classes]`` or ``[batch, tokens, features]``; see
+        `output_tensor`.
+
+    Raises:
+        BatchError: The model returns no output that can be compared.
     """
     return output_tensor(run(model, batch, labels=False))
 
 
 def output_tensor(outputs: Any) -> Tensor:
-    """What is compared of a transformers output; a bare tensor is itself.
+    """Return the part of a transformers output that is compared; a bare tensor comes back as it is.
 
-    Logits; else the embeddings of image and text, end to end where there are both; else the last
-    hidden state.
+    That is the logits; without them the embeddings of image and text, end to end if there are both;
+    without these the last hidden state.
+
+    Raises:
+        BatchError: The output has none of these.
     """
     if isinstance(outputs, Tensor):
         return outputs
@@ -58,14 +80,18 @@ def output_tensor(outputs: Any) -> Tensor:
 
 
 def has_logits(outputs: Any) -> bool:
-    """Whether `output_tensor` gives logits."""
+    """Return whether `output_tensor` gives logits for these outputs."""
     return isinstance(getattr(outputs, "logits", None), Tensor)
 
 
 def output_mask(batch: Batch, output: Tensor) -> Tensor | None:
-    """Which tokens of an output count. bool ``[batch, tokens]`` from the batch, or None for all.
+    """Return which tokens of an output count: bool ``[batch, tokens]``, or None if all do.
 
-    ``decoder_attention_mask`` where there is a decoder input, else ``attention_mask``.
+    Args:
+        batch: The batch that the model ran on. Its ``decoder_attention_mask`` decides if it has
+            decoder inputs, otherwise its ``attention_mask``.
+        output: ``[batch, tokens, features]``. In any other shape, or if the mask does not fit, all
+            tokens count.
     """
     if not isinstance(batch, Mapping):
         return None
@@ -77,14 +103,16 @@ def output_mask(batch: Batch, output: Tensor) -> Tensor | None:
 
 
 def activation_mask(batch: Batch, states: Tensor) -> Tensor | None:
-    """Which tokens of an activation are not padding. bool ``[batch, tokens]``, or None for all.
+    """Return which tokens of an activation count: bool ``[batch, tokens]``, or None if all do.
 
-    The mask of the batch that has the activation's shape decides. Where encoder and decoder are
-    equally long and not padded alike, their activations cannot be told apart, and all tokens count.
+    Padding does not count. The mask of the batch that has the activation's shape decides. If
+    encoder and decoder are equally long and not padded alike, their activations cannot be told
+    apart, and all tokens count.
 
     Args:
-        batch: what the model runs on.
-        states: ``[batch, tokens, ..., features]``; of ``[batch, features]``, pooled, all count.
+        batch: The batch that the model runs on.
+        states: The activation, ``[batch, tokens, ..., features]``. All rows of a pooled one,
+            ``[batch, features]``, count.
     """
     if not isinstance(batch, Mapping) or states.dim() < 3:
         return None

@@ -14,7 +14,16 @@ from torch import nn
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models in eval mode; the training flag of every module comes back."""
+    """Put models into eval mode; the training flag of every module comes back.
+
+    Example:
+        >>> layer = torch.nn.Dropout()
+        >>> with evaluating(layer):
+        ...     print(layer.training)
+        False
+        >>> layer.training
+        True
+    """
     flags = {module: module.training for model in models for module in model.modules()}
     try:
         for model in models:
@@ -27,14 +36,23 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def inferring(*models: nn.Module) -> Iterator[None]:
-    """Run models without gradients: eval mode, and a random state that comes back."""
+    """Run models in eval mode without gradients; flags and torch's random state come back.
+
+    Example:
+        >>> with inferring(model):
+        ...     print(model(**batch).logits.requires_grad)
+        False
+    """
     with evaluating(*models), keeping_random_state(*models), torch.no_grad():
         yield
 
 
 @contextmanager
 def differentiating(model: nn.Module) -> Iterator[None]:
-    """Take gradients by activations: eval mode, weights that need none, gradients switched on."""
+    """Take gradients with respect to activations: eval mode, frozen parameters, gradients on.
+
+    Flags and torch's random state come back.
+    """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with evaluating(model), keeping_random_state(model), torch.enable_grad():
         try:
@@ -48,7 +66,7 @@ def differentiating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def keeping_random_state(*models: nn.Module) -> Iterator[None]:
-    """Restore torch's random state, on the CPU and on the models' devices, after the block."""
+    """Restore torch's random state, on the CPU and on the models' GPUs, after the block."""
     devices = {p.device for model in models for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(sorted(devices, key=str)):
         yield

@@ -1,4 +1,4 @@
-"""Which process of a distributed run this one is, and sums over all of them."""
+"""Tell which process of a distributed run this one is, and sum over all of them."""
 
 import atexit
 import gc
@@ -12,7 +12,10 @@ from torch import Tensor
 
 
 def process() -> tuple[int, int]:
-    """Rank and number of processes; starts the process group under ``accelerate launch``."""
+    """Return the rank of this process and the number of processes.
+
+    Under ``accelerate launch`` or ``torchrun`` the process group is started if it was not yet.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return 0, 1
@@ -48,11 +51,11 @@ def ending_group() -> Iterator[None]:
 
 
 def sum_over_processes(values: Tensor, device: torch.device) -> Tensor:
-    """The sum of `values` over all processes, on the CPU; `values` itself for a single one.
+    """Return the sum of `values` over all processes, on the CPU; for a single one, `values` itself.
 
     Args:
-        values: on the CPU, of one shape in every process.
-        device: where this process communicates.
+        values: A tensor on the CPU, of one shape in every process.
+        device: The device through which this process communicates.
     """
     if process()[1] == 1:
         return values

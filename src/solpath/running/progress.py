@@ -1,26 +1,32 @@
-"""The progress bar of long work. Imported by it, never the other way round."""
+"""Show the progress bar of long work, which imports this module and is never imported by it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 Report = Callable[..., None]
-"""``report(**fields)``: one step more, with the figures of the text beside the bar."""
+"""A function that moves the bar by one step: ``report(**fields)``.
+
+The fields are the figures in the text beside the bar.
+"""
 
 
 @contextmanager
 def progress_bar(
     title: str, text: str, total: int, done: int, *, show: bool, **fields: Any
 ) -> Iterator[Report]:
-    """A bar with some figures and the time left.
+    """Show a bar with some figures and the time left while the block runs.
 
     Args:
-        title: left of the bar.
-        text: format of the figures, e.g. ``"loss {task.fields[loss]:.4f}"``.
-        total: steps.
-        done: steps done before.
-        show: without it nothing is drawn.
-        fields: figures before the first step.
+        title: Text on the left of the bar.
+        text: Format of the figures, for example ``"loss {task.fields[loss]:.4f}"``.
+        total: Number of steps.
+        done: Number of steps done before.
+        show: Whether to draw anything.
+        fields: Figures before the first step.
+
+    Yields:
+        The function to call after every step.
     """
     if not show:
         yield lambda **fields: None

@@ -1,4 +1,4 @@
-"""Where a figure comes from."""
+"""Say where a figure comes from."""
 
 import contextlib
 import importlib.metadata
@@ -17,7 +17,18 @@ _PACKAGES = ("solpath", "torch", "transformers", "numpy")
 
 
 def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Where a figure comes from: command, commit, versions, machine, threads, load, time (UTC)."""
+    """Return where a figure comes from: command, commit, versions, machine, load and time (UTC).
+
+    Args:
+        device: The device that the figure was taken on.
+
+    Returns:
+        Plain values, for JSON. What cannot be found out is None.
+
+    Example:
+        >>> sorted(provenance())
+        ['command', 'commit', 'cpus', 'device', 'load', 'platform', 'threads', 'time', 'versions']
+    """
     return {
         "command": _command(),
         "commit": _commit(),
@@ -35,7 +46,7 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def _command() -> str:
-    """The command line, with paths below the working directory made relative."""
+    """Return the command line, with paths below the working directory made relative."""
     prefix = str(Path.cwd()) + os.sep
     program = Path(sys.argv[0] or "python")
     name = str(program).removeprefix(prefix)
@@ -46,7 +57,7 @@ def _command() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout that this package is part of, or None for an installed copy."""
+    """Return the commit of the checkout that this package is in; None for an installed copy."""
     here = Path(__file__).resolve()
     git = ["git", "-C", str(here.parent)]
     try:
@@ -63,7 +74,7 @@ def _commit() -> str | None:
 
 
 def version_of(package: str) -> str | None:
-    """The installed version of a package; None if it is not installed."""
+    """Return the installed version of a package, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
