@@ -211,3 +211,8 @@ def test_nan_outputs_are_refused(llama):
         other.lm_head.weight[0, 0] = math.nan
     with pytest.raises(BatchError, match="output of the model"):
         evaluate(other, llama, text())
+
+
+def test_a_single_batch_in_place_of_several(bert):
+    with pytest.raises(BatchError, match="wrap it in a list"):
+        reference_outputs(bert, {"input_ids": torch.ones(2, 3, dtype=torch.int64)})

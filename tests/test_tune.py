@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers.pytorch_utils import Conv1D
 
 import solpath
 from conftest import batches, build, inputs
@@ -29,6 +30,7 @@ from solpath.errors import (
 )
 from solpath.refining.adapters import adaptable
 from solpath.refining.distillation import Distillation
+from solpath.refining.tuning import _width
 
 QUICK = TuneConfig(steps=6, evaluate_every=3, learning_rate=3e-3)
 LORA = TuneConfig(steps=6, evaluate_every=3, learning_rate=1e-2, lora_rank=3)
@@ -340,6 +342,19 @@ def test_empty_and_tied_layers(config, tmp_path):
     changed = not torch.equal(tuned.lm_head.decoder.weight, small.lm_head.decoder.weight)
     assert changed == (config is QUICK)
     assert same(tuned, run(small, dense, config, checkpoint=tmp_path))
+
+
+def test_a_start_that_rounds_to_less_than_nothing(bert, monkeypatch):
+    """The divergence of a model that is nearly the dense one may be -1e-8; the rate is then 0."""
+    monkeypatch.setattr(Distillation, "divergence", lambda self, model: -1e-8)
+    small = cut(bert)
+    assert same(run(small, bert, TuneConfig(steps=2, warmup=0.0)), small)
+
+
+def test_the_width_of_transposed_layers():
+    """GPT-2 has [inputs, outputs] where others have [outputs, inputs]."""
+    layer = Conv1D(30, 4)  # from 4 inputs to 30 outputs
+    assert _width(layer) == _width(nn.Linear(4, 30)) == 4
 
 
 def test_any_two_modules_with_equal_outputs():

@@ -128,7 +128,7 @@ def reference_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
         What `forward` gives for every batch, in the order of the batches.
 
     Raises:
-        BatchError: There are no batches.
+        BatchError: There are no batches, or a single one in place of several.
 
     Example:
         >>> targets = reference_outputs(model, batches)
@@ -136,6 +136,7 @@ def reference_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
         ...     solpath.evaluate(model, targets, batches).samples
         96
     """
+    check_batches(batches)
     with inferring(model):
         outputs = [forward(model, batch).cpu() for batch in batches]
     if not outputs:

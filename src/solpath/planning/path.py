@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from solpath.errors import BudgetError, ConfigError, FileError
+from solpath.config import check_count
+from solpath.errors import BudgetError, FileError
 from solpath.files import check_format, json_bytes, new_folder, read_json, read_tensors
 from solpath.pair import Fingerprint, Pair
 from solpath.planning.budget import Budget, Constraints
@@ -174,8 +175,7 @@ class SolutionPath:
             >>> dense.size.params
             37922
         """
-        if points < 2:
-            raise ConfigError(f"points must be at least 2, got {points}.")
+        check_count("points", points, 2)
         result = []
         for i in range(points):
             size = self.plan(sparsity=0.98 * i / (points - 1)).achieved
@@ -225,7 +225,6 @@ class SolutionPath:
     def __repr__(self) -> str:
         units = sum(pair.units for pair in self.pairs)
         prunable = self.costs.prunable(self.pairs)
-        params = self.costs.dense["params"]
         params = self.costs.dense["params"]
         return (
             f"SolutionPath({self.method}: {units:,} units in {len(self.pairs)} pairs of "

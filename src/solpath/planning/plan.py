@@ -87,7 +87,7 @@ class Plan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain values, for JSON, with the names of rotated pairs but no basis."""
+        """Return plain values, for JSON: the names of rotated pairs, but not their basis."""
         return {
             "pairs": [pair.to_dict() for pair in self.pairs],
             "kept": {name: index.tolist() for name, index in self.kept.items()},

@@ -207,7 +207,8 @@ def _logging(model: nn.Module, log: list[tuple[Place, Tensor]]) -> Iterator[None
 
     def note(place: Place, value: Any) -> None:
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
-            log.append((place, value[:, :_TOKENS].flatten(0, -2).float().clone()))
+            value = value if value.dim() == 2 else value[:, :_TOKENS].flatten(0, -2)
+            log.append((place, value.float().clone()))
 
     def before(name: str) -> Any:
         return lambda module, args: note(Place(name, False), args[0] if args else None)

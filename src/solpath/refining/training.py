@@ -96,7 +96,8 @@ class Training:
         """
         if self._config.learning_rate is not None:
             return self._config.learning_rate
-        rate = min(_RATE * math.sqrt(self.checks[0][1]) / self._width, _MAX_RATE)
+        start = max(self.checks[0][1], 0.0)  # a divergence of nothing may round to below 0
+        rate = min(_RATE * math.sqrt(start) / self._width, _MAX_RATE)
         return rate if self._config.lora_rank is None else _ADAPTERS * rate
 
     def check_(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from solpath.config import TuneConfig, check_count
 from solpath.data.source import BatchSource, derive_seed
@@ -148,7 +149,9 @@ def _result(small: Model, config: TuneConfig, training: Training, judge: Distill
 
 def _width(model: nn.Module) -> float:
     """Return the median number of inputs of the matrices that are trained."""
-    inputs = [p.shape[-1] for p in model.parameters() if p.requires_grad and p.dim() == 2]
+    first = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() == 2]
+    inputs = [matrix.shape[0 if id(matrix) in first else 1] for matrix in matrices]
     return statistics.median(inputs) if inputs else 1.0
 
 
