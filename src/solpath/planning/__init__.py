@@ -1,4 +1,4 @@
-"""The order of the units, and what of it a budget keeps: costs, budgets, plans, paths.
+"""From the order of all units to the units that a budget keeps: costs, budgets, plans and paths.
 
-Plain values and arithmetic on them. Nothing here sees a model or runs one.
+Everything here is plain values and arithmetic on them; nothing sees a model or runs one.
 """

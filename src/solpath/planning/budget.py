@@ -1,4 +1,4 @@
-"""A budget, and how many units must leave to meet it."""
+"""Budgets and constraints, and how many units must leave to meet them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,18 +18,24 @@ from solpath.planning.removal import RemovalOrder
 
 @dataclass(frozen=True)
 class Budget:
-    """How large a member of the family may be, under one measure.
+    """How large a member may be, under one measure.
 
     Attributes:
-        measure: ``"sparsity"``, ``"latency_ms"``, or a measure that the path's costs are keyed by
-            (``"params"``, ``"bytes"``, ``"macs"``, ``"cache"``, or one of your own, see
-            `solpath.model.counting.MEASURES`).
-        value: share of the prunable parameters to remove, in [0, 1); milliseconds that one forward
-            pass may take; or what to keep, as a share of the dense model in (0, 1] or a count.
-        latency: for ``"latency_ms"``, the table that predicts it.
+        measure: What the value is counted in: ``"sparsity"``, ``"latency_ms"``, or a measure that
+            the path has counted: ``"params"``, ``"bytes"``, ``"macs"``, ``"cache"``, or one of
+            your own (see `solpath.model.counting.MEASURES`).
+        value: For ``"sparsity"``, the share of the prunable parameters to remove, in [0, 1). For
+            ``"latency_ms"``, the milliseconds that one forward pass may take. For any other
+            measure, what to keep: a share of the dense model in (0, 1], or a count above 1.
+        latency: The table that predicts ``"latency_ms"``; None for any other measure.
 
     Raises:
-        BudgetError: the value is not a finite number, or a table is missing or too much.
+        BudgetError: The value is not a finite number, the table is missing, or there is a table
+            that the measure has no use for.
+
+    Example:
+        >>> round(path.plan(Budget("macs", 0.5)).achieved.macs_share, 1)
+        0.5
     """
 
     measure: str
@@ -51,10 +57,14 @@ class Budget:
     def of(
         cls, values: Mapping[str, float | None], latency: LatencyTable | None = None
     ) -> "Budget":
-        """The one budget that is given among `values`, by measure.
+        """Return the one budget that is given among several.
+
+        Args:
+            values: Measure to value, or to None where no budget is given.
+            latency: The table for ``"latency_ms"``.
 
         Raises:
-            BudgetError: none or several are.
+            BudgetError: None or several are given, or the given one is refused by `Budget`.
         """
         given = {name: value for name, value in values.items() if value is not None}
         if len(given) != 1:
@@ -66,15 +76,21 @@ class Budget:
 
 @dataclass(frozen=True)
 class Constraints:
-    """What every plan must respect, whatever its budget. Plans with equal ones are nested.
+    """What a plan must respect, whatever its budget. Plans of one path with equal ones are nested.
 
     Attributes:
-        multiple_of: every head keeps a multiple of this many units (or all of them).
-        min_width: units every head keeps at least.
-        protect: shell patterns of pair names that stay dense, e.g. ``"*layer.0.*"``.
+        multiple_of: Every head keeps a multiple of this many units, or all of its units.
+        min_width: Units that every head keeps at least.
+        protect: Shell patterns of the names of pairs that stay dense, such as ``"*layer.0.*"``.
 
     Raises:
-        ConfigError: `multiple_of` below 1, or `min_width` below 0.
+        ConfigError: `multiple_of` is not an integer of at least 1, or `min_width` is not one of at
+            least 0.
+
+    Example:
+        >>> constraints = Constraints(multiple_of=8, protect=["*layer.0.*"])
+        >>> constraints.protects(path.pairs[0]), constraints.protects(path.pairs[-1])
+        (True, False)
     """
 
     multiple_of: int = 1
@@ -86,30 +102,51 @@ class Constraints:
         check_count("min_width", self.min_width, 0)
 
     def check_patterns(self, pairs: Sequence[Pair]) -> None:
-        """Raise `ConfigError` for a pattern that matches none of `pairs`."""
+        """Raise `ConfigError` for a pattern that matches no pair.
+
+        Args:
+            pairs: Every pair of the dense model.
+
+        Raises:
+            ConfigError: A pattern of `protect` matches none of `pairs`.
+        """
         for pattern in self.protect:
             if not any(fnmatchcase(pair.name, pattern) for pair in pairs):
                 raise ConfigError(f"protect pattern {pattern!r} matches no pair.")
 
     def protects(self, pair: Pair) -> bool:
-        """Whether `pair` stays dense."""
+        """Return whether a pair stays dense.
+
+        Args:
+            pair: A pair of the dense model.
+        """
         return any(fnmatchcase(pair.name, pattern) for pattern in self.protect)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the constraints as plain values, for JSON."""
         return {**asdict(self), "protect": list(self.protect)}
 
 
 def blocks_to_remove(
     budget: Budget, pairs: Sequence[Pair], costs: CostTable, order: RemovalOrder
 ) -> tuple[int, dict[str, float]]:
-    """How many blocks of `order` leave, and for a latency what the table predicts then.
+    """Return how many blocks leave to meet a budget, and the latency that is predicted then.
 
-    The size is the one nearest to the budget; for a latency the largest that is predicted to be
-    fast enough.
+    The size is the one nearest to the budget, above or below it. For a latency it is the largest
+    that is predicted to be fast enough.
+
+    Args:
+        budget: What to meet.
+        pairs: Every pair of the dense model.
+        costs: What the dense model and its units cost.
+        order: The removal order.
+
+    Returns:
+        The number of blocks, and for a latency ``{"predicted": milliseconds}``, otherwise nothing.
 
     Raises:
-        BudgetError: out of range, not reachable, or under a measure that the costs do not know.
+        BudgetError: The budget is out of range, not reachable, or under a measure that `costs`
+            does not know.
     """
     if budget.latency is None:
         return _nearest(budget, pairs, costs, order), {}
@@ -125,7 +162,7 @@ def blocks_to_remove(
 
 
 def _nearest(budget: Budget, pairs: Sequence[Pair], costs: CostTable, order: RemovalOrder) -> int:
-    """How many blocks leave, for the size nearest to a budget in anything that units add up to."""
+    """Return how many blocks leave for the size nearest to a budget that is no latency."""
     target, unit = _target(budget, pairs, costs)
     each = torch.tensor([pair.heads * unit[pair.name] for pair in pairs])
     step = each[order.pair] * order.ranks
@@ -146,7 +183,7 @@ def _nearest(budget: Budget, pairs: Sequence[Pair], costs: CostTable, order: Rem
 def _target(
     budget: Budget, pairs: Sequence[Pair], costs: CostTable
 ) -> tuple[float, Mapping[str, int]]:
-    """What must be removed, and the unit cost it is counted in."""
+    """Return how much must be removed, and what one unit of every pair takes of it."""
     name, value = budget.measure, budget.value
     if name == "sparsity":
         if not 0 <= value < 1:

@@ -1,4 +1,4 @@
-"""What units cost under every measure, and what the sizes of a model sum to."""
+"""What units cost under every measure, and what the units of a member add up to."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,17 +9,18 @@ from solpath.pair import Pair
 
 @dataclass(frozen=True)
 class Achieved:
-    """The size of one model under every measure.
+    """The size of one member under every measure.
 
     Attributes:
-        sparsity: share of the prunable parameters that is removed.
-        params: parameters of the whole model.
-        params_share: the same as a share of the dense model.
-        bytes: of all saved tensors, in the dtype of the model.
-        macs: multiply-accumulates for one sample of the shape seen in the search.
-        macs_share: the same as a share of the dense model.
-        cache: bytes of the key-value cache per generated token; 0 where there is no cache.
-        others: by name, under measures that were added to `solpath.model.counting.MEASURES`.
+        sparsity: Share of the prunable parameters that is removed.
+        params: Parameters of the whole model.
+        params_share: `params` as a share of the dense model's.
+        bytes: Bytes of all saved tensors, in the dtype of the dense model.
+        macs: Multiply-accumulates for one sample of the shape seen in the search.
+        macs_share: `macs` as a share of the dense model's.
+        cache: Bytes of the key-value cache per generated token; 0 where there is no cache.
+        others: Sizes under the measures that were added to `solpath.model.counting.MEASURES`, by
+            name.
     """
 
     sparsity: float
@@ -32,19 +33,33 @@ class Achieved:
     others: Mapping[str, int] = field(default_factory=dict)
 
     def size(self, measure: str) -> int:
-        """The size under one measure. Raises `KeyError` for one that was not counted."""
+        """Return the size under one measure.
+
+        Args:
+            measure: Name of the measure.
+
+        Raises:
+            KeyError: The measure was not counted.
+        """
         known = {"params": self.params, "bytes": self.bytes, "macs": self.macs}
         return {**known, "cache": self.cache, **self.others}[measure]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; other measures stand beside the known ones."""
+        """Return the sizes as plain values, for JSON. Added measures stand beside the others."""
         value = asdict(self)
         others = value.pop("others")
         return {**value, **others}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "Achieved":
-        """Inverse of `to_dict`. Raises `ValueError` naming what is missing or no number."""
+        """Return the sizes that `to_dict` described.
+
+        Args:
+            value: What `to_dict` returned, also after a round trip through JSON.
+
+        Raises:
+            ValueError: A size is missing or not a number. The message names it.
+        """
         for name, number in value.items():
             if type(number) not in (int, float):
                 raise ValueError(f"achieved.{name} is not a number")
@@ -57,15 +72,19 @@ class Achieved:
 
 @dataclass(frozen=True)
 class CostTable:
-    """Cost of the dense model and of one unit of each pair, keyed by measure.
+    """What the dense model and one unit of every pair cost, by measure.
 
     Attributes:
-        dense: measure to what the dense model takes. ``"params"``: parameters; ``"bytes"``: of
-            all tensors that it saves, weights and buffers, a tied one once; ``"macs"``:
-            multiply-accumulates for one sample; ``"cache"``: bytes of its key-value cache per
-            generated token, in the dtype of the weights.
-        unit: measure to pair name to what one unit takes.
-        sample: name to shape of one input sample that the MACs were counted on.
+        dense: Measure to what the dense model takes. ``"params"`` counts parameters. ``"bytes"``
+            counts bytes of all saved tensors, parameters and buffers, a tied one once. ``"macs"``
+            counts multiply-accumulates for one sample. ``"cache"`` counts bytes of the key-value
+            cache per generated token, in the dtype of the weights.
+        unit: Measure to pair name to what one unit takes.
+        sample: Name to shape of every tensor of the sample on which ``"macs"`` was counted.
+
+    Example:
+        >>> path.costs.dense["params"], path.costs.prunable(path.pairs)
+        (37922, 16704)
     """
 
     dense: Mapping[str, int]
@@ -73,11 +92,20 @@ class CostTable:
     sample: Mapping[str, tuple[int, ...]]
 
     def prunable(self, pairs: Sequence[Pair]) -> int:
-        """Parameters in all units of `pairs`."""
+        """Return the number of parameters in all units.
+
+        Args:
+            pairs: Every pair of the dense model.
+        """
         return sum(pair.units * self.unit["params"][pair.name] for pair in pairs)
 
     def achieved(self, pairs: Sequence[Pair], widths: Mapping[str, int]) -> Achieved:
-        """Size of the model that keeps ``widths[name]`` units in every head of each pair."""
+        """Return the size of the member in which the heads have the given widths.
+
+        Args:
+            pairs: Every pair of the dense model.
+            widths: Pair name to the units that every head keeps.
+        """
         removed = {p.name: p.heads * (p.width - widths[p.name]) for p in pairs}
         lost = {
             measure: sum(unit[name] * count for name, count in removed.items())
@@ -96,13 +124,21 @@ class CostTable:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON: every measure, and behind ``unit_`` its units."""
+        """Return the costs as plain values, for JSON. Unit costs are under ``unit_<measure>``."""
         unit = {f"unit_{measure}": dict(value) for measure, value in self.unit.items()}
         return {**self.dense, "sample": dict(self.sample), **unit}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "CostTable":
-        """Inverse of `to_dict`. Raises `KeyError` or `TypeError` on anything else."""
+        """Return the costs that `to_dict` described.
+
+        Args:
+            value: What `to_dict` returned, also after a round trip through JSON.
+
+        Raises:
+            KeyError: A measure or the sample is missing.
+            TypeError: A field is not of its type.
+        """
         measures = [name for name in value if f"unit_{name}" in value]
         if missing := {"params", "bytes", "macs", "cache"} - set(measures):
             raise KeyError(min(missing))

@@ -1,4 +1,4 @@
-"""How long a model of any widths takes, read from a table of what one machine was measured at."""
+"""Latency of a member of any widths, predicted by a table that was measured on one machine."""
 
 import math
 import os
@@ -22,13 +22,14 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class BlockLatency:
-    """What narrow blocks of one shape save, against dense ones.
+    """How many milliseconds narrower blocks of one shape save, against dense ones.
 
     Attributes:
-        blocks: the blocks, each the names of its pairs: query-key and value-output, or an MLP.
-        widths: for every pair of a block, the widths that were measured, ascending, 0 to dense.
-        saved_ms: milliseconds that one block saves at every combination of these widths, the
-            last pair's running fastest; 0 at the dense ones, which are the last.
+        blocks: Pair names of every block: query-key and value-output, or one MLP.
+        widths: For every pair of a block, the widths that were measured, ascending from 0 to
+            dense.
+        saved_ms: Milliseconds that one block saves at every combination of these widths. The width
+            of the last pair varies fastest. The last combination is dense and saves 0.
     """
 
     blocks: tuple[tuple[str, ...], ...]
@@ -36,7 +37,11 @@ class BlockLatency:
     saved_ms: tuple[float, ...]
 
     def every_width(self) -> Tensor:
-        """Saved milliseconds at all widths, linear in between. float64 ``[width + 1, ...]``."""
+        """Return the saved milliseconds at all widths, linear between the measured ones.
+
+        Returns:
+            float64 ``[width + 1, ...]``, with one dimension for every pair of a block.
+        """
         values = np.array(self.saved_ms).reshape([len(points) for points in self.widths])
         for axis, points in enumerate(self.widths):
             every = np.arange(points[-1] + 1)
@@ -46,7 +51,16 @@ class BlockLatency:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "BlockLatency":
-        """Inverse of `dataclasses.asdict`. Raises `ValueError` naming the field."""
+        """Return the block that `dataclasses.asdict` described.
+
+        Args:
+            value: The dict, also after a round trip through JSON.
+
+        Raises:
+            ValueError: A field does not fit the others. The message names it.
+            KeyError: A field is missing.
+            TypeError: A field is not of its type.
+        """
         blocks = tuple(tuple(str(name) for name in names) for names in value["blocks"])
         widths = tuple(tuple(points) for points in value["widths"])
         saved = tuple(float(ms) for ms in value["saved_ms"])
@@ -63,22 +77,21 @@ class BlockLatency:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Measured latency of one model on one machine, from `measure_latency`.
+    """Latency of one model at all widths on one machine, as measured by `measure_latency`.
 
-    A model takes the time of the dense one, less what each of its blocks saves.
+    A member takes the time of the dense model, less what each of its blocks saves.
 
     Attributes:
-        architecture: class name of the model.
-        shapes: pair name to heads, width and parameters per unit. Latency depends on shapes and
-            not on values, so the table also fits a model of the same shapes.
-        dense_ms: one forward pass of the dense model.
-        blocks: what narrower blocks save.
-        conditions: device, threads, dtype, attention implementation and shapes of the batch, and
+        architecture: Class name of the model.
+        shapes: Pair name to heads, width and parameters per unit. Latency depends on shapes and
+            not on values, so the table also fits another model of the same shapes.
+        dense_ms: Milliseconds of one forward pass of the dense model.
+        blocks: What narrower blocks save, for every shape of block.
+        conditions: Device, threads, dtype, attention implementation and shapes of the batch, and
             the rest of `solpath.running.provenance.provenance`.
 
     Example:
-        >>> from solpath.planning.latency_table import BlockLatency, LatencyTable
-        >>> mlp = BlockLatency((("mlp",),), ((0, 4),), (6.0, 0.0))
+        >>> mlp = BlockLatency(blocks=(("mlp",),), widths=((0, 4),), saved_ms=(6.0, 0.0))
         >>> table = LatencyTable("Made", {"mlp": (1, 4, 10)}, 10.0, (mlp,), {})
         >>> table.predict({"mlp": torch.tensor([4, 2, 0])}).tolist()
         [10.0, 7.0, 4.0]
@@ -91,13 +104,13 @@ class LatencyTable:
     conditions: Mapping[str, Any]
 
     def predict(self, widths: Mapping[str, Tensor]) -> Tensor:
-        """Milliseconds of models with the given widths.
+        """Return the milliseconds that members of the given widths take.
 
         Args:
-            widths: pair name to int64 ``[models]``, units that every head keeps.
+            widths: Pair name to the units that every head keeps, int64 ``[members]``.
 
         Returns:
-            float64 ``[models]``.
+            float64 ``[members]``.
         """
         saved = torch.zeros(())
         for kind in self.blocks:
@@ -107,7 +120,15 @@ class LatencyTable:
         return self.dense_ms - saved.double()
 
     def check(self, architecture: str, pairs: Sequence[Pair]) -> None:
-        """Raise `FingerprintError` unless the table is for a model of this class and shapes."""
+        """Raise `FingerprintError` unless the table is for a model of this class and these shapes.
+
+        Args:
+            architecture: Class name of the model.
+            pairs: Its pairs.
+
+        Raises:
+            FingerprintError: The class or the shape of a pair differs. The message says which.
+        """
         if architecture != self.architecture:
             difference = f"the class is {architecture}, not {self.architecture}"
         else:
@@ -121,7 +142,11 @@ class LatencyTable:
         raise FingerprintError(f"the latency table is for another model: {difference}.")
 
     def scaled(self, factor: float) -> "LatencyTable":
-        """The table of a machine that takes `factor` times as long."""
+        """Return the table of a machine that takes `factor` times as long; leave this one as it is.
+
+        Args:
+            factor: By what all times are multiplied.
+        """
         blocks = tuple(
             replace(kind, saved_ms=tuple(factor * ms for ms in kind.saved_ms))
             for kind in self.blocks
@@ -133,16 +158,26 @@ class LatencyTable:
         return f"LatencyTable({self.architecture}: {self.dense_ms:.2f} ms dense, {where})"
 
     def save(self, file: str | os.PathLike[str]) -> None:
-        """Write one JSON file, atomically. Raises `FileError` if that is not possible."""
+        """Write the table to one JSON file, atomically.
+
+        Args:
+            file: The file. An existing one is replaced.
+
+        Raises:
+            FileError: The file cannot be written.
+        """
         head = {"format": "solpath.latency", "version": FORMAT_VERSION}
         write_file(Path(file), json_bytes(head | asdict(self)))
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> "LatencyTable":
-        """Read a file written by `save`.
+        """Read a table that was written by `save`.
+
+        Args:
+            file: The file.
 
         Raises:
-            FileError: missing or damaged, naming the file and the field.
+            FileError: The file is missing or damaged. The message names it and the field.
         """
         path = Path(file)
         value = read_json(path)
@@ -159,7 +194,7 @@ class LatencyTable:
             raise FileError(f"{path}: {type(error).__name__} in field {error}.") from error
 
     def _checked(self) -> "LatencyTable":
-        """Raise `ValueError` unless every pair is in one block, at widths up to its own."""
+        """Return the table; raise `ValueError` unless each pair is in one block, to its width."""
         named = list(chain.from_iterable(names for kind in self.blocks for names in kind.blocks))
         if sorted(named) != sorted(self.shapes):
             raise ValueError("blocks: must name every pair in shapes once")
@@ -172,11 +207,16 @@ class LatencyTable:
 
 
 def pair_shapes(pairs: Sequence[Pair]) -> dict[str, tuple[int, int, int]]:
-    """Pair name to heads, width and parameters per unit."""
+    """Return heads, width and parameters per unit of every pair, by pair name.
+
+    Args:
+        pairs: The pairs of a model.
+    """
     return {pair.name: (pair.heads, pair.width, pair.cost) for pair in pairs}
 
 
 def _shape(name: str, given: Any) -> tuple[int, int, int]:
+    """Check heads, width and parameters per unit that were read from a file."""
     heads, width, cost = given
     if not all(type(number) is int and number > 0 for number in (heads, width, cost)):
         raise ValueError(f"shapes[{name!r}]: must be three positive integers")

@@ -1,4 +1,4 @@
-"""The result of a search: an order of all units that gives a model of any size."""
+"""The result of a search: an order of all units that gives members of any size."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,12 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One size of the family and the loss the search saw at that expected size (None if none)."""
+    """One size, and the loss that the search saw at that expected size.
+
+    Attributes:
+        size: The size under every measure.
+        loss: The loss; None on the path of a baseline, which saw none.
+    """
 
     size: Achieved
     loss: float | None
@@ -34,24 +39,31 @@ class CurvePoint:
 
 @dataclass(frozen=True, eq=False)
 class SolutionPath:
-    """A total order of every removable unit of one model.
+    """The order of all units of one dense model, from which members of every size are cut.
 
     Attributes:
-        pairs: what can be pruned.
-        score: pair name to float64 ``[heads, width]``; the order is score descending, then index.
-        entry_time: pair name to float64 ``[heads, width]``. For the paper's inclusion the time at
-            which the unit enters (beyond `steps`: extrapolated); otherwise the share of the
-            prunable cost that is kept when it enters.
-        costs: cost of the dense model and of every unit.
-        method: name of the search or baseline.
-        config: its settings.
-        fingerprint: the model the order belongs to.
-        history: float64 ``[2, steps]``: loss and expected share kept at every step.
-        energy: for pairs with norms between projection and logits, pair name to float64
-            ``[heads, query heads per head + 1, width]``: sums of squares of each unit of the
-            queries, then of the key, over some tokens.
-        basis: pair name to float64 ``[heads, width, width]``: the axes its units are along, where
-            they are not the channels themselves; see `solpath.model.basis`.
+        pairs: The pairs of the model.
+        score: Pair name to float64 ``[heads, width]``. The order is by falling score; of equal
+            scores, the earlier unit comes first.
+        entry_time: Pair name to float64 ``[heads, width]``. For the paper's inclusion, the step at
+            which a unit enters; beyond the last step it is extrapolated. Otherwise the share of
+            the prunable parameters that is kept once the unit is in.
+        costs: What the dense model and every unit cost.
+        method: Name of the search or baseline.
+        config: Its settings.
+        fingerprint: Identity of the dense model.
+        history: Loss and expected share of the prunable parameters at every step, float64
+            ``[2, steps]``. Baselines leave it empty.
+        energy: For pairs with norms over the heads, pair name to float64
+            ``[heads, query heads per head + 1, width]``: sums of squares over some tokens, of
+            every unit of the queries, then of the key.
+        basis: Pair name to the axes along which its units lie, float64 ``[heads, width, width]``
+            (see `solpath.model.basis`). Pairs that are not in it have the channels as units.
+
+    Example:
+        >>> path
+        SolutionPath(spp: 256 units in 6 pairs of BertForSequenceClassification,
+        16,704 of 37,922 parameters prunable, 4 steps, seed 0)
     """
 
     pairs: tuple[Pair, ...]
@@ -66,7 +78,11 @@ class SolutionPath:
     basis: Mapping[str, Tensor] = field(default_factory=dict)
 
     def order(self) -> Tensor:
-        """All units, most important first. int64 ``[units]`` into the pairs laid end to end."""
+        """Return all units, the most important first.
+
+        Returns:
+            Indices into the units of all pairs laid end to end, int64 ``[units]``.
+        """
         return flatten(self.pairs, self.score).argsort(descending=True, stable=True)
 
     def plan(
@@ -84,32 +100,41 @@ class SolutionPath:
         min_width: int = 0,
         protect: Sequence[str] = (),
     ) -> Plan:
-        """Cut the order to one budget.
+        """Choose the units that one budget keeps.
+
+        Give exactly one budget: by its measure's name, or as a `Budget`.
 
         Args:
-            budget: in place of one by name: a measure of your own needs it.
-            sparsity: share of the prunable parameters to remove, in [0, 1).
-            params: parameters to keep in the whole model: a share in (0, 1], or a count.
-            bytes: bytes to keep of all that is saved, weights and buffers in the dtype the model
-                was searched in, likewise.
-            macs: multiply-accumulates to keep, likewise.
-            cache: bytes of the key-value cache per token to keep, in that dtype, likewise.
-            latency_ms: milliseconds that one forward pass may take by the table `latency`.
-            latency: from `measure_latency`, on the machine and the batch that count.
-            multiple_of: every head keeps a multiple of this many units (or all of them).
-            min_width: units every head keeps at least.
-            protect: shell patterns of pair names that stay dense, e.g. ``"*layer.0.*"``.
+            budget: A `Budget`, which a measure of your own needs.
+            sparsity: Share of the prunable parameters to remove, in [0, 1).
+            params: Parameters to keep in the whole model: a share of the dense model's in (0, 1],
+                or a count above 1.
+            bytes: Bytes to keep of all saved parameters and buffers, in the dtype in which the
+                model was searched: a share or a count.
+            macs: Multiply-accumulates to keep, for one sample: a share or a count.
+            cache: Bytes to keep of the key-value cache per generated token, in that dtype: a share
+                or a count.
+            latency_ms: Milliseconds that one forward pass may take, by the table `latency`.
+            latency: A table from `measure_latency`, for the machine and the batch that matter.
+            multiple_of: Every head keeps a multiple of this many units, or all of its units.
+            min_width: Units that every head keeps at least.
+            protect: Shell patterns of the names of pairs that stay dense, such as ``"*layer.0.*"``.
 
         Returns:
-            The plan nearest to the budget; for `latency_ms` the largest that is predicted to be
-            fast enough, which `plan_for_latency` also verifies. Plans made with the same
-            `multiple_of`, `min_width` and `protect` are nested: the smaller keeps a subset of what
-            the larger keeps.
+            The plan whose size is nearest to the budget, above or below it. For `latency_ms`, the
+            largest plan that is predicted to be fast enough; `plan_for_latency` also measures it.
+            Plans with equal `multiple_of`, `min_width` and `protect` are nested: the smaller one
+            keeps a subset of the units of the larger one.
 
         Raises:
-            BudgetError: none or several budgets, out of range, or not reachable.
-            ConfigError: a bad `multiple_of` or `min_width`, or a pattern that matches nothing.
-            FingerprintError: the latency table is for a model of other shapes.
+            BudgetError: No budget or several are given, or it is out of range or not reachable.
+            ConfigError: `multiple_of` or `min_width` is out of range, or a pattern matches no pair.
+            FingerprintError: The latency table is for a model of another class or other shapes.
+
+        Example:
+            >>> plan = path.plan(sparsity=0.5, multiple_of=4)
+            >>> round(plan.achieved.sparsity, 1), {width % 4 for width in plan.widths.values()}
+            (0.5, {0})
         """
         given = {"sparsity": sparsity, "params": params, "bytes": bytes, "macs": macs}
         given |= {"cache": cache, "latency_ms": latency_ms}
@@ -129,14 +154,21 @@ class SolutionPath:
         )
 
     def curve(self, points: int = 20) -> list[CurvePoint]:
-        """Sizes from dense to almost nothing, with the loss the search saw there.
+        """Return sizes from dense to almost nothing, with the loss that the search saw there.
 
-        The loss is that of the search where it was at that expected size: of random sub-networks,
-        or of continuous masks. It ranks sizes of one path; use `evaluate` on extracted models for
-        figures to report.
+        That loss is of random sub-networks, or of continuous masks, at the expected size. It
+        compares sizes of one path; for figures to report, use `evaluate` on members.
+
+        Args:
+            points: Number of sizes, from sparsity 0 to 0.98 in equal steps. At least 2.
 
         Raises:
-            ConfigError: `points` is less than 2.
+            ConfigError: `points` is below 2.
+
+        Example:
+            >>> dense, half, least = path.curve(3)
+            >>> dense.size.params
+            37922
         """
         if points < 2:
             raise ConfigError(f"points must be at least 2, got {points}.")
@@ -152,10 +184,14 @@ class SolutionPath:
         return result
 
     def plot(self) -> "Figure":
-        """Loss against size, and the share kept by kind of pair, as a matplotlib figure.
+        """Return a matplotlib figure: loss against sparsity, and units kept by kind of pair.
 
         Raises:
             ConfigError: matplotlib is not installed.
+
+        Example:
+            >>> path.plot()
+            <Figure size 900x360 with 2 Axes>
         """
         try:
             from matplotlib.figure import Figure
@@ -194,10 +230,17 @@ class SolutionPath:
         )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write ``path.json`` and ``path.safetensors`` into a folder, atomically.
+        """Write the path into a folder, as ``path.json`` and ``path.safetensors``, atomically.
+
+        Args:
+            path: The folder. It is made if need be.
+            overwrite: Replace a folder that is not empty.
 
         Raises:
-            FileError: the folder is not empty (and not `overwrite`), or cannot be written.
+            FileError: The folder is not empty and `overwrite` is False, or it cannot be written.
+
+        Example:
+            >>> path.save("saved")
         """
         tensors = {
             "score": flatten(self.pairs, self.score),
@@ -223,10 +266,18 @@ class SolutionPath:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SolutionPath":
-        """Read a folder written by `save`.
+        """Read a path that was written by `save`.
+
+        Args:
+            path: The folder.
 
         Raises:
-            FileError: a missing or damaged file, naming the file and the field.
+            FileError: A file is missing, damaged or of another version. The message names it.
+
+        Example:
+            >>> path.save("found")
+            >>> solpath.SolutionPath.load("found").order().equal(path.order())
+            True
         """
         file = Path(path) / "path.json"
         header = read_json(file)
@@ -278,11 +329,21 @@ class SolutionPath:
 
 
 def flatten(pairs: Sequence[Pair], values: Mapping[str, Tensor]) -> Tensor:
-    """Lay values of all pairs end to end. ``{name: [heads, width]} -> [units]``."""
+    """Lay the values of all pairs end to end: ``{name: [heads, width]}`` to ``[units]``.
+
+    Args:
+        pairs: Every pair, in the order of the units.
+        values: Pair name to a value for every unit.
+    """
     return torch.cat([values[pair.name].flatten() for pair in pairs])
 
 
 def unflatten(pairs: Sequence[Pair], values: Tensor) -> dict[str, Tensor]:
-    """Inverse of `flatten`. ``[units] -> {name: [heads, width]}``."""
+    """Split the values of all units by pair: ``[units]`` to ``{name: [heads, width]}``.
+
+    Args:
+        pairs: Every pair, in the order of the units.
+        values: A value for every unit.
+    """
     parts = torch.split(values, [pair.units for pair in pairs])
     return {p.name: part.view(p.heads, p.width) for p, part in zip(pairs, parts, strict=True)}

@@ -15,26 +15,33 @@ from solpath.planning.cost import Achieved, CostTable
 from solpath.planning.removal import groups_by_rank, removal_order
 
 EXTRACTED = "solpath_plan"
-"""The attribute of an extracted model that holds its plan."""
+"""Name of the attribute of an extracted model that holds its plan."""
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The units one family member keeps.
+    """The units that one member keeps.
 
     Attributes:
-        pairs: every pair of the dense model.
-        kept: pair name to int64 ``[heads, r]``, ascending; r may be 0.
-        asked: the budget and its options.
-        achieved: size under every measure.
-        fingerprint: the model the plan is for.
-        gains: for pairs with norms, pair name to float64 ``[heads, query heads per head]``: what
-            the normed query is multiplied by, see `norm_gain`.
-        basis: see `SolutionPath.basis`.
-        dropped_rotations: of a plan that was read from a saved model: the pairs whose basis was
-            not saved with it, so that their units cannot be found in the dense model.
-        latency_ms: of a plan for a latency: ``"predicted"`` by the table and, from
-            `plan_for_latency`, ``"measured"`` on the extracted model.
+        pairs: Every pair of the dense model.
+        kept: Pair name to the kept units of every head, int64 ``[heads, r]``, ascending. r may be
+            0.
+        asked: The budget and the constraints.
+        achieved: The size under every measure.
+        fingerprint: Identity of the dense model.
+        gains: For pairs with norms over the heads, pair name to the gains of the normed queries,
+            float64 ``[heads, query heads per head]`` (see `norm_gain`).
+        basis: See `SolutionPath.basis`.
+        dropped_rotations: Names of pairs that were rotated to a basis which is not in this plan,
+            because the plan was read from a saved model. Their units cannot be found in the dense
+            model.
+        latency_ms: For a latency budget, milliseconds of one forward pass: ``"predicted"`` by the
+            table and, from `plan_for_latency`, ``"measured"`` on the extracted model.
+
+    Example:
+        >>> plan = path.plan(sparsity=0.5, protect=["*layer.0.*"])
+        >>> [width for name, width in plan.widths.items() if ".layer.0." in name]
+        [8, 8, 64]
     """
 
     pairs: tuple[Pair, ...]
@@ -48,10 +55,10 @@ class Plan:
     latency_ms: Mapping[str, float] = field(default_factory=dict)
 
     def rotations(self) -> dict[str, Tensor]:
-        """The basis of every pair that loses units; pairs that stay whole are not rotated.
+        """Return the basis of every pair that loses units. A pair that keeps all is not rotated.
 
         Raises:
-            FingerprintError: the plan was read from a saved model, which has no use for a basis.
+            FingerprintError: The basis is not in this plan, which was read from a saved model.
         """
         cut = [pair.name for pair in self.pairs if self.widths[pair.name] < pair.width]
         dropped = {*self.dropped_rotations} - {*self.basis}
@@ -64,11 +71,11 @@ class Plan:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Units each head keeps, by pair name."""
+        """Units that every head keeps, by pair name."""
         return {name: index.shape[1] for name, index in self.kept.items()}
 
     def masks(self) -> dict[str, Tensor]:
-        """The same choice as 0/1 masks: pair name to float32 ``[heads * width]``."""
+        """Return the plan as masks of 0 and 1: pair name to float32 ``[heads * width]``."""
         return {pair.name: _mask(pair, self.kept[pair.name]).flatten() for pair in self.pairs}
 
     def __repr__(self) -> str:
@@ -80,7 +87,7 @@ class Plan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the plan as plain values, for JSON: of a basis, only the names of its pairs."""
         return {
             "pairs": [pair.to_dict() for pair in self.pairs],
             "kept": {name: index.tolist() for name, index in self.kept.items()},
@@ -94,7 +101,14 @@ class Plan:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "Plan":
-        """Inverse of `to_dict`. Every index is checked; raises `ValueError` naming the field."""
+        """Return the plan that `to_dict` described, without its basis. Every index is checked.
+
+        Args:
+            value: What `to_dict` returned, also after a round trip through JSON.
+
+        Raises:
+            ValueError: A field is missing or wrong. The message names it.
+        """
         try:
             pairs = tuple(Pair.from_dict(pair) for pair in value["pairs"])
             kept = {pair.name: _index(pair, value["kept"][pair.name]) for pair in pairs}
@@ -117,17 +131,26 @@ class Plan:
 
 
 def plan_of(model: object) -> Plan | None:
-    """The plan that a model was cut to; None for one that was not extracted."""
+    """Return the plan that a model was cut to, or None if it was not extracted.
+
+    Args:
+        model: Any object.
+
+    Example:
+        >>> plan_of(model) is None, round(plan_of(small).achieved.sparsity, 1)
+        (True, 0.5)
+    """
     plan = getattr(model, EXTRACTED, None)
     return plan if isinstance(plan, Plan) else None
 
 
 def _mask(pair: Pair, kept: Tensor) -> Tensor:
+    """Return a mask of 0 and 1, ``[heads, width]``."""
     return torch.zeros(pair.heads, pair.width).scatter_(1, kept, 1.0)
 
 
 def _index(pair: Pair, rows: Any) -> Tensor:
-    """Check nested lists of kept units against `pair`; int64 ``[heads, r]``."""
+    """Check nested lists of kept units against `pair` and return them as int64 ``[heads, r]``."""
     where = f"kept[{pair.name!r}]"
     if not isinstance(rows, list) or len(rows) != pair.heads:
         raise ValueError(f"{where}: expected {pair.heads} lists, one per head")
@@ -142,6 +165,7 @@ def _index(pair: Pair, rows: Any) -> Tensor:
 
 
 def _gain(pair: Pair, gains: Mapping[str, Any]) -> Tensor:
+    """Check the gains of `pair` and return them as float64 ``[heads, query heads per head]``."""
     gain = torch.tensor(gains[pair.name], dtype=torch.float64)
     shape = (pair.heads, pair.left[0].repeat)
     if gain.shape != shape or not gain.isfinite().all():
@@ -150,19 +174,24 @@ def _gain(pair: Pair, gains: Mapping[str, Any]) -> Tensor:
 
 
 def norm_gain(mask: Tensor, energy: Tensor) -> Tensor:
-    """What makes up for channels that a norm over the head no longer sees.
+    """Return the gain that makes up for channels that a norm over the heads no longer sees.
 
-    A norm over the kept channels alone, with the sum of squares divided by the dense width, blows
-    them up to the dense energy. Multiplied by the root of the share of the energy that they had,
-    queries and keys keep their size on average.
+    The norm runs over the kept channels and still divides by the dense width, so it scales them up
+    to the energy of all. Multiplied by the root of the share of the energy that they had, queries
+    and keys keep their size on average (docs/method.md, "What is removed").
 
     Args:
-        mask: ``[..., heads, width]``.
-        energy: ``[heads, query heads per head + 1, width]``, sums of squares of every unit of
-            the queries, then of the key.
+        mask: Mask of the units, ``[..., heads, width]``.
+        energy: Sums of squares of every unit of the queries, then of the key,
+            ``[heads, query heads per head + 1, width]``.
 
     Returns:
-        ``[..., heads, query heads per head]``, the product of the factors of query and key.
+        The product of the factors of query and key, ``[..., heads, query heads per head]``.
+
+    Example:
+        >>> mask, energy = torch.tensor([[1.0, 0.0]]), torch.tensor([[[3.0, 1.0], [3.0, 1.0]]])
+        >>> norm_gain(mask, energy).tolist()
+        [[0.75]]
     """
     energy = energy.to(mask)
     share = (mask.unsqueeze(-2) * energy).sum(-1) / energy.sum(-1).clamp(min=1e-30)
@@ -180,26 +209,26 @@ def make_plan(
     energy: Mapping[str, Tensor],
     basis: Mapping[str, Tensor],
 ) -> Plan:
-    """Cut a score to a budget.
+    """Return the plan that cuts a score to a budget.
 
     Every pair loses its units by rank, in blocks of `Constraints.multiple_of` ranks. Blocks leave
-    in the order of their mean score, and the budget only decides how many leave, so plans with
-    equal constraints are nested.
+    in the order of their mean score, and the budget decides only how many, so plans with equal
+    constraints are nested.
 
     Args:
-        pairs: every pair of the dense model.
-        score: pair name to ``[heads, width]``; higher stays longer.
-        costs: of the dense model and of its units.
-        fingerprint: of the dense model.
-        budget: what to cut to.
-        constraints: what to respect.
-        energy: see `SolutionPath.energy`.
-        basis: see `SolutionPath.basis`.
+        pairs: Every pair of the dense model.
+        score: Pair name to ``[heads, width]``. Units with a higher score stay longer.
+        costs: What the dense model and its units cost.
+        fingerprint: Identity of the dense model.
+        budget: What to cut to.
+        constraints: What to respect.
+        energy: See `SolutionPath.energy`.
+        basis: See `SolutionPath.basis`.
 
     Raises:
-        BudgetError: the budget is out of range or not reachable.
-        ConfigError: a pattern of `constraints` matches no pair.
-        FingerprintError: the latency table is for a model of other shapes.
+        BudgetError: The budget is out of range or not reachable.
+        ConfigError: A pattern of `constraints` matches no pair.
+        FingerprintError: The latency table is for a model of another class or other shapes.
     """
     constraints.check_patterns(pairs)
     if budget.latency is not None:
@@ -229,6 +258,14 @@ def make_plan(
 
 
 def best_units(score: Tensor, width: int) -> Tensor:
-    """The `width` best units of each head, ascending. ``[heads, n] -> int64 [heads, width]``."""
+    """Return the best units of every head, in ascending order of their index.
+
+    Args:
+        score: Score of every unit, ``[heads, n]``. Of equal scores, the earlier unit wins.
+        width: Units that every head keeps.
+
+    Returns:
+        int64 ``[heads, width]``.
+    """
     order = score.argsort(dim=1, descending=True, stable=True)
     return order[:, :width].sort(dim=1).values

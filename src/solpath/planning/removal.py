@@ -1,7 +1,8 @@
-"""The order in which groups of units leave a model whose tensors must stay dense.
+"""The removal order: in which order groups of units leave, so that tensors stay dense.
 
 All heads of a pair keep the same number of units, each head its own. So units leave in groups of
 equal rank: the worst unit of every head together, then the second worst of every head, and so on.
+A block is one or more such groups that leave together.
 """
 
 from collections.abc import Sequence
@@ -15,12 +16,13 @@ from solpath.pair import Pair
 
 @dataclass(frozen=True, eq=False)
 class RemovalOrder:
-    """Blocks of ranks in the order they leave. int64 ``[blocks]`` each.
+    """Blocks of ranks in the order in which they leave, each part int64 ``[blocks]``.
 
     Attributes:
-        pair: index of the pair that loses the block.
-        start: first rank of the block; the pair is as wide as this once the block is gone.
-        ranks: ranks in the block, each of them one unit of every head.
+        pair: Index of the pair that loses the block.
+        start: First rank of the block, which is also the width of the pair once the block has
+            left.
+        ranks: Number of ranks in the block, each of them one unit of every head.
     """
 
     pair: Tensor
@@ -28,13 +30,25 @@ class RemovalOrder:
     ranks: Tensor
 
     def widths_after(self, pairs: Sequence[Pair], count: int) -> dict[str, int]:
-        """Width of every pair once the first `count` blocks are gone."""
+        """Return the width of every pair once some blocks have left, by pair name.
+
+        Args:
+            pairs: Every pair, in the order that `pair` counts in.
+            count: Number of blocks that have left.
+        """
         dense = torch.tensor([pair.width for pair in pairs])
         left = dense.scatter_reduce(0, self.pair[:count], self.start[:count], "amin").tolist()
         return dict(zip((pair.name for pair in pairs), left, strict=True))
 
     def every_width(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
-        """`widths_after` every count. Pair name to int64 ``[blocks + 1]``."""
+        """Return the width of every pair after 0, 1, 2, ... blocks have left.
+
+        Args:
+            pairs: Every pair, in the order that `pair` counts in.
+
+        Returns:
+            Pair name to int64 ``[blocks + 1]``.
+        """
         result = {}
         for i, pair in enumerate(pairs):
             width = torch.full((len(self.pair) + 1,), pair.width)
@@ -47,12 +61,19 @@ class RemovalOrder:
 def removal_order(values: Sequence[Tensor], first: Sequence[int], block: int = 1) -> RemovalOrder:
     """Put the blocks of ranks of all pairs in order, the least mean value first.
 
+    Within a pair a later rank never stays longer than an earlier one, whatever rounding says.
+
     Args:
-        values: by pair, float64 ``[width]``: mean over the heads of the value at every rank, the
-            best rank first. Later ranks never stay longer than earlier ones, whatever rounding
-            says.
-        first: by pair, the first rank that may leave; from the width on, none does.
-        block: ranks that leave together.
+        values: For every pair, the mean over its heads of the value at every rank, the best rank
+            first, float64 ``[width]``.
+        first: For every pair, the first rank that may leave. At the width of the pair, none may.
+        block: Ranks that leave together.
+
+    Example:
+        >>> values = [torch.tensor([5.0, 1.0]).double(), torch.tensor([3.0]).double()]
+        >>> order = removal_order(values, first=[0, 0])
+        >>> list(zip(order.pair.tolist(), order.start.tolist()))
+        [(0, 1), (1, 0), (0, 0)]
     """
     means, starts, pairs, lengths = [torch.zeros(0).double()], [], [], []
     for i, (ranks, low) in enumerate(zip(values, first, strict=True)):
@@ -72,14 +93,20 @@ def removal_order(values: Sequence[Tensor], first: Sequence[int], block: int = 1
 
 
 def groups_by_rank(value: Tensor, alive: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The groups of one pair that are still there, the best rank first.
+    """Group the remaining units of one pair by their rank in their head, the best rank first.
 
     Args:
-        value: ``[heads, width]``; the higher stays longer.
-        alive: bool ``[heads, width]``, equally many in every head; None is all of them.
+        value: Value of every unit, ``[heads, width]``. Units with a higher value stay longer.
+        alive: Units that remain, bool ``[heads, width]``, equally many in every head. None is all.
 
     Returns:
-        Mean value of every rank, ``[ranks]``, and the units of each, int64 ``[heads, ranks]``.
+        The mean value at every rank, ``[ranks]``, and the units of every rank, int64
+        ``[heads, ranks]``.
+
+    Example:
+        >>> mean, units = groups_by_rank(torch.tensor([[1.0, 3.0], [4.0, 2.0]]))
+        >>> mean.tolist(), units.tolist()
+        ([3.5, 1.5], [[1, 0], [0, 1]])
     """
     rest = value.shape[1] if alive is None else int(alive[0].sum())
     value = value if alive is None else value.masked_fill(~alive, -torch.inf)

@@ -48,7 +48,7 @@ def pull(drive: Float[Tensor, " units"], cost: Float[Tensor, " units"], keep: fl
     weight = cost[index]
     target = keep * cost.sum()
     whole = weight.cumsum(0) - weight  # cost of the units before each, kept whole
-    partly = (weight * ordered).flip(0).cumsum(0).flip(0)  # cost · drive of each and of all after it
+    partly = (weight * ordered).flip(0).cumsum(0).flip(0)  # cost · drive, from each on
     root = partly / (target - whole)
     valid = (whole < target) & (ordered <= root)
     if valid.any() and root[valid][0] > 0:
@@ -232,7 +232,7 @@ def read_order(
         groups = [groups_by_rank(value, here) for value, here in zip(values, alive, strict=True)]
         order = removal_order([mean for mean, _ in groups], first)
         spent = group_cost[order.pair].cumsum(0)
-        before = left - (spent - group_cost[order.pair])  # cost that is left just before a group leaves
+        before = left - (spent - group_cost[order.pair])  # cost left before it leaves
         count = int((before > size * total).sum())
         for i in range(len(shapes)):
             own = order.pair[:count] == i

@@ -157,7 +157,7 @@ class Probe:
         return {name: energy.double().cpu() for name, energy in self._masks.energy.items()}
 
     def measure_energy(self, batches: int) -> None:
-        """Measure the sums of squares of the units that a norm over the heads sees, on the dense model.
+        """Measure, on the dense model, what `Engine.energy` returns.
 
         Args:
             batches: Number of batches.
@@ -219,7 +219,7 @@ class Probe:
         return local_samples(self._source, step, self._device, self._rank, self._world)
 
     def _set(self, rows: Tensor) -> list[Tensor]:
-        """Mask every local sample by its row of `rows`, ``[samples, units]``; return them by pair."""
+        """Mask each sample by its row of `rows`, ``[samples, units]``; return the masks by pair."""
         parts = torch.split(rows.to(self._device), [pair.units for pair in self.pairs], 1)
         leaves = [part.contiguous().requires_grad_() for part in parts]
         self._masks.units.update({p.name: leaf for p, leaf in zip(self.pairs, leaves, strict=True)})

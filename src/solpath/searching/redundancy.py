@@ -23,7 +23,7 @@ and the number of tokens."""
 def input_hooks(
     model: nn.Module, pairs: Sequence[Pair], batch: Batch
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield `Inputs`, which add up while the model runs.
+    """Yield `Inputs` that add up while the model runs.
 
     The hooks are removed when the block ends.
 
@@ -41,7 +41,7 @@ def input_hooks(
             keep = activation_mask(batch, states)
             weight = weight if keep is None else weight * keep.unsqueeze(-1)
             rows = torch.cat([states * weight, weight], -1).flatten(0, -2).double()
-            total.add_((rows.T @ rows).cpu())  # float64: a variance may be tiny beside the squared mean
+            total.add_((rows.T @ rows).cpu())  # a variance may be tiny beside the squared mean
 
         return hook
 
