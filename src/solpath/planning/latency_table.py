@@ -194,7 +194,7 @@ class LatencyTable:
             raise FileError(f"{path}: {type(error).__name__} in field {error}.") from error
 
     def _checked(self) -> "LatencyTable":
-        """Return the table, or raise `ValueError`: each pair is in one block, up to its width."""
+        """Return the table; raise `ValueError` unless each pair is in one block, to its width."""
         named = list(chain.from_iterable(names for kind in self.blocks for names in kind.blocks))
         if sorted(named) != sorted(self.shapes):
             raise ValueError("blocks: must name every pair in shapes once")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from solpath.config import check_count
-from solpath.errors import BudgetError, FileError
+from solpath.errors import BudgetError, ConfigError, FileError
 from solpath.files import check_format, json_bytes, new_folder, read_json, read_tensors
 from solpath.pair import Fingerprint, Pair
 from solpath.planning.budget import Budget, Constraints
@@ -83,10 +83,6 @@ class SolutionPath:
 
         Returns:
             Indices into the units of all pairs laid end to end, int64 ``[units]``.
-
-        Example:
-            >>> path.order().shape
-            torch.Size([256])
         """
         return flatten(self.pairs, self.score).argsort(descending=True, stable=True)
 
@@ -134,7 +130,7 @@ class SolutionPath:
         Raises:
             BudgetError: No budget or several are given, or it is out of range or not reachable.
             ConfigError: `multiple_of` or `min_width` is out of range, or a pattern matches no pair.
-            FingerprintError: The latency table is for a model of other shapes.
+            FingerprintError: The latency table is for a model of another class or other shapes.
 
         Example:
             >>> plan = path.plan(sparsity=0.5, multiple_of=4)

@@ -87,7 +87,7 @@ class Plan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON: the names of rotated pairs, but not their basis."""
+        """Return the plan as plain values, for JSON: of a basis, only the names of its pairs."""
         return {
             "pairs": [pair.to_dict() for pair in self.pairs],
             "kept": {name: index.tolist() for name, index in self.kept.items()},
@@ -228,7 +228,7 @@ def make_plan(
     Raises:
         BudgetError: The budget is out of range or not reachable.
         ConfigError: A pattern of `constraints` matches no pair.
-        FingerprintError: The latency table is for a model of other shapes.
+        FingerprintError: The latency table is for a model of another class or other shapes.
     """
     constraints.check_patterns(pairs)
     if budget.latency is not None:

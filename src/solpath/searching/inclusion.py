@@ -48,7 +48,7 @@ class InclusionSearch:
         }
 
     def step(self, engine: Engine, state: State, k: int) -> tuple[State, float, float]:
-        """Return the state after step `k`, the loss before it, and the cost share under its mask.
+        """Return the state after step `k`, its loss, and the share of the cost under the new mask.
 
         Args:
             engine: Answers for the batch of the step.
