@@ -92,7 +92,7 @@ class Floor:
         with torch.enable_grad():
             output = forward(self.model, batch)
             target, mask = self.targets[id(batch)], output_mask(batch, output)
-            loss = divergence(output, target, mask, logits=False).mean()
+            loss = divergence(output, target, mask, kind="hidden").mean()
             torch.autograd.grad(loss, self.inner)
         self.inner = []
         self.tracking = False

@@ -162,25 +162,33 @@ def test_inclusion_settles_where_the_sparse_copy_meets_the_mask():
     assert float(gamma) == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize("logits", [True, False])
+KINDS = ("classes", "labels", "spans", "regression", "hidden")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(2, 5), (2, 3, 5)])
-def test_divergence_is_zero_at_the_target_and_its_curvature_is_the_sketch(logits, shape):
+def test_divergence_is_zero_at_the_target_and_its_curvature_is_the_sketch(kind, shape):
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(shape, generator=generator)
     mask = None if len(shape) == 2 else torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    if kind == "spans":  # over the last dimension, of which the mask takes positions
+        target = target if len(shape) == 3 else target[:, None]
+        mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 1, 0]]).bool()
+        shape = target.shape
+    compared = {"kind": kind, "spread": 0.7}
     output = target.clone().requires_grad_()
-    value = divergence(output, target, mask, logits=logits)
+    value = divergence(output, target, mask, **compared)
     [gradient] = torch.autograd.grad(value.sum(), output)
     assert value.abs().max() <= 1e-7
     assert gradient.abs().max() <= 1e-7
 
     noise = torch.randn(40_000, *shape, generator=generator)
-    draws = torch.stack([curvature_sketch(target, mask, n, logits=logits) for n in noise])
+    draws = torch.stack([curvature_sketch(target, mask, n, **compared) for n in noise])
     covariance = torch.einsum("nbi,nbj->bij", draws.flatten(2), draws.flatten(2)) / len(noise)
     for b in range(shape[0]):
         hessian = torch.autograd.functional.hessian(
             lambda x, b=b: divergence(
-                x[None], target[b : b + 1], None if mask is None else mask[b : b + 1], logits=logits
+                x[None], target[b : b + 1], None if mask is None else mask[b : b + 1], **compared
             ).sum(),
             target[b],
         )

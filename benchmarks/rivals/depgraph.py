@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from rivals.moments import Calibration
-from solpath.objective import curvature_sketch
-from solpath.running.forward import has_logits, output_mask, output_tensor, run
+from solpath.objective import curvature_sketch, kind_of
+from solpath.running.forward import output_mask, output_tensor, run
 
 HEAD_SIZE = {"BertSelfAttention": "attention_head_size", "ViTAttention": "head_dim"}
 """Class to the attribute its forward pass views the heads with; the examples set it by hand too."""
@@ -119,10 +119,10 @@ def _gradients(model: nn.Module, calibration: Calibration) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     for batch in calibration.batches[:BATCHES]:
         result: Any = run(model, batch, labels=False)
-        output, logits = output_tensor(result), has_logits(result)
+        output, kind = output_tensor(result), kind_of(model, result)
         noise = torch.randn(output.shape, generator=generator)
         mask = output_mask(batch, output)
-        sketch = curvature_sketch(output.detach(), mask, noise, logits=logits)
+        sketch = curvature_sketch(output.detach(), mask, noise, kind=kind)
         model.zero_grad(set_to_none=True)
         (sketch * output).sum().backward()
         for name, value in model.named_parameters():

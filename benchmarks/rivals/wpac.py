@@ -24,9 +24,9 @@ from rivals.weights import (
     set_inner_,
     set_inner_bias_,
 )
-from solpath.objective import curvature_sketch
+from solpath.objective import curvature_sketch, kind_of
 from solpath.pair import Pair, Side
-from solpath.running.forward import has_logits, output_mask, output_tensor, run
+from solpath.running.forward import output_mask, output_tensor, run
 
 Axes = tuple[Tensor, Tensor]
 """Eigenvalues ``[heads, width]`` and axes as rows ``[heads, width, width]``, largest first."""
@@ -87,10 +87,10 @@ def _measure(
             stack.callback(_catch(model, side, seen, i).remove)
         for batch in calibration.batches:
             result = run(model, batch, labels=False)
-            output, logits = output_tensor(result), has_logits(result)
+            output, kind = output_tensor(result), kind_of(model, result)
             noise = torch.randn(output.shape, generator=generator)
             mask = output_mask(batch, output)
-            sketch = curvature_sketch(output.detach(), mask, noise, logits=logits)
+            sketch = curvature_sketch(output.detach(), mask, noise, kind=kind)
             states = [seen[i] for i in range(len(sides))]
             slopes = torch.autograd.grad((sketch * output).sum(), states)
             for (pair, side), state, slope in zip(sides, states, slopes, strict=True):

@@ -1,22 +1,21 @@
 """Measure how close a smaller model stays to the dense model on held-out batches."""
 
 import itertools
-import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from solpath.data.source import check_batches, check_device
+from solpath.data.source import batch_size, check_batches, check_device
 from solpath.errors import BatchError
-from solpath.objective import at_least_float
+from solpath.measuring.metrics import compare, relative_to_spread
+from solpath.objective import Loss, kind_of
 from solpath.planning.cost import Achieved
 from solpath.planning.plan import plan_of
-from solpath.running.forward import device_of, forward, has_logits, output_mask, output_tensor, run
+from solpath.running.forward import attended, device_of, forward, output_mask, output_tensor, run
 from solpath.running.modes import inferring
 from solpath.running.provenance import provenance
 
@@ -26,9 +25,7 @@ class Result:
     """What an evaluation found.
 
     Attributes:
-        metrics: Name of a metric to its value. ``cosine`` and ``relative_error`` are always there;
-            ``kl`` (nats) and ``agreement`` (share of positions with equal argmax) are there if the
-            model gives logits; ``task`` is there if a task was given.
+        metrics: Name of a metric to its value, see `evaluate`.
         samples: Number of samples.
         cost: Size of the model if it was extracted, otherwise None.
         provenance: Where the figures come from, see `solpath.running.provenance.provenance`.
@@ -55,14 +52,21 @@ def evaluate(
     batches: Iterable[Any],
     *,
     task: Callable[[nn.Module], float] | None = None,
+    loss: Loss | None = None,
 ) -> Result:
     """Compare the outputs of `model` with those of the dense `reference`.
 
-    With logits, every metric is a mean over the positions that are not padding. Without logits,
-    every metric is a mean over samples: ``cosine`` compares the last hidden states averaged over
-    the positions that are not padding, and ``relative_error`` compares them position by position.
-    With y an output and t that of the reference, ``relative_error`` is ``|y - t|² / |t|²``, and
-    ``kl`` is KL(t || y) in nats.
+    What is compared follows from what `model` predicts (`solpath.objective`). With y an output and
+    t that of the reference, ``relative_error`` is ``|y - t|² / |t|²`` and ``kl`` is KL(t || y) in
+    nats; padding does not count.
+
+    - Classes: the means over positions of ``kl``, ``agreement`` (equal argmax), ``cosine`` and
+      ``relative_error``.
+    - Labels, and spans of question answering: the means over samples of ``kl``, ``agreement``
+      (equal decisions, or equal start and end) and ``relative_error``.
+    - A regression: ``relative_error``, here relative to the spread of all targets, that is 1 - R².
+    - Hidden states: the means over samples of ``relative_error`` and of ``cosine``, which compares
+      the averages over tokens.
 
     Both models run in eval mode without gradients. They are left as they were found, and so is the
     state of torch's random number generators.
@@ -73,6 +77,9 @@ def evaluate(
             ``with masked(...)`` the outputs are needed, because there the dense model is masked.
         batches: The held-out batches. Each is run once.
         task: A function that is called with `model`. Its value is reported as ``metrics["task"]``.
+        loss: ``loss(outputs, batch)``, a mean over samples, that gets the labels. Its means over
+            all samples are reported as ``"loss"`` and, for a dense model as reference,
+            ``"reference_loss"``. With it, outputs need not be comparable.
 
     Returns:
         The metrics, with the size of the model and where the figures come from.
@@ -90,22 +97,39 @@ def evaluate(
     """
     check_batches(batches)
     device = device_of(model)
-    totals: Counter[str] = Counter()
+    totals: dict[str, float] = defaultdict(float)
+    own: dict[str, float] = defaultdict(float)
     samples = 0
-    dense = [reference] if isinstance(reference, nn.Module) else []
-    with inferring(model, *dense):
-        for i, (batch, target) in enumerate(_with_targets(reference, batches)):
+    values: list[tuple[Tensor, Tensor]] = []  # of a regression, whose spread is that of all
+    dense = reference if isinstance(reference, nn.Module) else None
+    with inferring(*filter(None, (model, dense))):
+        for i, (batch, target) in enumerate(_with_targets(reference, batches, loss)):
             check_device(batch, device)
-            output, logits = _run(model, batch)
+            samples += batch_size(batch)
+            if loss is not None:
+                for name, judged in (("loss", model), ("reference_loss", dense)):
+                    if judged is not None:
+                        value = float(loss(run(judged, batch, labels=True), batch))
+                        own[name] += value * batch_size(batch)
+            if target is None:
+                continue
+            outputs = run(model, batch, labels=False)
+            output, kind = output_tensor(outputs), kind_of(model, outputs)
             target = target.to(output.device)
             _check(i, output, target)
-            compare = _compare_logits if logits else _compare_hidden
-            totals.update(compare(output, target, output_mask(batch, output)))
-            samples += output.shape[0]
+            if kind == "regression":
+                values.append((output, target))
+                continue
+            mask = attended(batch, output) if kind == "spans" else output_mask(batch, output)
+            for name, total in compare(output, target, mask, kind=kind).items():
+                totals[name] += total
         if not samples:
             raise BatchError("batches is empty; give at least one held-out batch.")
-        count = totals.pop("count")
+        count = totals.pop("count", 1)
         metrics = {name: total / count for name, total in totals.items()}
+        if values:
+            metrics["relative_error"] = relative_to_spread(values)
+        metrics |= {name: total / samples for name, total in own.items()}
         if task is not None:
             metrics["task"] = float(task(model))
     plan = plan_of(model)
@@ -113,7 +137,7 @@ def evaluate(
         metrics=metrics,
         samples=samples,
         cost=None if plan is None else plan.achieved,
-        provenance=provenance(output.device),
+        provenance=provenance(device),
     )
 
 
@@ -145,15 +169,23 @@ def reference_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
 
 
 def _with_targets(
-    reference: nn.Module | Sequence[Tensor], batches: Iterable[Any]
-) -> Iterator[tuple[Any, Tensor]]:
+    reference: nn.Module | Sequence[Tensor], batches: Iterable[Any], loss: Loss | None
+) -> Iterator[tuple[Any, Tensor | None]]:
     """Yield every batch with the output of the reference for it.
 
-    Raise `BatchError` if there are more batches than outputs, or the other way round.
+    With a loss it is None where outputs cannot be compared. Raise `BatchError` if there are more
+    batches than outputs, or the other way round.
     """
     if isinstance(reference, nn.Module):
         for batch in batches:
-            yield batch, forward(reference, batch)
+            outputs = run(reference, batch, labels=False)
+            try:
+                compared: Tensor | None = output_tensor(outputs)
+            except BatchError:
+                if loss is None:
+                    raise
+                compared = None
+            yield batch, compared
         return
     end = object()
     for i, (batch, target) in enumerate(itertools.zip_longest(batches, reference, fillvalue=end)):
@@ -165,12 +197,6 @@ def _with_targets(
         yield batch, target
 
 
-def _run(model: nn.Module, batch: Any) -> tuple[Tensor, bool]:
-    """Return the output of `model`, and whether it is logits."""
-    outputs = run(model, batch, labels=False)
-    return output_tensor(outputs), has_logits(outputs)
-
-
 def _check(index: int, output: Tensor, target: Tensor) -> None:
     if output.shape != target.shape:
         raise BatchError(
@@ -180,42 +206,3 @@ def _check(index: int, output: Tensor, target: Tensor) -> None:
     for name, value in (("model", output), ("reference", target)):
         if not torch.isfinite(value).all():
             raise BatchError(f"batch {index}: the output of the {name} has NaN or infinite values.")
-
-
-def _compare_logits(output: Tensor, target: Tensor, mask: Tensor | None) -> dict[str, float]:
-    """Sum each metric over positions. Outputs are ``[B, ..., C]``, the mask ``[B, T]`` or None."""
-    classes = output.shape[-1]
-    y, t = (at_least_float(value).reshape(-1, classes) for value in (output, target))
-    if mask is not None:
-        y, t = y[mask.flatten()], t[mask.flatten()]
-    log_y, log_t = y.log_softmax(-1), t.log_softmax(-1)
-    error = (y - t).square().sum(-1) / t.square().sum(-1).clamp(min=_tiny(t))
-    return {
-        "cosine": functional.cosine_similarity(y, t).sum().item(),
-        "kl": (log_t.exp() * (log_t - log_y)).sum().item(),
-        "agreement": float((y.argmax(-1) == t.argmax(-1)).sum().item()),
-        "relative_error": error.sum().item(),
-        "count": len(y),
-    }
-
-
-def _compare_hidden(output: Tensor, target: Tensor, mask: Tensor | None) -> dict[str, float]:
-    """Sum each metric over samples. Outputs are ``[B, ..., D]``, the mask ``[B, T]`` or None."""
-    batch, width = output.shape[0], output.shape[-1]
-    y, t = (at_least_float(value).reshape(batch, -1, width) for value in (output, target))
-    if mask is None:
-        mask = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device)
-    weight = mask.unsqueeze(-1).to(y.dtype)
-    tokens = weight.sum(dim=1).clamp(min=1)
-    error = ((y - t).square() * weight).sum(dim=(1, 2))
-    size = (t.square() * weight).sum(dim=(1, 2)).clamp(min=_tiny(t))
-    pooled_y, pooled_t = (y * weight).sum(dim=1) / tokens, (t * weight).sum(dim=1) / tokens
-    return {
-        "cosine": functional.cosine_similarity(pooled_y, pooled_t).sum().item(),
-        "relative_error": (error / size).sum().item(),
-        "count": batch,
-    }
-
-
-def _tiny(value: Tensor) -> float:
-    return math.sqrt(torch.finfo(value.dtype).tiny)

@@ -25,7 +25,7 @@ from solpath.pair import Fingerprint, Pair
 from solpath.planning.latency_table import BlockLatency, LatencyTable, pair_shapes
 from solpath.planning.path import SolutionPath
 from solpath.planning.plan import Plan
-from solpath.running.forward import device_of, forward
+from solpath.running.forward import device_of, run
 from solpath.running.modes import inferring
 from solpath.running.provenance import provenance
 
@@ -279,7 +279,7 @@ def _beside(
         The seconds of every pass of the first model, and for each other model the median ratio of
         its time to that of the first.
     """
-    passes = {name: partial(forward, model, batch) for name, model in models.items()}
+    passes = {name: partial(run, model, batch, labels=False) for name, model in models.items()}
     first, *others = latencies(passes, repeats=repeats).values()
     ratios = [[a / b for a, b in zip(own, first, strict=True)] for own in others]
     return first, [statistics.median(own) for own in ratios]

@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from solpath.config import check_count
 from solpath.data.source import batch_size, check_device
 from solpath.errors import ConfigError
 from solpath.measuring.memory import bytes_on_disk, peak_memory, resident_bytes
 from solpath.model.counting import count_macs
-from solpath.running.forward import device_of, forward
+from solpath.running.forward import device_of, run
 from solpath.running.modes import inferring
 
 WARM_UP = 3
@@ -149,8 +149,8 @@ def interquartile_range(values: list[float]) -> float:
     return high - low
 
 
-def _pass(model: nn.Module, batch: Any) -> Callable[[], Tensor]:
-    return lambda: forward(model, batch)
+def _pass(model: nn.Module, batch: Any) -> Callable[[], Any]:
+    return lambda: run(model, batch, labels=False)
 
 
 def _synchronize() -> None:

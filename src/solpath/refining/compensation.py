@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, closing
 from functools import partial, reduce
 from itertools import zip_longest
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,11 @@ from solpath.data.source import batch_size, check_batches, check_device, slice_s
 from solpath.errors import BatchError, ConfigError, UnsupportedModelError
 from solpath.model.extraction import copy_extracted
 from solpath.model.linear import LinearMap, linear_map
-from solpath.objective import divergence_from, target_of
+from solpath.objective import Loss, Objective
 from solpath.pair import Pair
 from solpath.planning.plan import plan_of
 from solpath.refining.layerwise import LayerCall, Stream, layers_run, lockstep, residual_streams
+from solpath.refining.least_squares import Moments
 from solpath.running.forward import Batch, activation_mask, device_of, run
 from solpath.running.modes import inferring
 from solpath.running.progress import progress_bar
@@ -40,6 +41,7 @@ def compensate(
     batches: Iterable[Any],
     *,
     ridge: float = ...,
+    loss: Loss | None = ...,
     progress: bool = ...,
 ) -> Model: ...
 
@@ -51,6 +53,7 @@ def compensate(
     batches: Iterable[Any],
     *,
     ridge: float = ...,
+    loss: Loss | None = ...,
     progress: bool = ...,
 ) -> list[Model]: ...
 
@@ -61,6 +64,7 @@ def compensate(
     batches: Iterable[Any],
     *,
     ridge: float = 0.1,
+    loss: Loss | None = None,
     progress: bool = True,
 ) -> Model | list[Model]:
     """Return a copy of `small` whose cut layers make up for what was cut, without training.
@@ -84,6 +88,8 @@ def compensate(
             with the activations of all of them at one layer of every model. Tens of thousands of
             tokens are well spent: the more there are, the better the fit.
         ridge: Pull towards the present weights, as a share of each input's own energy.
+        loss: ``loss(outputs, batch)``, a mean over samples, that decides whether a refitted model
+            is nearer, in place of the divergence from `dense`.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -121,7 +127,7 @@ def compensate(
     with inferring(*everyone):
         _refit_(refitted, dense, pairs[0], batches, ridge, progress)
         held = batches[_CHECKED - 1 :: _CHECKED]
-        errors = _divergences(dense, (*models, *refitted), held)
+        errors = _losses(dense, (*models, *refitted), held, loss)
     results = [
         after if better < worse else copy_extracted(before)
         for before, after, worse, better in zip(
@@ -198,7 +204,7 @@ def _refit_layers_(
     """Refit one layer of `model` after another where that helps, and pause after each."""
     done: set[str] = set()
     seen: list[Tensor] = []
-    moments: tuple[_Moments, _Moments] | None = None
+    moments: tuple[Moments, Moments] | None = None
     for name, calls in given:
         if name in done:  # it was fitted to its first inputs
             continue
@@ -249,56 +255,12 @@ def _output_rows(stream: Stream | None, batch: Batch, target: LayerCall, call: L
     return hidden, wanted, 1 / variance.clamp(min=1e-12)
 
 
-class _Moments(NamedTuple):
-    """What a least-squares fit needs to know of the tokens, in float64.
-
-    Let x be an input followed by 1, r what is to be added to the output, w the weight of a token.
-
-    Attributes:
-        square: Σ w x xᵀ, ``[in + 1, in + 1]``.
-        cross: Σ w r xᵀ, ``[out, in + 1]``.
-    """
-
-    square: Tensor
-    cross: Tensor
-
-    def plus(self, other: "_Moments") -> "_Moments":
-        """Return the moments of the tokens of both."""
-        return _Moments(self.square + other.square, self.cross + other.cross)
-
-    def lacking(self, present: Tensor) -> "_Moments":
-        """Return the moments with r less what a layer ``[out, in + 1]`` already gives."""
-        return _Moments(self.square, self.cross - present @ self.square)
-
-    def mapped(self, weight: Tensor) -> "_Moments":
-        """Return the moments with ``weight @ r`` in place of r."""
-        return _Moments(self.square, weight @ self.cross)
-
-    def solve(self, ridge: float, bias: bool) -> Tensor:
-        """Return the change of weight and bias, ``[out, in + 1]``, with 0 for an absent bias."""
-        square, cross = self.square[:-1, :-1], self.cross[:, :-1]
-        mean_input = self.square[-1, :-1] / self.square[-1, -1]
-        mean_lack = self.cross[:, -1] / self.square[-1, -1]
-        if bias:
-            square = square - self.square[-1, -1] * torch.outer(mean_input, mean_input)
-            cross = cross - self.square[-1, -1] * torch.outer(mean_lack, mean_input)
-        energy = square.diagonal().clamp(min=0)
-        pull = ridge * energy + 1e-6 * energy.sum() / max(len(energy), 1) + 1e-30
-        weight = torch.linalg.solve(square + pull.diag(), cross.T).T
-        shift = mean_lack - weight @ mean_input if bias else torch.zeros_like(mean_lack)
-        return torch.cat([weight, shift.unsqueeze(1)], 1)
-
-    def gain(self, change: Tensor) -> float:
-        """Return by how much a change lowers the sum of the weighted squared errors."""
-        return float((change * (2 * self.cross - change @ self.square)).sum())
-
-
 def _moments(
     rows: Callable[[Batch, LayerCall, LayerCall], _Rows],
     batches: Sequence[Batch],
     targets: Sequence[LayerCall],
     calls: Sequence[LayerCall],
-) -> tuple[_Moments, _Moments]:
+) -> tuple[Moments, Moments]:
     """Return the moments of the batches to fit, and those of the batches to check."""
     triples = list(zip(batches, targets, calls, strict=True))
     check = triples[_CHECKED - 1 :: _CHECKED]
@@ -309,18 +271,18 @@ def _moments(
 def _add_up(
     rows: Callable[[Batch, LayerCall, LayerCall], _Rows],
     triples: Sequence[_Calls],
-) -> _Moments:
+) -> Moments:
     """Sum over tokens: a few batches at a time in their own precision, the sums in float64."""
 
-    def sums(few: Sequence[_Calls]) -> _Moments:
+    def sums(few: Sequence[_Calls]) -> Moments:
         columns = zip(*(rows(*triple) for triple in few), strict=True)
         hidden, target, weight = map(torch.cat, columns)
         row = functional.pad(hidden, (0, 1), value=1.0)
         weighted = row * weight
-        return _Moments((weighted.T @ row).double(), (target.T @ weighted).double())
+        return Moments((weighted.T @ row).double(), (target.T @ weighted).double())
 
     starts = range(0, len(triples), _AT_ONCE)
-    return reduce(_Moments.plus, (sums(triples[start : start + _AT_ONCE]) for start in starts))
+    return reduce(Moments.plus, (sums(triples[start : start + _AT_ONCE]) for start in starts))
 
 
 def _affine(linear: LinearMap) -> Tensor:
@@ -337,14 +299,21 @@ def _tokens(hidden: Tensor, keep: Tensor | None) -> Tensor:
     return rows if keep is None else rows[keep.flatten()]
 
 
-def _divergences(
-    dense: nn.Module, models: Sequence[nn.Module], batches: Sequence[Batch]
+def _losses(
+    dense: nn.Module, models: Sequence[nn.Module], batches: Sequence[Batch], loss: Loss | None
 ) -> list[float]:
-    """Return the mean divergence of each model from the dense model, over all samples."""
+    """Return the mean loss of each model, or divergence from the dense one, over all samples."""
     totals = [0.0 for _ in models]
-    for batch in batches:
-        target = target_of(dense, batch)
-        for i, model in enumerate(models):
-            outputs = run(model, batch, labels=False)
-            totals[i] += float(divergence_from(target, outputs, batch).double().sum())
+    if loss is not None:
+        for batch in batches:
+            for i, model in enumerate(models):
+                value = loss(run(model, batch, labels=True), batch)
+                totals[i] += float(value) * batch_size(batch)
+    else:
+        compared = Objective(lambda: batches[0])
+        for batch in batches:
+            target = compared.target(dense, batch)
+            for i, model in enumerate(models):
+                outputs = run(model, batch, labels=False)
+                totals[i] += float(compared.divergence(target, outputs, batch).double().sum())
     return [total / sum(map(batch_size, batches)) for total in totals]

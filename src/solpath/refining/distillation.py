@@ -6,9 +6,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from solpath.data.source import BatchSource, local_samples
+from solpath.data.source import BatchSource, check_device, local_samples
 from solpath.errors import BatchError
-from solpath.objective import Target, Targets, divergence_from, target_of
+from solpath.objective import Loss, Objective, Targets
 from solpath.running.forward import Batch, output_tensor, run
 from solpath.running.processes import sum_over_processes
 
@@ -18,13 +18,13 @@ class DistillationBatch(NamedTuple):
 
     Attributes:
         inputs: The samples, as the models take them.
-        target: The dense targets, ``[samples, ...]``.
+        target: The dense targets, ``[samples, ...]``; None where a loss takes their place.
         samples: Number of samples in `inputs`.
         total: Number of samples of the batch over all processes.
     """
 
     inputs: Batch
-    target: Target
+    target: Tensor | None
     samples: int
     total: int
 
@@ -40,6 +40,7 @@ class Distillation:
         device: The device of the models and the batches.
         accelerator: Knows which samples of a batch this process takes.
         bf16: Whether forward passes run in bfloat16 autocast.
+        loss: A user's loss, in place of the divergence from the dense model.
     """
 
     def __init__(
@@ -50,20 +51,28 @@ class Distillation:
         accelerator: Accelerator,
         *,
         bf16: bool,
+        loss: Loss | None,
     ) -> None:
         self._dense, self._source, self._device = dense, source, device
-        self._accelerator, self._bf16 = accelerator, bf16
-        self._targets = Targets(source.length)
+        self._accelerator, self._bf16, self._loss = accelerator, bf16, loss
+        self._targets, self._compared = Targets(source.length), Objective(self._first)
 
     def __getitem__(self, step: int) -> DistillationBatch:
         rank, world = self._accelerator.process_index, self._accelerator.num_processes
         inputs, low, high, total = local_samples(self._source, step, self._device, rank, world)
-        target = self._targets.get(step, lambda: self._target(inputs))
+        target = None
+        if self._loss is None:
+            target = self._targets.get(step, lambda: self._target(inputs))
         return DistillationBatch(inputs, target, high - low, total)
 
-    def _target(self, inputs: Batch) -> Target:
+    def _first(self) -> Batch:
+        batch = self._source[0]
+        check_device(batch, self._device)
+        return batch
+
+    def _target(self, inputs: Batch) -> Tensor:
         with self.autocast():
-            return target_of(self._dense, inputs)
+            return self._compared.target(self._dense, inputs)
 
     def autocast(self) -> torch.autocast:
         """Return a block that sets the precision of the forward passes."""
@@ -80,14 +89,17 @@ class Distillation:
             BatchError: The outputs of the two models differ in shape.
         """
         with self.autocast():
-            outputs = run(model, batch.inputs, labels=False)
+            outputs = run(model, batch.inputs, labels=self._loss is not None)
+            if self._loss is not None:
+                return self._loss(outputs, batch.inputs).expand(batch.samples)
         output = output_tensor(outputs)
-        if output.shape != batch.target.output.shape:
+        assert batch.target is not None
+        if output.shape != batch.target.shape:
             raise BatchError(
                 f"the small model gives {list(output.shape)} and the dense one "
-                f"{list(batch.target.output.shape)}; tune needs two models with equal outputs."
+                f"{list(batch.target.shape)}; tune needs two models with equal outputs."
             )
-        return divergence_from(batch.target, outputs, batch.inputs)
+        return self._compared.divergence(batch.target, outputs, batch.inputs)
 
     def divergence(self, model: nn.Module) -> float:
         """Return the mean divergence of `model` over the samples of all batches and all processes.

@@ -16,6 +16,7 @@ from solpath.data.source import BatchSource, derive_seed
 from solpath.errors import BatchError, UnsupportedModelError
 from solpath.model.extraction import copy_extracted
 from solpath.model.fingerprint import weights_digest
+from solpath.objective import Loss
 from solpath.refining.adapters import add_adapters_, merge_adapters_
 from solpath.refining.distillation import Distillation
 from solpath.refining.distributed import accelerating
@@ -38,14 +39,15 @@ def tune(
     config: TuneConfig | None = None,
     *,
     heldout: Iterable[Any] | None = None,
+    loss: Loss | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 100,
     progress: bool = True,
 ) -> Model:
     """Train a copy of `small` to give the outputs of `dense`, on batches without labels.
 
-    The loss is that of the search: KL of the logits, or the squared error of the last hidden
-    states. Parameters of `small` that do not require gradients stay as they are, and dropout is
+    The loss is that of the search, the divergence from the dense model (docs/method.md), or one of
+    yours. Parameters of `small` that do not require gradients stay as they are, and dropout is
     off. The weights with the least held-out loss are returned, and those before the first step
     compete: on the held-out batches the result is never worse than `small`. Both models are left as
     they were found.
@@ -65,6 +67,8 @@ def tune(
         config: The settings; None takes `TuneConfig` as it is.
         heldout: The held-out batches, which decide which weights are best. None takes the last
             tenth of `batches`, which must then be a sequence of at least 10.
+        loss: ``loss(outputs, batch)``, a mean over samples, that is trained on and judged by in
+            place of the divergence from `dense`. It gets the labels of the batches.
         checkpoint: A folder for the state. If it holds the state of the same tuning, that tuning is
             resumed. None saves no state.
         checkpoint_every: Steps between checkpoints. A checkpoint is about four times as large as
@@ -98,6 +102,8 @@ def tune(
     file = None if checkpoint is None else Path(checkpoint) / "tune.safetensors"
     header: dict[str, Any] = {"kind": "TuneConfig", "version": 2, "config": config.to_dict()}
     header["fingerprint"] = {}
+    if loss is not None:
+        header["loss"] = "user"
     if file is not None:
         header["fingerprint"] = {"small": weights_digest(small), "dense": weights_digest(dense)}
     state = None if file is None else read_checkpoint(file, header)
@@ -111,8 +117,8 @@ def tune(
         torch.manual_seed(derive_seed(config.seed, "tune"))
         train, held = _split(batches, heldout, config.seed)
         bf16 = config.mixed_precision == "bf16"
-        taught = Distillation(dense, train, device, accelerator, bf16=bf16)
-        judge = Distillation(dense, held, device, accelerator, bf16=False)
+        taught = Distillation(dense, train, device, accelerator, bf16=bf16, loss=loss)
+        judge = Distillation(dense, held, device, accelerator, bf16=False, loss=loss)
         work = copy_extracted(small).eval()
         if config.lora_rank is not None:
             add_adapters_(work, config.lora_rank, config.lora_alpha)

@@ -53,9 +53,11 @@ def read_checkpoint(file: Path, header: Mapping[str, Any]) -> State | None:
             state = {name: stream.get_tensor(name) for name in stream.offset_keys()}
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise FileError(f"{file} is not a checkpoint: {error}.") from error
-    for name, ours in _fields(header).items():
-        if found.get(name) != ours:
-            detail = "" if name == "digests" else f": {found.get(name)!r}, not {ours!r}"
+    wanted = _fields(header)
+    for name in wanted | found:
+        if found.get(name) != wanted.get(name):
+            detail = f": {found.get(name)!r}, not {wanted.get(name)!r}"
+            detail = "" if name == "digests" else detail
             raise FingerprintError(
                 f"{file} holds another run; it differs in {name}{detail}. "
                 "Use another folder, or remove that file to start again."

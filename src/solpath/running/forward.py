@@ -59,29 +59,85 @@ def forward(model: nn.Module, batch: Batch) -> Tensor:
 def output_tensor(outputs: Any) -> Tensor:
     """Return the part of a transformers output that is compared; a bare tensor comes back as it is.
 
-    That is the logits; without them the embeddings of image and text, end to end if there are both;
-    without these the last hidden state.
+    That is the logits, classes last; for question answering the logits of start and end,
+    ``[batch, 2, tokens]``; without logits the embeddings of image and text, end to end if there
+    are both; the last hidden state; or the image or depth that was predicted.
 
     Raises:
-        BatchError: The output has none of these.
+        BatchError: The output has none of these, or has several heads or boxes.
     """
     if isinstance(outputs, Tensor):
         return outputs
-    names = (("logits",), ("image_embeds", "text_embeds"), ("last_hidden_state",))
-    for group in names:
-        found = [getattr(outputs, name, None) for name in group]
-        tensors = [value for value in found if isinstance(value, Tensor)]
-        if tensors:
-            return tensors[0] if len(tensors) == 1 else torch.cat(tensors, -1)
-    raise BatchError(
-        f"{type(outputs).__name__} has no logits, embeddings or last_hidden_state; "
-        "pass your own loss."
-    )
+    name = type(outputs).__name__
+    tensors = {key: getattr(outputs, key, None) for key in (*_KNOWN, *_OTHER_HEADS)}
+    found = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
+    if others := [key for key in _OTHER_HEADS if key in found]:
+        raise BatchError(
+            f"{name} has more than one thing to compare, {others[0]} among them; pass your own "
+            "loss, or take the base model or a class with one head."
+        )
+    if "start_logits" in found and "end_logits" in found:
+        return torch.stack([found["start_logits"], found["end_logits"]], 1)
+    if "logits" in found:
+        logits = found["logits"]
+        if is_per_token(outputs):
+            return logits.unsqueeze(-1)
+        return logits.movedim(1, -1) if name == "SemanticSegmenterOutput" else logits
+    embeddings = [found[key] for key in ("image_embeds", "text_embeds") if key in found]
+    if embeddings:
+        return embeddings[0] if len(embeddings) == 1 else torch.cat(embeddings, -1)
+    for key in ("last_hidden_state", "reconstruction", "predicted_depth"):
+        if key in found:
+            return found[key]
+    raise BatchError(f"{name} has no logits, embeddings or last_hidden_state; pass your own loss.")
+
+
+_KNOWN = (
+    "logits",
+    "start_logits",
+    "end_logits",
+    "image_embeds",
+    "text_embeds",
+    "last_hidden_state",
+    "reconstruction",
+    "predicted_depth",
+)
+_OTHER_HEADS = (
+    "pred_boxes",
+    "pred_masks",
+    "masks_queries_logits",
+    "prediction_logits",
+    "seq_relationship_logits",
+    "sop_logits",
+    "mc_logits",
+)
 
 
 def has_logits(outputs: Any) -> bool:
     """Return whether `output_tensor` gives logits for these outputs."""
     return isinstance(getattr(outputs, "logits", None), Tensor)
+
+
+def is_per_token(outputs: Any) -> bool:
+    """Return whether the logits of these outputs are one for every token, ``[batch, tokens]``."""
+    return type(outputs).__name__ in ("ElectraForPreTrainingOutput", "FunnelForPreTrainingOutput")
+
+
+def has_spans(outputs: Any) -> bool:
+    """Return whether `output_tensor` gives the start and the end of a span for these outputs."""
+    return isinstance(getattr(outputs, "start_logits", None), Tensor)
+
+
+def attended(batch: Batch, spans: Tensor) -> Tensor | None:
+    """Return which positions of spans ``[batch, 2, tokens]`` count, or None if all do.
+
+    Args:
+        batch: The batch that the model ran on; its ``attention_mask`` decides if it fits.
+        spans: The logits of start and end.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    fits = isinstance(mask, Tensor) and mask.shape == (spans.shape[0], spans.shape[2])
+    return mask.bool() if fits and mask is not None else None
 
 
 def output_mask(batch: Batch, output: Tensor) -> Tensor | None:

@@ -22,16 +22,13 @@ from solpath.model.linear import linear_map
 from solpath.model.masks import Masks, energy_hooks, mask_hooks
 from solpath.objective import (
     Loss,
-    Target,
+    Objective,
     Targets,
     at_least_float,
-    curvature_sketch,
-    divergence_from,
-    target_of,
 )
 from solpath.pair import Pair, Side
 from solpath.planning.cost import CostTable
-from solpath.running.forward import Batch, device_of, output_mask, output_tensor, run
+from solpath.running.forward import Batch, device_of, output_tensor, run
 from solpath.running.modes import differentiating
 from solpath.running.processes import process, sum_over_processes
 from solpath.searching.redundancy import Inputs, input_hooks, unexplained_variances
@@ -74,7 +71,7 @@ class Probe:
         self._loss, self._seed = loss, seed
         self._device = device_of(model)
         self._rank, self._world = process()
-        self._targets = Targets(source.length)
+        self._targets, self._compared = Targets(source.length), Objective(self._first)
         self.units = sum(pair.units for pair in pairs)
         sizes = torch.tensor([pair.units for pair in pairs])
         self.cost = torch.tensor([float(p.cost) for p in pairs], dtype=torch.float64)
@@ -88,7 +85,7 @@ class Probe:
     def gradients(self, step: int, mask: Tensor, *, binary: bool) -> tuple[float, Tensor, Tensor]:
         """See `Engine.gradients`."""
         batch, low, high, size = self._local(step)
-        target = self._target(step, batch) if self._loss is None else None
+        target = self._target(step, batch)
         rows = mask.float().expand(high - low, -1)
         if binary:
             draws = [
@@ -122,7 +119,7 @@ class Probe:
         dense = torch.ones(self.units) if mask is None else mask.float()
         for step in range(start, start + batches):
             batch, low, high, size = self._local(step)
-            target = self._target(step, batch) if self._loss is None else None
+            target = self._target(step, batch)
             leaves = self._set(dense.repeat(high - low, 1))
             outputs = run(self._model, batch, labels=self._loss is not None)
             loss = self._objective(outputs, batch, target) * (high - low)
@@ -140,8 +137,7 @@ class Probe:
                         for i in range(low, high)
                     ]
                 ).to(output.device)
-                keep = output_mask(batch, output)
-                draw = curvature_sketch(target.output, keep, noise, logits=target.logits)
+                draw = self._compared.sketch(target, batch, noise)
                 jacobian = _slopes((draw * at_least_float(output)).sum(), leaves)
             self._masks.units.clear()
             rows = torch.cat([j.double().cpu() for j in jacobian], 1)
@@ -207,9 +203,7 @@ class Probe:
 
     def count_costs(self) -> CostTable:
         """See `Engine.count_costs`."""
-        batch = self._source[0]
-        check_device(batch, self._device)
-        return count_costs(self._model, self.pairs, slice_samples(batch, 0, 1))
+        return count_costs(self._model, self.pairs, slice_samples(self._first(), 0, 1))
 
     def batch_size(self, step: int) -> int:
         """See `Engine.batch_size`."""
@@ -225,14 +219,22 @@ class Probe:
         self._masks.units.update({p.name: leaf for p, leaf in zip(self.pairs, leaves, strict=True)})
         return leaves
 
-    def _target(self, step: int, batch: Batch) -> Target:
-        return self._targets.get(step, lambda: target_of(self._model, batch))
+    def _first(self) -> Batch:
+        batch = self._source[0]
+        check_device(batch, self._device)
+        return batch
 
-    def _objective(self, outputs: Any, batch: Batch, target: Target | None) -> Tensor:
+    def _target(self, step: int, batch: Batch) -> Tensor | None:
+        """The dense model's output; None where a user's loss takes its place."""
+        if self._loss is not None:
+            return None
+        return self._targets.get(step, lambda: self._compared.target(self._model, batch))
+
+    def _objective(self, outputs: Any, batch: Batch, target: Tensor | None) -> Tensor:
         if target is None:
             assert self._loss is not None
             return self._loss(outputs, batch)
-        return divergence_from(target, outputs, batch).mean()
+        return self._compared.divergence(target, outputs, batch).mean()
 
     def _sum(self, values: Tensor) -> Tensor:
         return sum_over_processes(values, self._device)
