@@ -1,5 +1,5 @@
-"""Batches: what a model is run on.
+"""Make batches: the data that a model runs on.
 
-Everything that turns files, folders, data sets and loaders into batches, cuts a batch into samples,
-or says what a batch holds. Nothing here runs a model.
+What turns files, folders, data sets and loaders into batches enters here, and so does what cuts a
+batch into samples or says what a batch holds. Nothing here runs a model.
 """

@@ -1,4 +1,4 @@
-"""Batches that are read when they are asked for, from lists, data sets and streams of samples."""
+"""Sequences of batches, which are read from lists, data sets and streams only when asked for."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
@@ -12,14 +12,21 @@ from solpath.config import check_count
 from solpath.errors import BatchError, ConfigError
 
 Tensors: TypeAlias = dict[str, Tensor]
+"""A batch: argument of the model to tensor."""
 Source: TypeAlias = str | os.PathLike[str] | Iterable[Any]
+"""A folder or file, or an iterable of samples: a list, a data set, a stream."""
 
 
 class Batches(Sequence[Tensors]):
-    """Batches of samples that are read when a batch is asked for, and not kept.
+    """A sequence of batches. A batch is read each time it is asked for, and is not kept.
 
-    ``list(batches)`` reads all of them once and keeps them; ``batches[:100]`` reads none yet. The
-    last batch may be shorter.
+    ``list(batches)`` reads all batches once and keeps them. ``batches[:100]`` reads nothing yet; a
+    slice with a step reads its batches at once. The last batch may be shorter than the others.
+
+    Args:
+        make: Turns indices of samples into a batch.
+        order: The indices of the samples, in the order of the batches.
+        size: The number of samples per batch.
     """
 
     def __init__(self, make: Callable[[Sequence[int]], Tensors], order: Sequence[int], size: int):
@@ -46,7 +53,19 @@ class Batches(Sequence[Tensors]):
 def rows_in_order(
     source: Iterable[Any], limit: int | None, seed: int | None
 ) -> tuple[Any, Sequence[int]]:
-    """Something to index, and the places to take, in order; a stream is read up to `limit`."""
+    """Return the samples as something that can be indexed, and the indices to take, in order.
+
+    Args:
+        source: Anything with a length is returned as it is and shuffled by its indices. Anything
+            else is a stream, of which the first `limit` samples are read and kept, in their own
+            order.
+        limit: The largest number of samples. None takes all, which a stream does not allow.
+        seed: Seeds the order of the samples. None keeps the order of the source.
+
+    Raises:
+        ConfigError: The source is a stream and there is no `limit`.
+        BatchError: The source is empty.
+    """
     if isinstance(source, Sized):
         count = len(source)
         order: Sequence[int] = range(count)
@@ -71,7 +90,7 @@ def check_counts(**values: int | None) -> None:
 
 
 def check_columns(row: Any, columns: Iterable[str]) -> None:
-    """Raise `ConfigError` unless a sample is a row with these columns."""
+    """Raise `ConfigError` unless `row` is a mapping that has all these columns."""
     if not isinstance(row, Mapping):
         raise ConfigError(f"rows with columns are needed, got a {type(row).__name__}.")
     for column in columns:
@@ -80,5 +99,5 @@ def check_columns(row: Any, columns: Iterable[str]) -> None:
 
 
 def move(batch: Mapping[str, Any], device: str | torch.device) -> Tensors:
-    """A batch on another device."""
+    """Return the batch with its tensors on `device`. The batch itself stays as it is."""
     return {name: value.to(device) for name, value in batch.items()}

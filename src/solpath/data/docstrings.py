@@ -1,8 +1,8 @@
-"""Pairs of text from the docstrings of installed packages: always there, and the same everywhere.
+"""Text pairs from the docstrings of installed packages, for runs without data of one's own.
 
-Sources are parsed, never imported. A docstring gives a pair (first sentence, rest). Every file
-belongs to exactly one of three splits, by a digest of its path, so text that a search has seen
-never comes back in a test.
+The same installed packages always give the same text. Source files are parsed, never imported. A
+docstring gives one text pair: (first sentence, rest). Every file belongs to exactly one of three
+splits, chosen by a digest of its location, so that no text of a search comes back in a test.
 """
 
 import ast
@@ -34,13 +34,13 @@ _SENTENCE = re.compile(r"(.{20,200}?\.) (.{60,})")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Pairs (first sentence, rest) in three splits that share no file and no sentence.
+    """Text pairs (first sentence, rest) in three splits with no file and no sentence in common.
 
     Attributes:
-        search: pairs for the search.
-        calibration: pairs for statistics.
-        test: pairs for evaluation only.
-        files: number of files that were parsed.
+        search: Text pairs for the search.
+        calibration: Text pairs for statistics.
+        test: Text pairs for evaluation only.
+        files: The number of files that were parsed.
     """
 
     search: tuple[TextPair, ...]
@@ -49,7 +49,7 @@ class Corpus:
     files: int
 
     def digest(self) -> str:
-        """SHA-256 of all text, first 16 hexadecimal digits: equal where the text is equal."""
+        """Return the first 16 hexadecimal digits of the SHA-256 of all text."""
         state = hashlib.sha256()
         for split in (self.search, self.calibration, self.test):
             for text in chain.from_iterable(split):
@@ -65,17 +65,19 @@ def read_corpus(
     test: int = 256,
     roots: Sequence[str | os.PathLike[str]] | None = None,
 ) -> Corpus:
-    """Read docstrings until every split has as many pairs as asked.
+    """Read docstrings until every split has as many text pairs as asked for.
 
-    Packages are visited in sorted order, one file each in turn, so the text is mixed and the same
-    for the same installed packages.
+    Packages are visited in sorted order, one file of each in turn, so the text is mixed and is the
+    same wherever the same packages are installed.
 
     Args:
-        search: pairs wanted in that split; likewise `calibration` and `test`.
-        roots: folders that hold packages; default: site-packages and the standard library.
+        search: The number of text pairs wanted for the search.
+        calibration: The number of text pairs wanted for statistics.
+        test: The number of text pairs wanted for evaluation.
+        roots: The folders that hold packages. None takes site-packages and the standard library.
 
     Raises:
-        FileError: the folders hold too little text for one of the splits.
+        FileError: The folders hold too little text for one of the splits.
     """
     wanted: dict[Split, int] = {"search": search, "calibration": calibration, "test": test}
     found: dict[Split, list[TextPair]] = {"search": [], "calibration": [], "test": []}
@@ -111,13 +113,16 @@ def read_corpus(
 
 
 def split_of(name: str) -> Split:
-    """The split of a file, by its path relative to the folder that holds the packages."""
+    """Return the split of a file, from its location relative to the folder of the packages."""
     digest = hashlib.sha256(name.encode()).digest()
     return _SPLITS[int.from_bytes(digest[:8], "big") % len(_SPLITS)]
 
 
 def docstring_pairs(file: Path) -> list[TextPair]:
-    """(first sentence, rest) of every long enough docstring of one source file."""
+    """Return (first sentence, rest) of every docstring in a source file that is long enough.
+
+    A file that is large, has few docstrings for its size, or cannot be read or parsed gives none.
+    """
     try:
         if file.stat().st_size > _MAX_FILE_BYTES:
             return []
@@ -139,7 +144,7 @@ def docstring_pairs(file: Path) -> list[TextPair]:
 
 
 def _documented(node: _Documented) -> Iterator[_Documented]:
-    """A module, its classes and functions, and theirs."""
+    """Yield a module, its classes and functions, and the classes and functions in those."""
     yield node
     for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -147,7 +152,7 @@ def _documented(node: _Documented) -> Iterator[_Documented]:
 
 
 def _round_robin(roots: Sequence[Path]) -> Iterator[tuple[str, Path]]:
-    """One source file of each package in turn, as (path relative to its root, path)."""
+    """Yield a source file of each package in turn, as (location relative to its root, location)."""
     waiting = [
         _sources(root, root / name)
         for root in roots
@@ -166,7 +171,7 @@ def _round_robin(roots: Sequence[Path]) -> Iterator[tuple[str, Path]]:
 
 
 def _sources(root: Path, entry: Path) -> Iterator[tuple[str, Path]]:
-    """Source files of one package (or the one file of a module), in sorted order."""
+    """Yield the source files of a package, or the one file of a module, in sorted order."""
     if entry.suffix == ".py":
         yield entry.name, entry
     elif entry.suffix == "" and entry.is_dir():
@@ -179,7 +184,12 @@ def _sources(root: Path, entry: Path) -> Iterator[tuple[str, Path]]:
 
 
 def texts_of(pairs: Sequence[TextPair], *, seed: int = 0) -> list[str]:
-    """First sentences and bodies mixed, in an order that depends on the seed only."""
+    """Return the first sentences and the rests of all text pairs as one shuffled list.
+
+    Args:
+        pairs: Text pairs (first sentence, rest).
+        seed: Seeds the order of the texts.
+    """
     texts = [text for pair in pairs for text in pair]
     random.Random(seed).shuffle(texts)
     return texts

@@ -34,32 +34,44 @@ def image_batches(
     label_column: str | None = None,
     device: str | torch.device = "cpu",
 ) -> Batches:
-    """Batches of images, read when they are asked for.
+    """Return batches of images, which are read and processed only when a batch is asked for.
 
     Args:
-        source: a folder, searched with all its subfolders; or images, paths, or rows with an
-            `image_column`: a list, a data set of `datasets`, a stream. All are made RGB.
-        processor: the model's image processor.
-        batch_size: images per batch.
-        limit: images at most, the first ones in the order of `seed`; a stream needs one.
-        seed: of the order; None keeps that of `source`, or for a folder that of the paths. A stream
-            is read as it comes.
-        image_column: of the rows.
-        label_column: of the rows; adds ``labels``. In a folder the label is the place of the first
+        source: A folder, which is searched with all its subfolders; or an iterable (a list, a data
+            set of `datasets`, a stream) of images, of image files, or of rows with an
+            `image_column`. Every image is converted to RGB.
+        processor: The image processor of the model.
+        batch_size: The number of images per batch.
+        limit: The largest number of images: the first ones in the order that `seed` gives. None
+            takes all. A stream needs a limit.
+        seed: Seeds the order of the images. None keeps the order of the source; files of a folder
+            are then sorted by name. A stream always keeps its order.
+        image_column: The column of the images, if the source has rows.
+        label_column: The column of the labels, which are added as ``labels``. None adds no labels.
+            For a folder, any name does: an image is labelled with the index of its top-level
             subfolder among all of them in sorted order, as in ImageNet.
-        device: where the batches go.
+        device: The device that the batches are moved to.
 
     Returns:
-        Dicts of ``pixel_values``, float ``[batch, channels, height, width]``, and of ``labels``,
-        int64 ``[batch]``, when asked.
+        A sequence of dicts of ``pixel_values``, float ``[batch, channels, height, width]``, and, if
+        asked for, ``labels``, int64 ``[batch]``.
 
     Raises:
-        FileError: no such folder, no images in it, or an unreadable image.
-        BatchError: an empty `source`, or what is neither an image nor a path.
-        ConfigError: a missing column, a setting out of range, or Pillow not installed.
+        FileError: There is no such folder, it holds no images, or an image in it has no subfolder
+            to give it a label. An image that cannot be read raises it when its batch is read.
+        BatchError: The source is empty. A sample that is neither an image nor a file raises it when
+            its batch is read.
+        ConfigError: A column is missing, a stream has no limit, a setting is out of its range, or
+            Pillow is not installed.
 
     Example:
-        >>> batches = image_batches("photos/", processor, limit=512)  # doctest: +SKIP
+        >>> from PIL import Image
+        >>> from transformers import ViTImageProcessor
+        >>> processor = ViTImageProcessor(size={"height": 32, "width": 32})
+        >>> photos = [Image.new("RGB", (64, 48)) for _ in range(5)]
+        >>> batches = solpath.image_batches(photos, processor, batch_size=4)
+        >>> [tuple(batch["pixel_values"].shape) for batch in batches]
+        [(4, 3, 32, 32), (1, 3, 32, 32)]
     """
     check_counts(batch_size=batch_size, limit=limit)
     _pillow()
@@ -93,31 +105,45 @@ def image_text_batches(
     text_column: str = "text",
     device: str | torch.device = "cpu",
 ) -> Batches:
-    """Batches of images with one text each, for models with two towers such as CLIP.
+    """Return batches of images with one text each, for models with two towers such as CLIP.
+
+    Images are read, and texts are tokenized, only when a batch is asked for.
 
     Args:
-        source: pairs (image or path, text), or rows with an `image_column` and a `text_column`.
-        processor: the model's, of images and text.
-        batch_size: pairs per batch.
-        length: tokens per text, cut or padded; None takes the tokenizer's longest.
-        limit: pairs at most; a stream needs one.
-        seed: of the order; None keeps it. A stream is read as it comes.
-        image_column: of the rows.
-        text_column: of the rows.
-        device: where the batches go.
+        source: An iterable of tuples (image or image file, text), or of rows with an `image_column`
+            and a `text_column`: a list, a data set of `datasets`, a stream. Every image is
+            converted to RGB.
+        processor: The processor of the model, for images and text.
+        batch_size: The number of images per batch.
+        length: The number of tokens per text; texts are truncated or padded to it. None takes the
+            longest text that the tokenizer allows.
+        limit: The largest number of samples: the first ones in the order that `seed` gives. None
+            takes all. A stream needs a limit.
+        seed: Seeds the order of the samples. None keeps the order of the source. A stream always
+            keeps its order.
+        image_column: The column of the images, if the source has rows.
+        text_column: The column of the texts, if the source has rows.
+        device: The device that the batches are moved to.
 
     Returns:
-        Dicts of what the model takes: ``pixel_values``, float ``[batch, channels, height, width]``,
-        and ``input_ids`` and more, int64 ``[batch, length]``.
+        A sequence of dicts of what the model takes: ``pixel_values``, float
+        ``[batch, channels, height, width]``, and ``input_ids`` and whatever else the processor
+        gives for text, int64 ``[batch, length]``.
 
     Raises:
-        FileError: an unreadable image.
-        BatchError: an empty `source`, or a sample that is no pair of image and text.
-        ConfigError: a missing column, a setting out of range, or Pillow not installed.
+        FileError: An image cannot be read. This is raised when its batch is read.
+        BatchError: The source is empty, or a sample is no tuple of an image and a text.
+        ConfigError: A column is missing, a stream has no limit, a setting is out of its range,
+            there is no `length` and the tokenizer knows none, or Pillow is not installed.
 
     Example:
-        >>> pairs = [("cat.png", "a cat"), ("dog.png", "a dog")]
-        >>> batches = image_text_batches(pairs, processor)  # doctest: +SKIP
+        >>> from PIL import Image
+        >>> from transformers import ByT5Tokenizer, CLIPImageProcessor, CLIPProcessor
+        >>> images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+        >>> processor, photo = CLIPProcessor(images, ByT5Tokenizer()), Image.new("RGB", (64, 48))
+        >>> batches = solpath.image_text_batches([(photo, "a cat")], processor, length=8)
+        >>> {name: tuple(value.shape) for name, value in sorted(batches[0].items())}
+        {'attention_mask': (1, 8), 'input_ids': (1, 8), 'pixel_values': (1, 3, 32, 32)}
     """
     check_counts(batch_size=batch_size, limit=limit)
     _pillow()
@@ -154,7 +180,7 @@ def image_text_batches(
 
 
 def _image_files(folder: Path, image_column: str, label_column: str | None) -> list[dict[str, Any]]:
-    """Rows of all images below `folder`, sorted by path, with the place of their subfolder."""
+    """Return a row for every image below `folder`, sorted by location, labelled if asked for."""
     if not folder.is_dir():
         raise FileError(f"{folder} is not a folder of images.")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -182,7 +208,7 @@ def _pillow() -> Any:
 
 
 def _read_images(images: Sequence[Any]) -> list[Any]:
-    """RGB images in memory, from images or paths; decoded in threads, which release the GIL."""
+    """Return RGB images in memory, decoded in threads because decoding releases the GIL."""
     image_module = _pillow()
 
     def read(image: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Batches: any iterable of what the model takes, addressed by step and cycled when short."""
+"""Batches addressed by step, from any iterable of batches, repeated when it is short."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,13 +11,13 @@ from solpath.errors import BatchError
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from its parts; the same on every machine and process."""
+    """Return a 63-bit seed made from `parts`, the same in every process and on every machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def check_batches(batches: Iterable[Any]) -> None:
-    """Raise `BatchError` for a single batch in place of several."""
+    """Raise `BatchError` if `batches` is a single batch instead of an iterable of batches."""
     if isinstance(batches, Mapping | Tensor | str):
         raise BatchError(
             f"batches must be an iterable of batches, got a single {type(batches).__name__}; "
@@ -28,10 +28,21 @@ def check_batches(batches: Iterable[Any]) -> None:
 class BatchSource:
     """Batches by step number: ``source[k]`` is batch k of the endless repetition of `batches`.
 
-    The last batch stays at hand. A sequence is indexed. Another re-iterable (a `DataLoader`) is
-    iterated once per epoch, with torch's global generator seeded by (seed, epoch), so that
-    shuffling is reproducible; going back starts again. A one-shot iterator is kept in memory, so
-    that it can be repeated.
+    Only the batch of the last step is kept. A sequence is indexed. Another iterable that can be
+    repeated, such as a `DataLoader`, is iterated once per epoch, and torch's global generator is
+    seeded from `seed` and the epoch before each, so that its shuffling is reproducible; going back
+    to an earlier step starts again from the first epoch. An iterator that runs only once is read
+    into memory.
+
+    Args:
+        batches: The iterable of batches.
+        seed: Seeds the epochs.
+
+    Attributes:
+        length: The number of batches in a sequence; None if it is not known.
+
+    Raises:
+        BatchError: There are no batches, or `batches` is a single batch.
     """
 
     def __init__(self, batches: Iterable[Any], seed: int) -> None:
@@ -48,7 +59,7 @@ class BatchSource:
             raise BatchError("batches is empty; give at least one batch.")
 
     def __getitem__(self, step: int) -> Any:
-        """Batch of this step."""
+        """Return the batch of this step."""
         if step == self._position - 1:
             return self._last
         if isinstance(self._batches, Sequence):
@@ -62,7 +73,7 @@ class BatchSource:
         return self._last
 
     def _advance(self) -> None:
-        """Read the next batch, of the next epoch if this one is over."""
+        """Read the next batch; start the next epoch if this one is over."""
         end = object()
         batch = next(self._iterator, end)
         if batch is end:
@@ -77,10 +88,10 @@ class BatchSource:
 
 
 def batch_size(batch: Any) -> int:
-    """Samples in a batch: the first dimension of its first tensor.
+    """Return the number of samples in a batch: the first dimension of its first tensor.
 
     Raises:
-        BatchError: no tensor, or no samples.
+        BatchError: The batch holds no tensor or no samples.
     """
     for value in _values(batch):
         if isinstance(value, Tensor) and value.dim() > 0:
@@ -91,7 +102,7 @@ def batch_size(batch: Any) -> int:
 
 
 def shapes_of(batch: Any) -> dict[str, tuple[int, ...]]:
-    """Name to shape of every tensor of a batch; a bare tensor is called ``input``."""
+    """Return the shape of every tensor in a batch, by name. A bare tensor is called ``input``."""
     named = batch.items() if isinstance(batch, Mapping) else [("input", batch)]
     return {name: tuple(value.shape) for name, value in named if isinstance(value, Tensor)}
 
@@ -108,7 +119,10 @@ def check_device(batch: Any, device: torch.device) -> None:
 
 
 def slice_samples(batch: Any, low: int, high: int) -> Any:
-    """Samples ``low:high`` of a batch. Tensors without the batch dimension are kept whole."""
+    """Return the samples ``low:high`` of a batch, without copying them.
+
+    A tensor whose first dimension is not the number of samples is kept whole.
+    """
     size = batch_size(batch)
     if (low, high) == (0, size):
         return batch
@@ -125,13 +139,21 @@ def slice_samples(batch: Any, low: int, high: int) -> Any:
 def local_samples(
     source: BatchSource, step: int, device: torch.device, rank: int, world: int
 ) -> tuple[Any, int, int, int]:
-    """What one of `world` processes takes of a batch.
+    """Return the samples of a batch that belong to one of several processes.
+
+    Args:
+        source: The batches.
+        step: The number of the batch.
+        device: The device that the batch must be on.
+        rank: The number of this process, from 0.
+        world: The number of processes.
 
     Returns:
-        Its samples, the numbers of its first and of the first after them, and all samples.
+        The samples of this process, the index of its first sample, the index after its last one,
+        and the number of samples in the whole batch.
 
     Raises:
-        BatchError: a tensor is on another device, or there are fewer samples than processes.
+        BatchError: A tensor is on another device, or the batch has fewer samples than processes.
     """
     batch = source[step]
     check_device(batch, device)

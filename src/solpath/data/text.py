@@ -1,4 +1,4 @@
-"""Batches of text, one text a row or packed into full blocks."""
+"""Batches of text: one text per row, or texts packed into full blocks."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
@@ -35,32 +35,43 @@ def text_batches(
     text_column: str = "text",
     device: str | torch.device = "cpu",
 ) -> Batches:
-    """Batches of text, all of one length. Empty texts are skipped.
+    """Return batches of text, all of one length. Blank texts are skipped.
 
     Args:
-        source: a file with one text per line; or texts, or rows with a `text_column`: a list, a
-            data set of `datasets`, a stream.
-        tokenizer: the model's.
-        batch_size: texts, or blocks, per batch.
-        length: tokens per text, or block.
-        limit: texts, or blocks, at most; a stream needs one.
-        seed: of the order of the texts; None keeps it. A stream is read as it comes.
-        pack: False gives every text its own row, cut or padded to `length`, as encoders are used.
-            True joins the texts, the tokenizer's end token between them, and cuts all into full
-            blocks without padding, as decoders are trained.
-        text_column: of the rows.
-        device: where the batches go.
+        source: A file with one text per line; or an iterable (a list, a data set of `datasets`, a
+            stream) of texts or of rows with a `text_column`.
+        tokenizer: The tokenizer of the model.
+        batch_size: The number of texts per batch, or of blocks with `pack`.
+        length: The number of tokens per text or block.
+        limit: The largest number of texts, or of blocks with `pack`: the first ones in the order
+            that `seed` gives. None takes all. A stream needs a limit.
+        seed: Seeds the order of the texts. None keeps the order of the source. A stream always
+            keeps its order.
+        pack: False gives every text a row of its own, truncated or padded to `length`, which suits
+            encoders. True joins the texts, puts the tokenizer's end token after each, and cuts them
+            into full blocks without padding, which suits decoders; tokens left over at the end are
+            dropped.
+        text_column: The column of the texts, if the source has rows.
+        device: The device that the batches are moved to.
 
     Returns:
-        Dicts of what the model takes, int64 ``[batch, length]``.
+        A sequence of dicts of what the model takes: ``input_ids``, ``attention_mask`` and whatever
+        else the tokenizer gives, int64 ``[batch, length]``.
 
     Raises:
-        FileError: a file that cannot be read, or holds no text.
-        BatchError: no text, fewer tokens than one block, or what is not text.
-        ConfigError: a missing column, a setting out of range, or no padding token and no `pack`.
+        FileError: The file cannot be read or holds no text.
+        BatchError: The source has no text, fewer tokens than one block, or a sample that is not
+            text.
+        ConfigError: A column is missing, a stream has no limit, a setting is out of its range, or
+            the tokenizer has no padding token and `pack` is False.
 
     Example:
-        >>> batches = text_batches("texts.txt", tokenizer)  # doctest: +SKIP
+        >>> from transformers import ByT5Tokenizer
+        >>> tokenizer = ByT5Tokenizer()  # a token per byte, 1 ends a text, 0 is padding
+        >>> batches = solpath.text_batches(["cat", "a dog"], tokenizer, length=6, seed=None)
+        >>> batches[0]["input_ids"]
+        tensor([[102, 100, 119,   1,   0,   0],
+                [100,  35, 103, 114, 106,   1]])
     """
     check_counts(batch_size=batch_size, length=length, limit=limit)
     if not pack and tokenizer.pad_token_id is None:
@@ -97,7 +108,7 @@ def text_batches(
 
 
 def _texts(source: Source, limit: int | None, seed: int | None, text_column: str) -> Iterator[str]:
-    """Texts that are not empty, in order."""
+    """Yield the texts that are not blank, in order."""
     if isinstance(source, str | os.PathLike):
         source = _lines(Path(source))
     if isinstance(source, Sized):
@@ -130,7 +141,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _blocks(texts: Iterator[str], tokenizer: Any, length: int, limit: int | None) -> Tensor:
-    """Texts one after the other, cut into full blocks. int64 ``[blocks, length]``."""
+    """Return the texts joined and cut into full blocks, int64 ``[blocks, length]``."""
     end = tokenizer.eos_token_id
     blocks: list[list[int]] = []
     rest: list[int] = []

@@ -1,5 +1,5 @@
-"""Extracted models to and from disk and the Hub.
+"""Save extracted models to disk or the Hub, and load them.
 
-Writing a folder that loads bit for bit, and reading one that a stranger may have written: every
-check of what is read enters here, before anything is built or allocated.
+What writes a folder that loads bit for bit enters here, and so does what reads a folder that a
+stranger may have written. Whatever is read is checked before anything is built or allocated.
 """

@@ -1,6 +1,6 @@
-"""The manifest of a saved model: the names of its files, and every check of `solpath.json`.
+"""The manifest of a saved model: the names of its files, and the checks of `solpath.json`.
 
-Its fields are described in docs/file-formats.md.
+The fields of `solpath.json` are described in docs/file-formats.md.
 """
 
 import hashlib
@@ -20,18 +20,27 @@ HEADER, CONFIG, GENERATION = "solpath.json", "config.json", "generation_config.j
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 ATTENTION = ("sdpa", "eager")
+"""The attention implementations that can be stored. Any other is stored as the first."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FLOATS = {str(dtype).removeprefix("torch.") for dtype in DTYPES if dtype.is_floating_point}
 
 
 def checksum(head: Mapping[str, Any]) -> str:
-    """SHA-256 of every other field of `solpath.json`, in a canonical form."""
+    """Return the SHA-256 of all other fields of `solpath.json`, in a canonical form."""
     rest = {name: value for name, value in head.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def check_manifest(file: Path, head: Mapping[str, Any]) -> Plan:
-    """Check every field of `solpath.json`; returns the plan."""
+    """Check every field of `solpath.json` and return the plan in it.
+
+    Args:
+        file: The file that `head` was read from, for the messages.
+        head: The content of the file.
+
+    Raises:
+        FileError: A field is missing, has a wrong value, or does not fit the checksum.
+    """
     check_format(file, head, FORMAT, FORMAT_VERSION)
     texts, maps = ("class", "model_type", "dtype", "attention"), ("options", "digests", "plan")
     for names, kind in ((texts, str), (maps, dict)):
@@ -64,7 +73,16 @@ def check_manifest(file: Path, head: Mapping[str, Any]) -> Plan:
 
 
 def read_headers(folder: Path, digests: Mapping[str, str]) -> dict[str, Header]:
-    """Headers of the weight files, by file name."""
+    """Return the headers of the weight files, by file name.
+
+    Args:
+        folder: The folder of the model.
+        digests: The checked digests of `solpath.json`, by file name.
+
+    Raises:
+        FileError: A header cannot be read, or the digests, the index and the files name different
+            files or tensors.
+    """
     shards = sorted(name for name in digests if SHARD.fullmatch(name))
     if INDEX not in digests:
         if shards != [WEIGHTS]:

@@ -1,7 +1,7 @@
 """Load extracted models bit for bit, from a folder or from the Hub.
 
-Loading never unpickles, never runs code from the folder, and compares every size with the weight
-headers before it allocates.
+Loading never unpickles and never runs code from the folder. It compares every size with the headers
+of the weight files before it allocates memory.
 """
 
 import os
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HUB_FILES = ["*.json", "model*.safetensors", "vocab.txt", "merges.txt"]
+"""The files of a Hub repository that are downloaded."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
@@ -36,21 +37,25 @@ def load(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> "PreTrainedModel":
-    """Read a model written by `save`, bitwise equal, in eval mode, with its `solpath_plan`.
+    """Load a model written by `save`, equal bit for bit and in eval mode, with its `solpath_plan`.
 
     Args:
-        path: a folder, or the id of a Hub repository (``"name/repo"``) if there is no such folder.
-        device: where the model goes.
-        verify: also compare the weight files with the SHA-256 noted when they were saved, which
-            takes about as long as reading them. The JSON files are always compared.
-        revision: branch, tag or commit of a Hub repository.
-        token: for a private Hub repository.
+        path: A folder, or the id of a Hub repository (``"name/repo"``) if there is no such folder.
+        device: The device that the model is moved to.
+        verify: Whether to compare the weight files too with the SHA-256 noted when they were saved,
+            which takes about as long as reading them. The JSON files are always compared.
+        revision: A branch, tag or commit of the Hub repository. None takes its main branch.
+        token: A token for a private Hub repository. None or True takes the token that is logged in.
 
     Raises:
-        FileError: a missing, damaged or forged file; the message names the file and the field.
+        FileError: There is no such model, or a file is missing, damaged or forged. The message
+            names the file and the field.
 
     Example:
-        >>> small = solpath.load("family/s50")  # doctest: +SKIP
+        >>> solpath.save(small, "half")
+        >>> loaded = solpath.load("half")
+        >>> torch.equal(loaded(**batch).logits, small(**batch).logits)
+        True
     """
     folder = _locate(path, revision, token)
     file = file_in(folder, HEADER)
@@ -83,7 +88,7 @@ def load(
 
 
 def _named(folder: Path, function: Callable[..., Result], *values: Any) -> Result:
-    """Call `function`; whatever it raises becomes a `FileError` naming the files it worked on."""
+    """Call `function` with `values`. Turn any error into a `FileError` that names the files."""
     try:
         return function(*values)
     except Exception as error:  # forged settings can make a constructor raise anything
@@ -94,7 +99,7 @@ def _named(folder: Path, function: Callable[..., Result], *values: Any) -> Resul
 
 
 def _locate(path: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
-    """The folder `path`, or a snapshot of the Hub repository `path`."""
+    """Return the folder `path`, or a snapshot of the Hub repository `path`."""
     folder = Path(path)
     if folder.is_dir():
         return folder
@@ -112,6 +117,7 @@ def _locate(path: str | os.PathLike[str], revision: str | None, token: str | boo
 
 
 def _set_generation_(model: Any, folder: Path, sha256: str) -> None:
+    """Give the model the generation configuration of the folder."""
     from transformers import GenerationConfig
 
     file = file_in(folder, GENERATION)

@@ -1,4 +1,4 @@
-"""Rebuild an extracted model without its data, from configuration and plan, then give it data."""
+"""Rebuild an extracted model without data from its configuration and plan, then give it data."""
 
 import copy
 import inspect
@@ -24,7 +24,12 @@ _SMALL = 2**20
 
 
 def resolve(name: str, model_type: str) -> type["PreTrainedModel"]:
-    """The class `name` of transformers, if it is a model solpath can cut."""
+    """Return the model class that transformers has under `name`.
+
+    Raises:
+        SolpathError: solpath cannot cut `model_type`, or transformers has no such class of that
+            type.
+    """
     import transformers
 
     known = [*known_model_types(), TIMM_WRAPPER]
@@ -39,7 +44,20 @@ def resolve(name: str, model_type: str) -> type["PreTrainedModel"]:
 
 
 def check_sizes(config: Mapping[str, Any], headers: Collection[Header], model_class: Any) -> None:
-    """Refuse whole numbers in `config` that no tensor in the weight files can account for."""
+    """Refuse a configuration with whole numbers that the weight files cannot account for.
+
+    This keeps a forged configuration from allocating memory without limit. No size may be above the
+    largest dimension of any tensor, or above 2**20 where that is larger, and no count of layers
+    above the number of tensors.
+
+    Args:
+        config: The configuration, as read.
+        headers: The headers of all weight files.
+        model_class: The class that is to be built.
+
+    Raises:
+        SolpathError: A number is too large.
+    """
     shapes = [shape for header in headers for _, shape in header.values()]
     largest = max(_SMALL, max((size for shape in shapes for size in shape), default=0))
     names = model_class.config_class.attribute_map
@@ -68,7 +86,20 @@ def check_sizes(config: Mapping[str, Any], headers: Collection[Header], model_cl
 def build_skeleton(
     model_class: Any, config: Mapping[str, Any], head: Mapping[str, Any], plan: Plan
 ) -> tuple[nn.Module, Expected]:
-    """The extracted model without data, and what the weight files must hold."""
+    """Build the extracted model on the meta device, without data.
+
+    Args:
+        model_class: The class, from `resolve`.
+        config: The configuration, from `config.json`.
+        head: The fields of `solpath.json`.
+        plan: The plan that the model was cut to.
+
+    Returns:
+        The model, and the name, dtype and shape of every tensor that the weight files must hold.
+
+    Raises:
+        SolpathError: Configuration, options and plan do not describe one model of this class.
+    """
     from transformers.initialization import no_init_weights
 
     if config.get("model_type") != head["model_type"]:
@@ -112,14 +143,26 @@ def build_skeleton(
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and all buffers, those that a `state_dict` leaves out too; tied ones once."""
+    """Return all parameters and buffers by name. Tied ones appear once.
+
+    Buffers that a `state_dict` leaves out are among them.
+    """
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def expect_buffers(
     expected: Expected, headers: Mapping[str, Header], dtype: torch.dtype
 ) -> Expected:
-    """Floating point buffers may be of the model's dtype or of that they are built with."""
+    """Let floating-point buffers be stored in the model's dtype or in the one they are built in.
+
+    Args:
+        expected: Name to (dtype, shape) as built.
+        headers: The headers of all weight files.
+        dtype: The dtype of the model.
+
+    Returns:
+        `expected`, with `dtype` for every floating-point buffer that is stored in it.
+    """
     found = {name: entry[0] for header in headers.values() for name, entry in header.items()}
     return {
         name: (
@@ -131,7 +174,12 @@ def expect_buffers(
 
 
 def assign_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a skeleton its data. Tied parameters stay tied."""
+    """Give a skeleton its data. Tied parameters stay tied, and buffers without data stay as built.
+
+    Args:
+        model: The skeleton, which is changed in place.
+        tensors: Name to data, for every parameter and for the buffers that are stored.
+    """
     made: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
@@ -147,7 +195,7 @@ def assign_(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def constructor_options(model: nn.Module) -> dict[str, bool]:
-    """Constructor arguments that are not in the configuration, read off the model."""
+    """Return the constructor arguments that the configuration lacks, read off the model."""
     known = inspect.signature(type(model).__init__).parameters
     result = {}
     for name, path in CONSTRUCTOR_OPTIONS.items():
@@ -162,7 +210,17 @@ def constructor_options(model: nn.Module) -> dict[str, bool]:
 def check_same(
     name: str, state: Mapping[str, Tensor], built: Mapping[str, Tensor], dtype: Any
 ) -> None:
-    """Raise unless `load` would build the tensors of `state` from configuration and plan."""
+    """Check that `load` would build tensors of these names, dtypes and shapes.
+
+    Args:
+        name: The name of the model's class, for the messages.
+        state: The tensors of the model.
+        built: The tensors of a skeleton built from its configuration and plan.
+        dtype: The dtype of the model, which any tensor may have.
+
+    Raises:
+        SolpathError: A tensor differs, is on one side only, or has no data.
+    """
     if wrong := sorted(set(state) ^ set(built)):
         where = "the model has" if wrong[0] in state else "only a model built from its config has"
         raise SolpathError(
@@ -180,7 +238,7 @@ def check_same(
 
 
 def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors on the CPU, no two of them in the same memory, as safetensors wants."""
+    """Return contiguous tensors on the CPU, no two in the same memory, as safetensors requires."""
     result, seen = {}, set()
     for name, tensor in tensors.items():
         value = tensor.detach().cpu().contiguous()

@@ -1,7 +1,7 @@
 """Save extracted models to a folder, and share them on the Hub.
 
-What lies in the folder is described in docs/file-formats.md. `load` reads it bit for bit, which is
-checked before anything is written.
+The files of the folder are described in docs/file-formats.md, and `load` reads them bit for bit. It
+is checked that `load` can rebuild the model before anything is written.
 """
 
 import hashlib
@@ -45,10 +45,10 @@ from solpath.storing.skeleton import (
 
 
 class Tokenizer(Protocol):
-    """A tokenizer, image processor or anything else that writes its files into a folder."""
+    """A tokenizer, an image processor, or anything else that writes its files into a folder."""
 
     def save_pretrained(self, save_directory: str) -> Any:
-        """Write the files."""
+        """Write the files into the folder."""
 
 
 def save(
@@ -62,16 +62,24 @@ def save(
     """Write an extracted model as safetensors and JSON. The folder appears whole or not at all.
 
     Args:
-        model: from `extract`; its weights may have been trained since.
-        folder: where to; new or empty, unless `overwrite`, which replaces all that is in it.
-        tokenizer: its files are added.
-        overwrite: replace the folder. A save that fails leaves it as it was.
-        max_shard_size: weights above this are split into several files.
+        model: A model from `extract`. Its weights may have been changed since.
+        folder: A folder that is new or empty. With `overwrite` it may hold anything, all of which
+            is replaced.
+        tokenizer: A tokenizer or processor whose files are added. None adds none.
+        overwrite: Whether to replace the folder. If saving fails, the folder is left untouched.
+        max_shard_size: The largest size of one weight file, in bytes or as text such as ``"5GB"``.
+            Larger weights are split into several files.
 
     Raises:
-        SolpathError: the model was not extracted, or `load` could not rebuild it.
-        ConfigError: a bad `max_shard_size` or `tokenizer`.
-        FileError: the folder is not empty, or cannot be written.
+        SolpathError: The model was not extracted, or `load` could not rebuild it.
+        ConfigError: `max_shard_size` cannot be understood, or `tokenizer` has no `save_pretrained`.
+        FileError: The folder is not empty or cannot be written, or the model has a dtype that
+            cannot be stored.
+
+    Example:
+        >>> solpath.save(small, "half")
+        >>> sorted(file.name for file in Path("half").iterdir())
+        ['config.json', 'model.safetensors', 'solpath.json']
     """
     check_output(folder, overwrite=overwrite)
     contents = _contents(model)
@@ -88,21 +96,35 @@ def push_to_hub(
     commit_message: str = "Add a model extracted by solpath",
     token: str | bool | None = None,
 ) -> str:
-    """Upload an extracted model to the Hugging Face Hub; ``load(repo_id)`` reads it.
+    """Upload an extracted model to the Hugging Face Hub, from where ``load(repo_id)`` reads it.
+
+    If the configuration names the dense model by an absolute folder, that name is left out.
 
     Args:
-        model: from `extract`.
-        repo_id: ``"name/repo"``; created when there is none.
-        tokenizer: its files are added.
-        private: visibility of a new repository.
-        commit_message: of the upload.
-        token: see `huggingface_hub.login`.
+        model: A model from `extract`.
+        repo_id: The repository, as ``"name/repo"``. It is created if there is none.
+        tokenizer: A tokenizer or processor whose files are added. None adds none.
+        private: Whether a new repository is private. None takes the default of its owner. A
+            repository that exists keeps its setting.
+        commit_message: The message of the commit.
+        token: A token of the Hub. None or True takes the token that is logged in.
 
     Returns:
         The address of the commit.
 
     Raises:
-        SolpathError: as `save`, and whatever the Hub refuses.
+        SolpathError: The model was not extracted, `load` could not rebuild it, or the upload
+            failed.
+        ConfigError: `tokenizer` has no `save_pretrained`.
+        FileError: The model has a dtype that cannot be stored.
+
+    Example:
+        ``push_to_hub(small, "name/half")`` uploads a member. A dense model is refused:
+
+        >>> solpath.push_to_hub(model, "name/dense")
+        Traceback (most recent call last):
+            ...
+        solpath.errors.SolpathError: this BertForSequenceClassification was not extracted; use ...
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -125,7 +147,7 @@ def push_to_hub(
 
 
 class _Contents:
-    """What goes into a folder: checked that `load` rebuilds exactly this."""
+    """What goes into a folder. Building it checks that `load` rebuilds exactly this model."""
 
     def __init__(self, model: Any, plan: Plan) -> None:
         name, config = type(model).__name__, model.config
