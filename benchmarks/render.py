@@ -36,7 +36,8 @@ from solpath.reporting.charts import spread
 from zoo_page import compensated_table, zoo_page, zoo_table
 
 ROOT = RESULTS.parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{p}.md" for p in ("index", "benchmarks", "zoo"))]
+DOCS = ("index", "first-family", "benchmarks", "zoo")
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in DOCS)]
 STRONG = {"color": "#0b6e99", "linewidth": 2.6, "markersize": 5}
 WEAK = {"color": "#68727b", "linewidth": 1.2, "markersize": 3}
 
@@ -72,8 +73,12 @@ def table(name: str) -> str:
     closed-form method (``short_<model>``: of the best), ``parts_<model>`` one per part of the best
     that is switched off, ``speed_<model>`` one per member that was timed, ``tuning`` one per member
     that was tuned, ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision,
-    ``latency_budget`` one per asked latency.
+    ``latency_budget`` one per asked latency. ``tutorial`` is what the tutorial prints about its
+    sizes, as text.
     """
+    if name == "tutorial":
+        lines = [line for line in _results("tutorial") if "parameters" in line]
+        return "\n".join(["```text", *lines, "```"])
     if name == "costs":
         return _markdown([("what", "measured", "against", "aim", "script"), *costs()])
     if name == "checkpoints":
