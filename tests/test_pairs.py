@@ -113,7 +113,7 @@ def test_cut_linear(axis, kind):
 
 
 def test_registering_a_type_is_enough_to_prune_it():
-    """A BERT under another name; docs/guides/adding-an-architecture.md writes a whole table."""
+    """A BERT under another name; docs/adding-an-architecture.md writes a whole table."""
     model = build("bert")
     stacks = lookup("bert")
     model.config.model_type = "toy"

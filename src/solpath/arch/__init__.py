@@ -1,7 +1,7 @@
 """Architectures: one table each, keyed by ``config.model_type``, or by the class for timm.
 
 To add one, describe where its layers are in `Stack`s, give its attention a `forward` that runs with
-unequal widths, and list the module in `_MODULES`: docs/guides/adding-an-architecture.md.
+unequal widths, and list the module in `_MODULES`: docs/adding-an-architecture.md.
 """
 
 from solpath.arch.table import (
