@@ -18,6 +18,9 @@ from solpath.planning.removal import groups_by_rank, removal_order
 from solpath.pretrained import Name, for_batches
 from solpath.searching.dynamics import sparse_copy
 from solpath.searching.engine import Engine, open_engine
+from solpath.searching.signal import keep_pairs, keep_reached
+
+_REACH_BATCHES = 4  # of methods that look at no gradient of the dense model
 
 
 def random(
@@ -41,6 +44,7 @@ def random(
         {'seed': 1}
     """
     with _opened(model, batches, loss, seed) as (engine, identity):
+        keep_pairs(engine, engine.measure_reach(_REACH_BATCHES))
         score = torch.rand(engine.units, generator=engine.generator("random"), dtype=torch.float64)
         return _path(engine, identity, "random", score, {"seed": seed})
 
@@ -68,6 +72,7 @@ def magnitude(
         'magnitude'
     """
     with _opened(model, batches, loss, seed) as (engine, identity):
+        keep_pairs(engine, engine.measure_reach(_REACH_BATCHES))
         parts = []
         for pair in engine.pairs:
             left = sum(engine.weight_norms(pair, side) for side in pair.left)
@@ -105,7 +110,9 @@ def taylor(
     """
     check_count("scale_batches", scale_batches, 1)
     with _opened(model, batches, loss, seed) as (engine, identity):
-        score = engine.curvature(scale_batches, absolute=True)[0] / engine.cost
+        size = engine.curvature(scale_batches, absolute=True)[0]
+        _, size = keep_reached(engine, size.square(), size)
+        score = size / engine.cost
         config = {"seed": seed, "scale_batches": scale_batches}
         return _path(engine, identity, "taylor", score, config)
 
@@ -138,7 +145,7 @@ def gauss_newton(
     """
     check_count("scale_batches", scale_batches, 1)
     with _opened(model, batches, loss, seed) as (engine, identity):
-        diagonal, slope = engine.curvature(scale_batches)
+        diagonal, slope = keep_reached(engine, *engine.curvature(scale_batches))
         score = (diagonal / 2 - slope) / engine.cost
         config = {"seed": seed, "scale_batches": scale_batches}
         return _path(engine, identity, "gauss_newton", score, config)
@@ -181,11 +188,14 @@ def iterative(
     check_count("stages", stages, 1)
     check_count("scale_batches", scale_batches, 1)
     with _opened(model, batches, loss, seed) as (engine, identity):
+        diagonal, slope = keep_reached(engine, *engine.curvature(scale_batches))
         mask = torch.ones(engine.units, dtype=torch.float64)
         score = torch.zeros_like(mask)
         removed = 0
         for stage in range(stages):
-            diagonal, slope = engine.curvature(scale_batches, mask, start=stage * scale_batches)
+            if stage:
+                first = stage * scale_batches
+                diagonal, slope = engine.curvature(scale_batches, mask, start=first)
             damage = (diagonal / 2 - slope * first_order) / engine.cost
             target = keep ** ((stage + 1) / stages) * float(engine.cost.sum())
             for group in _weakest_groups(engine.pairs, mask, damage):
@@ -279,6 +289,7 @@ def released(
     check_number("learning_rate", learning_rate, 1e-12, 1e3)
     check_number("lam", lam, 1e-6, 1e12)
     with _opened(model, batches, loss, seed) as (engine, identity):
+        keep_pairs(engine, engine.measure_reach(_REACH_BATCHES))
         mask = torch.ones(engine.units, dtype=torch.float64, requires_grad=True)
         adam = torch.optim.AdamW([mask], lr=learning_rate, eps=1e-4, weight_decay=0)
         dual = torch.zeros(engine.units, dtype=torch.float64)
@@ -322,11 +333,13 @@ def _path(
     order = score.argsort(descending=True, stable=True)
     entry = torch.empty_like(score)
     entry[order] = engine.cost[order].cumsum(0) / engine.cost.sum()
+    reached = {pair.name for pair in engine.pairs}
     return SolutionPath(
         pairs=tuple(engine.pairs),
         score=unflatten(engine.pairs, score),
         entry_time=unflatten(engine.pairs, entry),
         costs=engine.count_costs(),
+        unreached=tuple(name for name in identity.digests if name not in reached),
         method=method,
         config=config,
         fingerprint=identity,

@@ -66,12 +66,12 @@ def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Mo
         check_fingerprint(plan.fingerprint, model, pairs)
 
     # deepcopy finds the cut parameters in `memo`, so a matrix that is cut is never copied whole.
-    cut = {pair.name for pair in pairs if plan.kept[pair.name].shape[1] < pair.width}
+    cut = {pair.name for pair in pairs if plan.units_of(pair).shape[1] < pair.width}
     layers = _sides_of_layers(pairs, cut)
     with rotated(model, pairs, plan.rotations()):
         memo: dict[int, Any] = {}
         for path, sides in layers.items():
-            index = [pair.channel_index(side, plan.kept[pair.name]) for pair, side in sides]
+            index = [pair.channel_index(side, plan.units_of(pair)) for pair, side in sides]
             memo |= cut_linear(linear_map(model, path), torch.cat(index), sides[0][1].axis)
         result = copy.deepcopy(model, memo)
     for path in layers:
@@ -113,9 +113,10 @@ def _slim_(model: nn.Module, site: Site, plan: Plan) -> None:
     device = device_of(attention)
     buffers: dict[str, Tensor] = {}
     if site.table.rotary:
-        buffers["couples"] = plan.kept[site.qk.name]
+        buffers["couples"] = plan.units_of(site.qk)
     if site.qk.norms:
-        buffers["gain"] = plan.gains[site.qk.name].flatten()
+        whole = torch.ones(site.qk.heads, site.qk.left[0].repeat, dtype=torch.float64)
+        buffers["gain"] = plan.gains.get(site.qk.name, whole).flatten()
     for name, value in buffers.items():
         value = value if device.type == "meta" else value.to(device)
         attention.register_buffer(name, value, persistent=False)

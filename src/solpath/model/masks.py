@@ -201,6 +201,38 @@ def energy_hooks(
         yield totals
 
 
+@contextlib.contextmanager
+def run_hooks(
+    model: nn.Module, pairs: Sequence[Pair], batch: Batch
+) -> Iterator[Mapping[str, Tensor]]:
+    """Count how often the masked layer of every pair runs in the block.
+
+    Args:
+        model: The model.
+        pairs: The pairs to count.
+        batch: The batch that the model runs on.
+
+    Yields:
+        Pair name to float64 ``[]``.
+    """
+    counts = {pair.name: torch.zeros((), dtype=torch.float64) for pair in pairs}
+
+    def counting() -> Iterator[Hook]:
+        for pair in pairs:
+            module = model.get_submodule(
+                pair.norms[0].module if pair.norms else pair.mask_side.module
+            )
+            count = counts[pair.name]
+            yield Hook(module, "before", lambda *args, count=count: _count(count))
+
+    with hooked(counting()):
+        yield counts
+
+
+def _count(total: Tensor) -> None:
+    total.add_(1)
+
+
 def _on_energy(total: Tensor, pair: Pair, norm: Norm, batch: Batch) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         # [batch, tokens, heads, head_dim], whatever the model's order is

@@ -91,6 +91,16 @@ class CostTable:
     unit: Mapping[str, Mapping[str, int]]
     sample: Mapping[str, tuple[int, ...]]
 
+    def only(self, pairs: Sequence[Pair]) -> "CostTable":
+        """Return the table without the units of other pairs.
+
+        Args:
+            pairs: Some of the pairs of the model.
+        """
+        names = [pair.name for pair in pairs]
+        unit = {measure: {n: value[n] for n in names} for measure, value in self.unit.items()}
+        return CostTable(self.dense, unit, self.sample)
+
     def prunable(self, pairs: Sequence[Pair]) -> int:
         """Return the number of parameters in all units.
 

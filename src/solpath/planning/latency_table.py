@@ -113,18 +113,23 @@ class LatencyTable:
             float64 ``[members]``.
         """
         saved = torch.zeros(())
+        dense = {name: torch.tensor(width) for name, (_, width, _) in self.shapes.items()}
+        all_widths = {**dense, **widths}
         for kind in self.blocks:
             table = kind.every_width()
             for names in kind.blocks:
-                saved = saved + table[tuple(widths[name] for name in names)]
+                saved = saved + table[tuple(all_widths[name] for name in names)]
         return self.dense_ms - saved.double()
 
-    def check(self, architecture: str, pairs: Sequence[Pair]) -> None:
+    def check(
+        self, architecture: str, pairs: Sequence[Pair], unreached: Sequence[str] = ()
+    ) -> None:
         """Raise `FingerprintError` unless the table is for a model of this class and these shapes.
 
         Args:
             architecture: Class name of the model.
             pairs: Its pairs.
+            unreached: Names of pairs that are not among them and stay whole.
 
         Raises:
             FingerprintError: The class or the shape of a pair differs. The message says which.
@@ -133,9 +138,8 @@ class LatencyTable:
             difference = f"the class is {architecture}, not {self.architecture}"
         else:
             found = pair_shapes(pairs)
-            names = sorted(
-                name for name in {*found, *self.shapes} if found.get(name) != self.shapes.get(name)
-            )
+            known = {n: shape for n, shape in self.shapes.items() if n not in unreached}
+            names = sorted(n for n in {*found, *known} if found.get(n) != known.get(n))
             if not names:
                 return
             difference = f"the pairs differ, for example {names[0]}"

@@ -65,6 +65,8 @@ class SolutionPath:
         >>> path
         SolutionPath(spp: 256 units in 6 pairs of BertForSequenceClassification,
         16,704 of 37,922 parameters prunable, 4 steps, seed 0)
+        unreached: Names of the pairs that no batch reached. They are not in `pairs`: they stay
+            whole in every plan, and their parameters do not count as prunable.
     """
 
     pairs: tuple[Pair, ...]
@@ -77,6 +79,7 @@ class SolutionPath:
     history: Tensor = field(default_factory=lambda: torch.zeros(2, 0, dtype=torch.float64))
     energy: Mapping[str, Tensor] = field(default_factory=dict)
     basis: Mapping[str, Tensor] = field(default_factory=dict)
+    unreached: tuple[str, ...] = ()
 
     def order(self) -> Tensor:
         """Return all units, the most important first.
@@ -152,6 +155,7 @@ class SolutionPath:
             Constraints(multiple_of, min_width, tuple(protect)),
             self.energy,
             self.basis,
+            self.unreached,
         )
 
     def curve(self, points: int = 20) -> list[CurvePoint]:
@@ -222,10 +226,11 @@ class SolutionPath:
         units = sum(pair.units for pair in self.pairs)
         prunable = self.costs.prunable(self.pairs)
         params = self.costs.dense["params"]
+        whole = f", {len(self.unreached)} unreached pairs whole" if self.unreached else ""
         return (
             f"SolutionPath({self.method}: {units:,} units in {len(self.pairs)} pairs of "
             f"{self.fingerprint.architecture}, {prunable:,} of {params:,} parameters prunable, "
-            f"{self.config.get('steps', 0)} steps, seed {self.config.get('seed', 0)})"
+            f"{self.config.get('steps', 0)} steps, seed {self.config.get('seed', 0)}{whole})"
         )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -259,6 +264,8 @@ class SolutionPath:
             "steps_recorded": self.history.shape[1],
             "basis": list(self.basis),
         }
+        if self.unreached:
+            header["unreached"] = list(self.unreached)
         with new_folder(path, overwrite=overwrite) as folder:
             save_file(tensors, folder / "path.safetensors")
             (folder / "path.json").write_bytes(json_bytes(header))
@@ -290,6 +297,7 @@ class SolutionPath:
             steps = int(header["steps_recorded"])
             method, config = str(header["method"]), dict(header["config"])
             rotated = [str(name) for name in header["basis"]]
+            unreached = tuple(str(name) for name in header.get("unreached", ()))
             costs.achieved(pairs, {pair.name: pair.width for pair in pairs})
             dict(fingerprint.digests)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -324,6 +332,7 @@ class SolutionPath:
             tensors["history"],
             {pair.name: tensors[f"energy.{pair.name}"] for pair in normed},
             {name: tensors[f"basis.{name}"] for name in rotated},
+            unreached,
         )
 
 

@@ -42,6 +42,7 @@ class Plan:
         >>> plan = path.plan(sparsity=0.5, protect=["*layer.0.*"])
         >>> [width for name, width in plan.widths.items() if ".layer.0." in name]
         [8, 8, 64]
+        unreached: See `SolutionPath.unreached`.
     """
 
     pairs: tuple[Pair, ...]
@@ -53,6 +54,20 @@ class Plan:
     basis: Mapping[str, Tensor] = field(default_factory=dict)
     dropped_rotations: tuple[str, ...] = ()
     latency_ms: Mapping[str, float] = field(default_factory=dict)
+    unreached: tuple[str, ...] = ()
+
+    def units_of(self, pair: Pair) -> Tensor:
+        """Return the units of a pair that the plan keeps: all of them, if it is not in `pairs`.
+
+        Args:
+            pair: A pair of the dense model.
+
+        Returns:
+            int64 ``[heads, r]``, ascending.
+        """
+        if pair.name in self.kept:
+            return self.kept[pair.name]
+        return torch.arange(pair.width).expand(pair.heads, -1)
 
     def rotations(self) -> dict[str, Tensor]:
         """Return the basis of every pair that loses units. A pair that keeps all is not rotated.
@@ -80,10 +95,11 @@ class Plan:
 
     def __repr__(self) -> str:
         size = self.achieved
+        whole = f"{len(self.unreached)} unreached pairs whole, " if self.unreached else ""
         times = "".join(f"{name} {ms:.2f} ms, " for name, ms in self.latency_ms.items())
         return (
             f"Plan(sparsity={size.sparsity:.4f}, params={size.params:,} ({size.params_share:.1%}), "
-            f"macs={size.macs:,} ({size.macs_share:.1%}), {times}asked={dict(self.asked)})"
+            f"macs={size.macs:,} ({size.macs_share:.1%}), {times}{whole}asked={dict(self.asked)})"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,6 +113,7 @@ class Plan:
             "gains": {name: gain.tolist() for name, gain in self.gains.items()},
             "turned": sorted({*self.basis, *self.dropped_rotations}),
             "latency_ms": dict(self.latency_ms),
+            **({"unreached": list(self.unreached)} if self.unreached else {}),
         }
 
     @classmethod
@@ -123,6 +140,7 @@ class Plan:
                 gains={pair.name: _gain(pair, value["gains"]) for pair in pairs if pair.norms},
                 dropped_rotations=tuple(str(name) for name in value["turned"]),
                 latency_ms={str(n): float(ms) for n, ms in value["latency_ms"].items()},
+                unreached=tuple(str(name) for name in value.get("unreached", ())),
             )
         except KeyError as error:
             raise ValueError(f"{error.args[0]}: is missing") from error
@@ -208,6 +226,7 @@ def make_plan(
     constraints: Constraints,
     energy: Mapping[str, Tensor],
     basis: Mapping[str, Tensor],
+    unreached: tuple[str, ...] = (),
 ) -> Plan:
     """Return the plan that cuts a score to a budget.
 
@@ -224,6 +243,7 @@ def make_plan(
         constraints: What to respect.
         energy: See `SolutionPath.energy`.
         basis: See `SolutionPath.basis`.
+        unreached: See `SolutionPath.unreached`.
 
     Raises:
         BudgetError: The budget is out of range or not reachable.
@@ -232,7 +252,7 @@ def make_plan(
     """
     constraints.check_patterns(pairs)
     if budget.latency is not None:
-        budget.latency.check(fingerprint.architecture, pairs)
+        budget.latency.check(fingerprint.architecture, pairs, unreached)
     order = removal_order(
         [groups_by_rank(score[pair.name].double())[0] for pair in pairs],
         [pair.width if constraints.protects(pair) else constraints.min_width for pair in pairs],
@@ -254,6 +274,7 @@ def make_plan(
         },
         basis=basis,
         latency_ms=latency_ms,
+        unreached=unreached,
     )
 
 

@@ -50,6 +50,13 @@ class Engine(Protocol):
             stream: Values that name the purpose, such as ``"mask", 3``.
         """
 
+    def restrict(self, pairs: Sequence[Pair]) -> None:
+        """Forget all other pairs: from now on vectors run over the units of `pairs`.
+
+        Args:
+            pairs: Some of the engine's pairs, in their order.
+        """
+
     def batch_size(self, step: int) -> int:
         """Return the number of samples in batch `step`, over all processes.
 
@@ -126,6 +133,13 @@ class Engine(Protocol):
 
         Returns:
             See `solpath.searching.redundancy.Inputs`. Pairs that no batch reached are left out.
+        """
+
+    def measure_reach(self, batches: int) -> Tensor:
+        """Return which pairs run at all on the first batches, bool ``[pairs]``.
+
+        Args:
+            batches: Number of batches.
         """
 
     def rotated(self, basis: Basis) -> AbstractContextManager[Any]:

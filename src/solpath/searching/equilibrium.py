@@ -8,6 +8,7 @@ from solpath.running.checkpoint import State
 from solpath.searching.dynamics import Equilibrium, equilibrium_step, read_order
 from solpath.searching.engine import Engine
 from solpath.searching.redundancy import Inputs
+from solpath.searching.signal import keep_reached
 
 _LOOK_EVERY = 20  # steps after which the unexplained variance is computed anew
 
@@ -45,7 +46,7 @@ class EquilibriumSearch:
         Args:
             engine: Measures the one-shot scale.
         """
-        scale, slope = engine.curvature(self._config.scale_batches)
+        scale, slope = keep_reached(engine, *engine.curvature(self._config.scale_batches))
         return {
             "scale": scale,
             "mask": torch.ones_like(scale),

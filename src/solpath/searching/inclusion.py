@@ -7,6 +7,7 @@ from solpath.config import InclusionConfig
 from solpath.running.checkpoint import State
 from solpath.searching.dynamics import Inclusion, extrapolated_entry, inclusion_step
 from solpath.searching.engine import Engine
+from solpath.searching.signal import keep_reached
 
 
 class InclusionSearch:
@@ -38,7 +39,7 @@ class InclusionSearch:
         Args:
             engine: Measures the one-shot scale.
         """
-        scale, _ = engine.curvature(self._config.scale_batches)
+        scale, _ = keep_reached(engine, *engine.curvature(self._config.scale_batches))
         zeros = torch.zeros_like(scale)
         return {
             "scale": scale,

@@ -19,7 +19,7 @@ from solpath.errors import NonFiniteLossError, UnsupportedModelError
 from solpath.model.basis import Basis, moment_hooks, obstacle, principal_basis, rotated
 from solpath.model.counting import count_costs
 from solpath.model.linear import linear_map
-from solpath.model.masks import Masks, energy_hooks, mask_hooks
+from solpath.model.masks import Masks, energy_hooks, mask_hooks, run_hooks
 from solpath.objective import (
     Loss,
     Objective,
@@ -67,11 +67,15 @@ class Probe:
         seed: int,
     ) -> None:
         self._model, self._source, self._masks = model, source, masks
-        self.pairs = pairs
         self._loss, self._seed = loss, seed
         self._device = device_of(model)
         self._rank, self._world = process()
         self._targets, self._compared = Targets(source.length), Objective(self._first)
+        self.restrict(pairs)
+
+    def restrict(self, pairs: Sequence[Pair]) -> None:
+        """See `Engine.restrict`."""
+        self.pairs = pairs
         self.units = sum(pair.units for pair in pairs)
         sizes = torch.tensor([pair.units for pair in pairs])
         self.cost = torch.tensor([float(p.cost) for p in pairs], dtype=torch.float64)
@@ -191,6 +195,11 @@ class Probe:
     def unexplained_variance(self, inputs: Inputs, mask: Tensor) -> Tensor:
         """See `Engine.unexplained_variance`."""
         return unexplained_variances(self._model, self.pairs, inputs, mask)
+
+    def measure_reach(self, batches: int) -> Tensor:
+        """See `Engine.measure_reach`."""
+        seen = self._add_up(batches, run_hooks, self.pairs)
+        return torch.stack([seen[pair.name] > 0 for pair in self.pairs])
 
     def weight_norms(self, pair: Pair, side: Side) -> Tensor:
         """See `Engine.weight_norms`."""

@@ -1,7 +1,7 @@
 """One search over a model, which puts all its units in order."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from solpath.errors import NonFiniteLossError
 from solpath.model.discovery import find_pairs
 from solpath.model.fingerprint import fingerprint
 from solpath.objective import Loss
+from solpath.pair import Pair
 from solpath.planning.path import SolutionPath, unflatten
 from solpath.pretrained import Name, for_batches
 from solpath.running.checkpoint import State, read_checkpoint, resume_hint, write_checkpoint
@@ -22,7 +23,9 @@ from solpath.running.progress import Report, progress_bar
 from solpath.searching.engine import Engine, open_engine
 from solpath.searching.equilibrium import EquilibriumSearch
 from solpath.searching.inclusion import InclusionSearch
+from solpath.searching.signal import keep_pairs
 
+_REACHED = "reached"  # bool [pairs], in a state, if not all of them are
 _BASIS = "basis/"  # prefix of the entries of a state that hold the axes of a pair
 _FIGURES = "loss {task.fields[loss]:.4f}  size {task.fields[size]:.0%}"
 
@@ -141,12 +144,19 @@ def search(
     state = None if file is None else read_checkpoint(file, header)
     method = _method(config)
     with open_engine(model, batches, loss=loss, seed=config.seed) as engine:
-        costs = engine.count_costs()
+        costs, every = engine.count_costs(), engine.pairs
         basis = method.basis(engine) if state is None else _basis_of(state)
+        if state is not None and _REACHED in state:
+            keep_pairs(engine, state[_REACHED])
         with engine.rotated(basis):
             if state is None:
-                state = method.start(engine) | {_BASIS + name: axes for name, axes in basis.items()}
+                state = method.start(engine)
+                names = {pair.name for pair in engine.pairs}
+                basis = {name: axes for name, axes in basis.items() if name in names}
+                state |= {_BASIS + name: axes for name, axes in basis.items()}
                 state["history"] = torch.zeros(2, 0, dtype=torch.float64)
+                if len(names) < len(every):
+                    state[_REACHED] = torch.tensor([pair.name in names for pair in every])
             show, done = progress and process()[0] == 0, state["history"].shape[1]
             with progress_bar(
                 "search", _FIGURES, config.steps, done, show=show, loss=0.0, size=1.0
@@ -159,13 +169,14 @@ def search(
             pairs=tuple(engine.pairs),
             score=unflatten(engine.pairs, -entry),
             entry_time=unflatten(engine.pairs, entry),
-            costs=costs,
+            costs=costs.only(engine.pairs),
             method=method.name,
             config=config.to_dict(),
             fingerprint=identity,
             history=state["history"],
             energy=engine.energy,
             basis=basis,
+            unreached=_unreached(every, engine.pairs),
         )
 
 
@@ -173,6 +184,11 @@ def _method(config: SearchConfig | InclusionConfig) -> Method:
     if isinstance(config, SearchConfig):
         return EquilibriumSearch(config)
     return InclusionSearch(config)
+
+
+def _unreached(every: Sequence[Pair], reached: Sequence[Pair]) -> tuple[str, ...]:
+    names = {pair.name for pair in reached}
+    return tuple(pair.name for pair in every if pair.name not in names)
 
 
 def _basis_of(state: State) -> dict[str, Tensor]:

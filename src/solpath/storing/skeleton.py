@@ -125,9 +125,8 @@ def build_skeleton(
     for part, dtype in dtypes:  # building sets them to the model's
         part.dtype = dtype
     pairs = find_pairs(dense)
-    if pairs != plan.pairs:
+    if tuple(pair for pair in pairs if pair.name not in plan.unreached) != plan.pairs:
         raise SolpathError(f"plan: its pairs are not those of this {head['class']}.")
-    plan = replace(plan, pairs=pairs)
     model = extract(
         dense, replace(plan, dropped_rotations=()), check=False
     )  # rotating changes no shape
