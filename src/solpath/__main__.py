@@ -1,4 +1,4 @@
-"""``python -m solpath``: the command line."""
+"""Run the command line as ``python -m solpath``."""
 
 import sys
 

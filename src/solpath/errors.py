@@ -1,16 +1,16 @@
-"""Every error solpath raises on purpose. All derive from `SolpathError`."""
+"""The errors that solpath raises on purpose. All of them derive from `SolpathError`."""
 
 
 class SolpathError(Exception):
-    """Root of the errors below: `except solpath.SolpathError` catches everything expected."""
+    """The root of the errors below: `except solpath.SolpathError` catches all that is expected."""
 
 
 class ConfigError(SolpathError):
-    """A setting is out of its range. The message names the field and the range."""
+    """A setting is out of its range or cannot be used. The message names the setting."""
 
 
 class UnsupportedModelError(SolpathError):
-    """The model cannot be searched or cut. The message says which module and why."""
+    """The model cannot be searched or cut. The message says which module is at fault and why."""
 
 
 class BatchError(SolpathError):
@@ -18,7 +18,7 @@ class BatchError(SolpathError):
 
 
 class BudgetError(SolpathError):
-    """A budget cannot be met. The message gives the reachable range."""
+    """A budget cannot be met. The message gives the range that can be reached."""
 
 
 class FingerprintError(SolpathError):
@@ -26,7 +26,7 @@ class FingerprintError(SolpathError):
 
 
 class FileError(SolpathError):
-    """A file or folder is damaged, missing, or not writable. The message names file and field."""
+    """A file or folder is missing, damaged or not writable. The message names file and field."""
 
 
 class NonFiniteLossError(SolpathError):

@@ -1,4 +1,4 @@
-"""Files on disk: atomic writes, and reads that check before they allocate."""
+"""Write files atomically, and check files before memory is allocated for them."""
 
 import contextlib
 import hashlib
@@ -38,13 +38,14 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""What safetensors calls every dtype that is written."""
+"""The name that safetensors gives to each dtype that solpath stores."""
 
 
 def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Return `path` as a folder that may be written: new, empty, or allowed to be replaced.
+    """Return `path` as a folder that can be written: new, empty, or any folder with `overwrite`.
 
-    Raises `FileError` before any long work when the folder is not empty or its parent is read-only.
+    Create the parent folders that are missing. Raise `FileError` if `path` is a file or not empty,
+    or if its parent cannot be written. Call this before long work.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
@@ -63,9 +64,12 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Pa
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that takes the place of `path` only if the block succeeds.
+    """Yield a temporary folder that takes the place of `path` if the block succeeds.
 
-    Everything is flushed to disk before the rename. On any failure `path` is left as it was.
+    Everything is flushed to disk before the rename. After a failure `path` is left untouched.
+
+    Raises:
+        FileError: `check_output` refuses `path`, or something cannot be written.
     """
     folder = check_output(path, overwrite=overwrite).resolve()
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
@@ -86,7 +90,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
 
 
 def _swap(temporary: Path, folder: Path) -> None:
-    """Put `temporary` in the place of `folder`; the old folder is removed last."""
+    """Put `temporary` in the place of `folder`, and remove the old folder last."""
     if not folder.exists() or not any(folder.iterdir()):
         os.replace(temporary, folder)
         return
@@ -114,7 +118,7 @@ def sync(path: Path) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace one file atomically (temporary file, flush to disk, rename)."""
+    """Replace one file atomically and flush it to disk. Raise `FileError` if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
@@ -134,21 +138,16 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
-    """`value` as indented JSON. NaN and infinity are refused."""
+    """Return `value` as indented JSON. Raise `ValueError` for NaN and infinity."""
     return f"{json.dumps(value, indent=1, allow_nan=False)}\n".encode()
 
 
 def check_format(
     file: Path, value: Mapping[str, Any], name: str, version: int, advice: str = ""
 ) -> None:
-    """Raise `FileError` unless ``format`` and ``version`` of a JSON object are these.
+    """Raise `FileError` unless `value`, read from `file`, has the format `name` in this version.
 
-    Args:
-        file: the object's file, for the message.
-        value: the object.
-        name: its format.
-        version: the one that this version of solpath reads.
-        advice: what to do about another version, as a clause.
+    `advice` is a clause that ends the message and says what to do about another version.
     """
     found = value.get("format"), value.get("version")
     if found != (name, version):
@@ -159,14 +158,14 @@ def check_format(
 
 
 def read_json(path: Path, *, sha256: str | None = None) -> dict[str, Any]:
-    """Read a JSON object of at most 64 MiB, all of its numbers finite.
+    """Read a JSON object of at most 64 MiB, in which all numbers are finite.
 
     Args:
-        path: a regular file.
-        sha256: hex digest the bytes must have.
+        path: A regular file.
+        sha256: The hex digest that its bytes must have. None accepts any.
 
     Raises:
-        FileError: naming the file and what is wrong with it.
+        FileError: The file cannot be read or holds something else. The message says what.
     """
     try:
         data = _read_small(path, MAX_JSON_BYTES)
@@ -183,7 +182,7 @@ def read_json(path: Path, *, sha256: str | None = None) -> dict[str, Any]:
 
 
 def _read_small(path: Path, limit: int) -> bytes:
-    """Read a regular file; one of more than `limit` bytes is refused before it is read."""
+    """Read a regular file. One of more than `limit` bytes is refused before it is read."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise FileError(f"{path} is not a regular file.")
@@ -205,7 +204,7 @@ def _finite(text: str) -> float:
 
 
 def check_digest(path: Path, found: str, expected: str) -> None:
-    """Raise `FileError` unless the two hex digests are equal."""
+    """Raise `FileError` unless the two hex digests of a file are equal."""
     if found != expected:
         raise FileError(
             f"{path} is damaged or was changed: its SHA-256 is {found}, expected {expected}."
@@ -213,13 +212,10 @@ def check_digest(path: Path, found: str, expected: str) -> None:
 
 
 def read_header(path: Path) -> Header:
-    """Names, dtypes and shapes in a safetensors file. No tensor data is read.
+    """Return the (safetensors dtype, shape) of every tensor in a file by name, in data order.
 
-    Returns:
-        Name to (safetensors dtype, shape), in the order of the data.
-
-    Raises:
-        FileError: not a regular file, truncated, damaged, or a header above 16 MiB.
+    No tensor data is read. Raise `FileError` if the file is not a regular file, is truncated or
+    damaged, or has a header above 16 MiB.
     """
     try:
         with path.open("rb") as stream:
@@ -240,16 +236,13 @@ def read_header(path: Path) -> Header:
 
 
 def check_header(path: Path, header: Header, expected: Expected, *, exact: bool = True) -> None:
-    """Compare a header with what must be there.
+    """Raise `FileError` unless every tensor in `header` has the dtype and shape that is `expected`.
 
     Args:
-        path: the file, for the message.
-        header: from `read_header`.
-        expected: name to (dtype, shape).
-        exact: whether every expected tensor must be there; names not expected are always refused.
-
-    Raises:
-        FileError: wrong name, dtype or shape.
+        path: The file that `header` was read from, for the message.
+        header: Name to (safetensors dtype, shape), from `read_header`.
+        expected: Name to (dtype, shape). Any other name is refused.
+        exact: Whether every expected tensor must be there.
     """
     wrong = sorted(set(header) - set(expected)) or sorted(
         set(expected) - set(header) if exact else ()
@@ -267,7 +260,7 @@ def check_header(path: Path, header: Header, expected: Expected, *, exact: bool 
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name safetensors has for `dtype`. Raises `FileError` for one solpath does not write."""
+    """Return what safetensors calls `dtype`. Raise `FileError` for one that cannot be stored."""
     if dtype not in DTYPES:
         raise FileError(f"tensors of {dtype} cannot be stored; cast them to a float dtype first.")
     return DTYPES[dtype]
@@ -279,12 +272,12 @@ def read_tensors(path: Path, expected: Expected, *, exact: bool = True) -> dict[
     The tensors own their memory: the file may be changed or removed afterwards.
 
     Args:
-        path: the file.
-        expected: name to (dtype, shape).
-        exact: whether every expected tensor must be there; names not expected are always refused.
+        path: The file.
+        expected: Name to (dtype, shape). Any other name is refused.
+        exact: Whether every expected tensor must be there.
 
     Raises:
-        FileError: truncated or damaged file, wrong name, dtype or shape.
+        FileError: The file is truncated or damaged, or a name, dtype or shape is wrong.
     """
     header = read_header(path)
     check_header(path, header, expected, exact=exact)
@@ -292,10 +285,9 @@ def read_tensors(path: Path, expected: Expected, *, exact: bool = True) -> dict[
 
 
 def read_data(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """Read tensors of a safetensors file whose header was checked. They own their memory.
+    """Read the tensors `names` of a safetensors file whose header was checked.
 
-    Raises:
-        FileError: a tensor cannot be read.
+    The tensors own their memory. Raise `FileError` if one cannot be read.
     """
     try:
         with safe_open(path, framework="pt", backend="pread") as stream:
@@ -305,7 +297,7 @@ def read_data(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal. Raises `FileError` if it cannot be read."""
+    """Return the SHA-256 of a file in hexadecimal. Raise `FileError` if it cannot be read."""
     try:
         return _sha256(path, Event())
     except OSError as error:
@@ -317,7 +309,7 @@ def digests(paths: Iterable[Path]) -> Iterator[dict[str, Future[str]]]:
     """Compute the SHA-256 of files in threads while the block runs. Leaving the block stops them.
 
     Yields:
-        File name to the digest to come, in hexadecimal.
+        File name to the digest to come, in hexadecimal. Ask for it inside the block.
     """
     stop = Event()
     with ThreadPoolExecutor(2) as pool:
@@ -336,13 +328,13 @@ def _sha256(path: Path, stop: Event) -> str:
 
 
 def file_in(folder: Path, name: str) -> Path:
-    """A file of `folder` that really lies there.
+    """Return a file of `folder` that really lies there.
 
-    A link may only lead to another file of the folder, or, in a snapshot of the Hugging Face
-    cache (``<repo>/snapshots/<revision>``), into ``<repo>/blobs``.
+    A link may only lead to another file of the folder or, in a snapshot of the Hugging Face cache
+    (``<repo>/snapshots/<revision>``), into ``<repo>/blobs``.
 
     Raises:
-        FileError: the file is missing or lies elsewhere.
+        FileError: The file is missing or lies elsewhere.
     """
     path = folder / name
     try:

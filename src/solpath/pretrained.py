@@ -1,4 +1,4 @@
-"""Load dense models and their processors by folder or hub id, through transformers' own loaders."""
+"""Load dense models and their processors by folder or Hub id, with transformers' own loaders."""
 
 import logging
 import os
@@ -41,26 +41,30 @@ def from_pretrained(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> "PreTrainedModel":
-    """Load a dense model in eval mode. Only safetensors are read; no code from the folder is run.
+    """Load a dense model in eval mode, from safetensors only. No code of the folder is run.
 
-    The class is the one the configuration names, so heads are kept, or else the plain model of that
-    type. The ids of timm (``"timm/..."``) need the extra ``timm``.
+    The class is the one that the configuration names, so heads are kept, or else the plain model of
+    that type. Models of timm (``"timm/..."``) need the extra ``timm``.
 
     Args:
-        name: a folder, or the id of a Hub repository if there is no such folder.
-        device: where the model goes. On ``"meta"`` it is built from its configuration alone, in
-            seconds whatever its size; its weights are neither needed nor read.
-        dtype: of the weights; None keeps that of the checkpoint.
+        name: A folder, or the id of a Hub repository if there is no such folder.
+        device: The device that the model is moved to. On ``"meta"`` it is built from its
+            configuration alone, in seconds whatever its size; its weights are neither needed nor
+            read.
+        dtype: The dtype of the weights. None keeps the dtype of the checkpoint.
 
     Raises:
-        UnsupportedModelError: unknown ``model_type`` (the message lists the known ones), or a
-            folder with an extracted model. Both before any weights are read.
-        FileError: nothing there, no safetensors, or weights that are not all in the files.
-        ConfigError: the extra ``timm`` is not installed, or the folder asks timm for more than a
-            model.
+        UnsupportedModelError: The ``model_type`` is unknown (the message lists the known ones), or
+            the folder holds an extracted model. Both are raised before any weights are read.
+        FileError: There is no such model, it has no safetensors, or some of its weights are
+            missing.
+        ConfigError: timm is needed and cannot be used, or the folder asks timm for more than to
+            build a model.
 
     Example:
-        >>> model = from_pretrained("facebook/deit-small-patch16-224")  # doctest: +SKIP
+        >>> model.save_pretrained("dense")
+        >>> type(from_pretrained("dense")).__name__
+        'BertForSequenceClassification'
     """
     folder, local = _locate(name)
     if (folder / "solpath.json").is_file():
@@ -105,10 +109,19 @@ def from_pretrained(
 
 
 def load_processor(name: Name) -> Any:
-    """The processor of a model: its tokenizer, image processor, or both in one.
+    """Load the processor of a model: its tokenizer, its image processor, or both in one.
+
+    Args:
+        name: A folder, or the id of a Hub repository if there is no such folder.
 
     Raises:
-        FileError: nothing there, or not readable by transformers.
+        FileError: There is no processor, or transformers cannot read it.
+
+    Example:
+        >>> from transformers import ByT5Tokenizer
+        >>> files = ByT5Tokenizer().save_pretrained("dense")
+        >>> load_processor("dense")("cat").input_ids
+        [102, 100, 119, 1]
     """
     import transformers
 
@@ -121,7 +134,7 @@ def load_processor(name: Name) -> Any:
 
 
 def quiet_transformers() -> None:
-    """Keep loading bars and warnings of transformers off the terminal."""
+    """Turn off the progress bars and warnings of transformers and the Hub in this process."""
     import transformers
 
     messages: Any = transformers.utils.logging
@@ -131,12 +144,22 @@ def quiet_transformers() -> None:
 
 
 def as_model(model: nn.Module | Name, *, device: str | torch.device = "cpu") -> nn.Module:
-    """`model` itself, or the model of that name, see `from_pretrained`."""
+    """Return `model` itself if it is a module, or else load the model of that name.
+
+    Args:
+        model: A model, or a name for `from_pretrained`.
+        device: The device that a loaded model is moved to. A given model stays where it is.
+    """
     return model if isinstance(model, nn.Module) else from_pretrained(model, device=device)
 
 
 def for_batches(model: nn.Module | Name, batches: Iterable[Any]) -> tuple[nn.Module, Iterable[Any]]:
-    """`model` itself, or the model of that name on the device of the first batch; the batches."""
+    """Return a model and its batches. A name is loaded onto the device of the first batch.
+
+    Args:
+        model: A model, which is returned as it is, or a name for `from_pretrained`.
+        batches: The batches. For a name, an iterator that runs only once is read into a list.
+    """
     if isinstance(model, nn.Module):
         return model, batches
     if isinstance(batches, Iterator):
@@ -148,7 +171,10 @@ def for_batches(model: nn.Module | Name, batches: Iterable[Any]) -> tuple[nn.Mod
 
 
 def _locate(name: Name) -> tuple[Path, bool]:
-    """`name` as a path, and whether it is a folder; raise if it cannot be a hub id either."""
+    """Return `name` as a location, and whether it is a folder.
+
+    Raise `FileError` if it is no folder and cannot be the id of a Hub repository either.
+    """
     folder = Path(name)
     if not folder.is_dir() and (folder.exists() or not _HUB_ID.fullmatch(os.fspath(name))):
         raise FileError(f"{name}: no such folder, and not a hub id such as owner/name.")
@@ -156,7 +182,7 @@ def _locate(name: Name) -> tuple[Path, bool]:
 
 
 def _class_of(config: Any) -> Any:
-    """The class a configuration names, if transformers has it for that type, or the plain one."""
+    """Return the class that a configuration names, or else the plain model of that type."""
     import transformers
 
     if config.model_type == TIMM_WRAPPER:
@@ -174,6 +200,7 @@ def _class_of(config: Any) -> Any:
 
 
 def _without_weights(kind: Any, config: Any, dtype: torch.dtype | None) -> "PreTrainedModel":
+    """Build a model on the meta device from its configuration."""
     from transformers.initialization import no_init_weights
 
     with torch.device("meta"), no_init_weights():

@@ -1,7 +1,9 @@
-"""Architectures: one table each, keyed by ``config.model_type``, or by the class for timm.
+"""Say where the prunable layers of each architecture are.
 
-To add one, describe where its layers are in `Stack`s, give its attention a `forward` that runs with
-unequal widths, and list the module in `_MODULES`: docs/adding-an-architecture.md.
+One table per ``config.model_type``, or per class of timm, enters here: where its attentions and
+MLPs are, and the `forward` that runs an attention with unequal widths. To add one, describe its
+layers in `Stack`s and call `register`, or list its module in `_MODULES`. docs/adding-an-architecture.md walks
+through a toy.
 """
 
 from solpath.arch.table import (

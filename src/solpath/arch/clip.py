@@ -1,4 +1,4 @@
-"""CLIP: both towers, or either alone."""
+"""CLIP: both towers, or either tower alone."""
 
 from solpath.arch.table import Attention, Mlp, Stack
 from solpath.nn.attention import separate
@@ -19,7 +19,7 @@ MLP = Mlp(left=("mlp.fc1",), right="mlp.fc2")
 
 
 def tower(blocks: str) -> Stack:
-    """The blocks of one tower."""
+    """Return the stack of one tower, given the dotted name of its blocks."""
     return Stack(blocks, (ATTENTION,), (MLP,))
 
 

@@ -1,4 +1,4 @@
-"""Gemma 3: norms over heads, local and global rotary tables; with or without its vision tower."""
+"""Gemma 3: norms over heads, local and global rotary tables, with or without its vision tower."""
 
 from dataclasses import replace
 

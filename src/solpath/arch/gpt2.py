@@ -15,7 +15,7 @@ def _forward(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    width = len(self.c_proj.weight) // self.num_heads  # the weight is transposed
+    width = len(self.c_proj.weight) // self.num_heads  # a Conv1D has inputs first
     query, key, value = split_fused(self.c_attn(hidden_states), self.num_heads, width)
     states, weights = attend(
         self,

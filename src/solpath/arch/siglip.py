@@ -1,7 +1,7 @@
 """SigLIP: both towers with the attention that pools the image, or either tower alone.
 
-The pooling head of a vision tower alone stays dense: there the last hidden states are compared,
-which it comes after.
+In a vision tower alone, the pooling head stays dense: the last hidden states are compared there,
+and the head only comes after them.
 """
 
 from solpath.arch.clip import MLP, tower

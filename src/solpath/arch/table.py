@@ -1,4 +1,4 @@
-"""What an architecture's table says, and the registry of tables."""
+"""What the table of an architecture says, and the registry of all tables."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,32 +41,38 @@ _MODULES = {
     "xlm-roberta": "bert",
 }
 TIMM_WRAPPER = "timm_wrapper"
-"""``config.model_type`` of the models of transformers that wrap any model of timm."""
+"""The ``config.model_type`` of the models of transformers that wrap any model of timm."""
 
 _REGISTERED: dict[str, tuple["Stack", ...]] = {}
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Where one attention of a block is. Paths of layers are relative to the block.
+    """Where one attention of a block is. Names of layers are dotted and relative to the block.
 
     Attributes:
-        module: the attention module, whose `forward` is replaced once its projections are cut.
-        query, key, value, output: its linear layers. A fused projection is named three times; its
-            outputs are those of the query, the key and the value, in this order.
-        forward: takes the place of the module's own `forward` after cutting; None when that reads
-            all widths from the layers.
-        heads: attribute of the attention module that counts its heads, dots allowed.
-        kv_heads: likewise for its key-value heads; empty when there are as many as heads.
-        rotary: whether queries and keys are rotated (half-split couples).
-        norms: modules that norm each head of the query and of the key, if there are any.
-        norm_dim: the dimension of their input that runs over heads, -2 or -3.
-        kind: name of the class the module must have, where a family has several with the same
-            layers; empty when it has one.
-        identity: modules of the attention that must be `nn.Identity`, None or absent, because
-            cutting would change what they do.
-        cached: whether generation caches its keys and values, one per generated token.
-        name: what its pairs are called, after the name of the block.
+        module: The attention module, whose `forward` is replaced once its projections are cut.
+        query, key, value, output: Its linear layers. A fused projection is named three times; its
+            outputs are then the queries, the keys and the values, in this order.
+        forward: The function that replaces the `forward` of the module after cutting. None keeps
+            the module's own, which must then read all widths from the layers.
+        heads: The attribute of the module that counts its query heads; dots are allowed.
+        kv_heads: The attribute that counts its key-value heads; empty if there are as many as query
+            heads.
+        rotary: Whether queries and keys have rotary couples, in the half-split layout.
+        norms: The modules that norm each head of the query and of the key; empty if there are none.
+        norm_dim: The dimension of the input of the norms that runs over heads: -2 or -3.
+        kind: The name of the class that the module must have, where other classes have the same
+            layers but compute something else; empty if there are none.
+        identity: The modules inside the attention that must be `nn.Identity`, None or absent,
+            because cutting would change what they do.
+        cached: Whether generation caches its keys and values, one of each per generated token.
+        name: What its pairs are called, after the name of the block.
+
+    Example:
+        >>> attention = lookup("bert")[0].attentions[0]
+        >>> attention.query, attention.output
+        ('attention.self.query', 'attention.output.dense')
     """
 
     module: str
@@ -88,13 +94,13 @@ class Attention:
 
 @dataclass(frozen=True)
 class Mlp:
-    """Where one block's MLP is, relative to the block.
+    """Where the MLP of a block is. Names of layers are dotted and relative to the block.
 
     Attributes:
-        left: fc1, or gate and up.
-        right: fc2, or down.
-        identity: modules of the block that must be `nn.Identity`, None or absent, because cutting
-            would change what they do.
+        left: The layers before the neurons: fc1, or gate and up.
+        right: The layer after the neurons: fc2, or down.
+        identity: The modules of the block that must be `nn.Identity`, None or absent, because
+            cutting would change what they do.
     """
 
     left: tuple[str, ...]
@@ -107,11 +113,15 @@ class Stack:
     """One list of equal blocks in a model.
 
     Attributes:
-        blocks: path of the list, or of a single block, relative to the base model; ``*`` stands
-            for every index of a list of lists.
-        attentions: the attentions of a block, in the order they run.
-        mlps: its MLP. Where a family has several forms of it, one entry each: the form whose
-            layers a block has is taken.
+        blocks: The dotted name of the list, or of a single block, relative to the base model. A
+            ``*`` stands for every index of a list of lists.
+        attentions: The attentions of a block, in the order in which they run.
+        mlps: The MLP of a block. Where a family has several forms of it, each has an entry, and the
+            one whose layers a block has is taken.
+
+    Example:
+        >>> Stack("layers", attentions=(), mlps=(Mlp(left=("fc1",), right="fc2"),)).blocks
+        'layers'
     """
 
     blocks: str
@@ -123,22 +133,32 @@ def register(model_type: str, *stacks: Stack) -> None:
     """Add or replace the table of one type of model.
 
     Args:
-        model_type: of the models' configuration; for timm, ``timm/`` and the name of the class.
-        stacks: where the prunable layers are. A stack that a model does not have is skipped
-            (a head without the decoder, one tower of two), but it must have one of them.
+        model_type: The ``config.model_type`` of the models; for timm, ``timm/`` and the class name.
+        stacks: Where the prunable layers are. A stack that a model lacks is skipped (one tower of
+            two, an encoder without its decoder), but the model must have at least one of them.
+
+    Example:
+        Leave the attentions of BERT dense, then put its own table back:
+
+        >>> whole = lookup("bert")
+        >>> register("bert", Stack("encoder.layer", attentions=(), mlps=whole[0].mlps))
+        >>> {pair.kind for pair in solpath.find_pairs(model)}
+        {'mlp'}
+        >>> register("bert", *whole)
     """
     _REGISTERED[model_type] = stacks
 
 
 def known_model_types() -> list[str]:
-    """Every ``config.model_type``, and every class of timm, that can be pruned, sorted."""
+    """Return every ``config.model_type`` and every class of timm that can be pruned, sorted."""
     return sorted({*_MODULES, *_REGISTERED})
 
 
 def type_of(model: nn.Module) -> Any:
-    """The type of a model that its table is listed under; None if it has none.
+    """Return the type under which the table of a model is listed, or None if it has no type.
 
-    It is ``config.model_type``, or for a model of timm, wrapped or not, ``timm/`` and its class.
+    It is the ``config.model_type``. For a model of timm, wrapped or not, it is ``timm/`` and the
+    name of the class.
     """
     inner = getattr(model, "timm_model", model)
     if type(inner).__module__.partition(".")[0] == "timm":
@@ -147,10 +167,10 @@ def type_of(model: nn.Module) -> Any:
 
 
 def lookup(model_type: str | None) -> tuple[Stack, ...]:
-    """The table of one type of model, see `type_of`.
+    """Return the table of one type of model, as `type_of` gives it.
 
     Raises:
-        UnsupportedModelError: unknown type; the message lists the known ones.
+        UnsupportedModelError: The type is unknown. The message lists the known types.
     """
     if model_type in _REGISTERED:
         return _REGISTERED[model_type]

@@ -1,4 +1,4 @@
-"""timm's ViT, DeiT and Swin: fused projections, one table per class of timm."""
+"""ViT, DeiT and Swin of timm: fused projections, one table per class of timm."""
 
 import inspect
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from solpath.nn.attention import pad_to, split_fused
 
 
 def _attend(self: Any, x: Tensor, attn_mask: Tensor | None, is_causal: bool = False) -> Tensor:
-    """Attention with the widths of `qkv` and `proj`; the same whatever `fused_attn` says."""
+    """Run attention with the widths of `qkv` and `proj`, fused whatever `fused_attn` says."""
     width = self.proj.in_features // self.num_heads
     query, key, value = split_fused(self.qkv(x), self.num_heads, width)
     common = max(query.shape[-1], width, 1)
@@ -70,22 +70,22 @@ TABLES = {
 
 
 def check_settings(config: Mapping[str, Any]) -> None:
-    """Refuse settings that would let `timm.create_model` do more than build a model.
+    """Refuse settings that would make `timm.create_model` do more than build a model.
 
-    Its arguments can also make it read files and repositories, or allocate.
+    Its arguments can also make it read files and repositories, or allocate memory.
 
     Args:
-        config: of a model of transformers that wraps one of timm.
+        config: The configuration of a model of transformers that wraps one of timm.
 
     Raises:
-        ConfigError: timm cannot be imported, does not list `architecture`, or `model_args` has
-            something that the models of this module do not take.
+        ConfigError: timm cannot be imported, does not list `architecture`, or `model_args` has an
+            argument that the models of this module do not take.
     """
     try:
         import timm
         from timm.models.swin_transformer import SwinTransformer
         from timm.models.vision_transformer import VisionTransformer
-    except (ImportError, RuntimeError) as error:  # the latter from a torchvision that does not fit
+    except (ImportError, RuntimeError) as error:  # a torchvision that does not fit
         raise ConfigError(
             f"this model needs timm: pip install 'solpath[timm]', with the torchvision that goes "
             f"with your torch ({error})."

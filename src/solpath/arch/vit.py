@@ -1,4 +1,4 @@
-"""ViT, DeiT, DINOv2 (layer scale; plain or gated MLP)."""
+"""ViT, DeiT, DINOv2: layer scale in DINOv2, plain or gated MLP."""
 
 from solpath.arch.table import Attention, Mlp, Stack
 from solpath.nn.attention import separate

@@ -1,4 +1,4 @@
-"""The application that commands register with, and what they tell the frame around them."""
+"""The application that commands register with, and what a command tells the code around it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +9,12 @@ import typer
 
 @dataclass
 class State:
-    """What a running command tells whoever handles its end. It is ``context.obj`` in a command.
+    """What a running command, as ``context.obj``, tells the code that handles its end.
 
     Attributes:
-        debug: whether errors show their traceback.
-        checkpoint: folder of the state that the same command goes on from, once there is one.
+        debug: Whether errors show their traceback.
+        checkpoint: The folder that the same command can go on from; it may not exist yet. None if
+            the command has no checkpoint.
     """
 
     debug: bool = False

@@ -1,4 +1,4 @@
-"""Arguments that several commands of the command line share."""
+"""Arguments that several commands share."""
 
 import functools
 import inspect
@@ -20,7 +20,7 @@ Protect = Annotated[
     list[str] | None, typer.Option(help="Pairs that stay dense, e.g. '*layer.0.*'; repeatable.")
 ]
 Samples = Annotated[int, typer.Option(help="Texts in the batch that is timed.", min=1)]
-Tokens = Annotated[int, typer.Option(help="Tokens per text in it.", min=1)]
+Tokens = Annotated[int, typer.Option(help="Tokens per text in that batch.", min=1)]
 Text = Annotated[
     Path | None, typer.Option(help="File with one text per line; default: installed docstrings.")
 ]
@@ -31,23 +31,23 @@ Images = Annotated[
 BUDGETS = {
     "sparsity": "Share of the prunable parameters to remove, in [0, 1).",
     "params": "Parameters to keep: a share in (0, 1], or a count.",
-    "bytes": "Bytes of the weights to keep, likewise.",
-    "macs": "Multiply-accumulates to keep, likewise.",
-    "cache": "Bytes of the key-value cache per token to keep, likewise.",
+    "bytes": "Bytes of the weights to keep: a share in (0, 1], or a count.",
+    "macs": "Multiply-accumulates to keep: a share in (0, 1], or a count.",
+    "cache": "Bytes of the key-value cache per token to keep: a share in (0, 1], or a count.",
     "latency_ms": "Milliseconds that a forward pass of one batch may take.",
 }
-"""Measure to what ``--measure`` says of itself: one option for every measure of a budget."""
+"""Measure to the help of its option. Every measure of a budget has one option."""
 
 
 def takes_budget(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for each of `BUDGETS`.
+    """Give a command one option for each of `BUDGETS`.
 
     Args:
-        command: its argument ``budget`` becomes these options, and gets the name and the value of
-            the one that was given.
+        command: The command. Its argument ``budget`` becomes these options, and gets the name and
+            the value of the one that was given.
 
     Raises:
-        BudgetError: when the command runs: none, or several, are given.
+        BudgetError: None or several of the options are given. This is raised when the command runs.
     """
 
     @functools.wraps(command)
@@ -79,5 +79,5 @@ def _budget_option(help: str) -> Any:
 
 
 def plan_options(multiple_of: int, min_width: int, protect: list[str] | None) -> dict[str, Any]:
-    """What `SolutionPath.plan` takes beside a budget."""
+    """Return the arguments of `SolutionPath.plan` besides the budget."""
     return {"multiple_of": multiple_of, "min_width": min_width, "protect": protect or ()}

@@ -1,4 +1,4 @@
-"""Commands that look at models and families, and the demo."""
+"""Commands that examine models and families, and the demo."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,8 +19,10 @@ def demo(
     model: Annotated[
         str | None, typer.Option(help="Folder or hub id; default: the installed MiniLM.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Of the search; default 200, quick 40.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of the search; default 200, quick 40.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make a family of smaller models of a real one, compare, measure, report."""
@@ -95,7 +97,7 @@ def evaluate_(
         def retrieval(model: Any) -> float:
             return retrieval_accuracy(embedder(model, tokenizer), pairs)
 
-        task = None if tokenizer.pad_token_id is None else retrieval  # texts are padded for it
+        task = None if tokenizer.pad_token_id is None else retrieval  # it needs padded texts
         result = evaluate(small, dense, batches, task=task)
     else:
         result = evaluate(small, dense, batches_for(reference, dense, text, images, 0))

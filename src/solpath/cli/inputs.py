@@ -1,4 +1,4 @@
-"""What commands work on: models, paths and tables by name, and batches of a user's data."""
+"""What commands work on: models, paths and tables by name, and batches of the user's data."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,13 @@ if TYPE_CHECKING:
 
 
 def random_tokens(model: Any, samples: int, tokens: int) -> dict[str, Any]:
-    """A batch of random tokens without padding, for timings. ``[samples, tokens]`` each."""
+    """Return a batch of random tokens without padding, for timings.
+
+    Its tensors are int64 ``[samples, tokens]``, and the same in every run.
+
+    Raises:
+        ConfigError: The model takes something other than text alone, or takes fewer tokens.
+    """
     import torch
 
     if takes(model) != {"text"}:
@@ -29,7 +35,18 @@ def random_tokens(model: Any, samples: int, tokens: int) -> dict[str, Any]:
 
 
 def batches_for(name: str, model: Any, text: Path | None, images: Path | None, seed: int) -> Any:
-    """Batches of the images, of the text, or of installed docstrings."""
+    """Return batches of the images, of the text, or of the docstrings of installed packages.
+
+    Args:
+        name: The folder or Hub id of the model, from where its processor is read.
+        model: The model.
+        text: A file with one text per line. None takes docstrings, if the model takes text.
+        images: A folder of images.
+        seed: Seeds the order of the samples.
+
+    Raises:
+        ConfigError: The model takes something else than what was given.
+    """
     from solpath.data.docstrings import read_corpus, texts_of
     from solpath.data.images import image_batches
     from solpath.pretrained import load_processor
@@ -53,7 +70,10 @@ def batches_for(name: str, model: Any, text: Path | None, images: Path | None, s
 
 
 def takes(model: Any) -> set[str]:
-    """What a model takes: ``"text"``, ``"image"``, or several, a decoder's own input too."""
+    """Return what a model takes, such as ``{"text"}`` or ``{"image"}``.
+
+    A decoder that follows an encoder adds ``"decoder input"``.
+    """
     kinds = model.input_modalities
     found = {kinds} if isinstance(kinds, str) else set(kinds)
     return found | {"decoder input"} if model.config.is_encoder_decoder else found
@@ -62,7 +82,15 @@ def takes(model: Any) -> set[str]:
 def rows_of(
     model: Any, tokenizer: Any, source: Any, *, length: int = 32, seed: int | None = None
 ) -> Any:
-    """Decoders get full blocks, other models one text a row; no longer than the model allows."""
+    """Return batches of text that suit the model: full blocks for decoders, else one text per row.
+
+    Args:
+        model: The model. It may allow fewer tokens than `length`, which then shortens the rows.
+        tokenizer: Its tokenizer.
+        source: A file with one text per line, or texts.
+        length: The largest number of tokens per row.
+        seed: Seeds the order of the texts. None keeps their order.
+    """
     from solpath.data.text import text_batches
 
     config = model.config
@@ -74,7 +102,14 @@ def rows_of(
 def split_batches(
     name: str, model: Any, text: Path | None, images: Path | None, seed: int
 ) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Batches to train on and to judge by: docstrings of other files, or the last tenth of both."""
+    """Return batches to train on, and held-out batches to judge by.
+
+    Docstrings are split by file. Of the user's own data, the last tenth of the batches is held out.
+    The arguments are those of `batches_for`.
+
+    Raises:
+        ConfigError: There is only one batch, or the model takes something else than what was given.
+    """
     from solpath.data.docstrings import read_corpus, texts_of
     from solpath.pretrained import load_processor
 
@@ -86,11 +121,11 @@ def split_batches(
     count = max(1, len(batches) // 10)
     if len(batches) == count:
         raise ConfigError("there is one batch of data; give more: a tenth of it is held out.")
-    return batches[:-count], list(batches[-count:])  # these are looked at again and again
+    return batches[:-count], list(batches[-count:])  # these are read again and again
 
 
 def load_any(name: str) -> Any:
-    """The model of a folder or hub id, dense or extracted."""
+    """Load the model of a folder or Hub id, dense or extracted."""
     from solpath.pretrained import from_pretrained, quiet_transformers
     from solpath.storing.reading import load
 
@@ -99,14 +134,14 @@ def load_any(name: str) -> Any:
 
 
 def path_of(folder: Path) -> "SolutionPath":
-    """The path in a folder."""
+    """Load the path in a folder."""
     from solpath.planning.path import SolutionPath
 
     return SolutionPath.load(folder)
 
 
 def table_of(file: Path) -> "LatencyTable":
-    """The latency table in a file."""
+    """Load the latency table in a file."""
     from solpath.planning.latency_table import LatencyTable
 
     return LatencyTable.load(file)

@@ -1,6 +1,6 @@
 """The command line. Each command is a thin layer over the functions of the package.
 
-Nothing heavy is imported here: torch and transformers come in when a command runs.
+Nothing heavy is imported here: torch and transformers are imported when a command runs.
 """
 
 import sys
@@ -14,9 +14,9 @@ from solpath.cli.app import State, app
 from solpath.cli.terminal import fail
 from solpath.errors import SolpathError
 
-_COMMANDS = (assess, prune, refine)  # their import registers the commands
+_COMMANDS = (assess, prune, refine)  # importing them registers the commands
 
-# Bad arguments of any kind; typer exports only this subclass of it.
+# The error for bad arguments of any kind. typer exports only this subclass of it.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 
 
@@ -24,10 +24,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        arguments: in place of those of the process.
+        arguments: The arguments of the command line. None takes those of the process.
 
     Returns:
-        The exit code: 0, 1 for what was not expected, 2 for bad input, 130 for Ctrl-C.
+        The exit code: 0 for success, 1 for an unexpected error, 2 for bad input, 130 for Ctrl-C.
     """
     state = State()
     try:

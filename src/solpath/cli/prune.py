@@ -38,7 +38,7 @@ def search(
     out: Annotated[Path, typer.Option(help="Folder for the path, new or empty.")],
     text: Text = None,
     images: Images = None,
-    steps: Annotated[int | None, typer.Option(help="Of the search; default 200.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the search; default 200.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same path.")] = 0,
     method: Annotated[
         str, typer.Option(help="spp, paper, or a baseline: random, magnitude, taylor, ...")

@@ -1,4 +1,4 @@
-"""Commands that make up for a cut."""
+"""Commands that make up for what a cut lost."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ def tune(
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak; default: by the distance to the dense model.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the order of texts and of the adapters.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of texts and of the adapters.")] = 0,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder for the state, so that tuning can go on.")
     ] = None,
@@ -64,7 +64,7 @@ def compensate(
     batch_count: Annotated[
         int, typer.Option(help="Batches to fit on; more is better.", min=4)
     ] = 128,
-    seed: Annotated[int, typer.Option(help="Of the order of texts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of texts.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Refit an extracted model to the dense one, layer by layer, without training."""
@@ -88,7 +88,7 @@ def _improve(
     improved: Callable[[Any, Any, Sequence[Any], Sequence[Any]], Any],
     as_json: bool,
 ) -> None:
-    """Save what ``improved(small, dense, batches, heldout)`` makes, and say how near it is now."""
+    """Save what ``improved(small, dense, batches, heldout)`` returns, and print how near it is."""
     from solpath.files import check_output
     from solpath.measuring.evaluation import evaluate
     from solpath.pretrained import load_processor

@@ -1,4 +1,4 @@
-"""What the command line prints: results to stdout, all else to stderr."""
+"""What the command line prints: results to stdout, everything else to stderr."""
 
 import json
 import sys
@@ -7,22 +7,22 @@ from typing import Any
 
 
 def fail(text: str) -> None:
-    """An error, as one line."""
+    """Print an error as one line to stderr."""
     print(f"solpath: {' '.join(text.split())}", file=sys.stderr)
 
 
 def say(text: str) -> None:
-    """What goes on, for whoever watches."""
+    """Print to stderr what is going on."""
     print(text, file=sys.stderr)
 
 
 def print_json(value: Mapping[str, Any]) -> None:
-    """A result for other programs; NaN is refused."""
+    """Print a result for other programs. Raise `ValueError` for NaN."""
     print(json.dumps(value, indent=1, allow_nan=False))
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A result to look at; all columns but the first are numbers."""
+    """Print a result for reading. All columns but the first are aligned as numbers."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

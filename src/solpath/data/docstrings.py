@@ -27,7 +27,7 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _SPLITS: tuple[Split, ...] = ("search", "search", "search", "search", "calibration", "test")
 _SKIPPED = frozenset({"test", "tests", "testing", "idlelib", "lib2to3", "site-packages"})
 _MAX_FILE_BYTES = 80_000
-_BYTES_PER_QUOTE = 1500  # files with fewer docstrings than that are not worth parsing
+_BYTES_PER_QUOTE = 1500  # a file with fewer docstrings is not worth parsing
 _MAX_BODY = 600
 _SENTENCE = re.compile(r"(.{20,200}?\.) (.{60,})")
 

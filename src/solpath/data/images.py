@@ -20,7 +20,7 @@ from solpath.data.batches import (
 from solpath.errors import BatchError, ConfigError, FileError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-_NO_LIMIT = 100_000  # what tokenizers without a longest text give is far above
+_NO_LIMIT = 100_000  # a tokenizer without a longest text gives far more
 
 
 def image_batches(

@@ -1,4 +1,4 @@
-"""Attention with its own query-key and value-output widths, either of which may be 0."""
+"""Attention with separate query-key and value-output widths, either of which may be 0."""
 
 import sys
 from collections.abc import Callable
@@ -10,15 +10,19 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 Forward = Callable[..., Any]
+"""The `forward` of an attention module, as a function whose first argument is the module."""
 
 
 def split_heads(linear: nn.Module, hidden: Tensor, heads: int) -> Tensor:
-    """Project and split. ``[batch, tokens, features] -> [batch, heads, tokens, width]``."""
+    """Project, then split. ``[batch, tokens, features] -> [batch, heads, tokens, width]``."""
     return by_head(linear(hidden), heads)
 
 
 def by_head(states: Tensor, heads: int) -> Tensor:
-    """``[batch, tokens, heads * width] -> [batch, heads, tokens, width]``; `width` may be 0."""
+    """Split into heads; `width` may be 0.
+
+    ``[batch, tokens, heads * width] -> [batch, heads, tokens, width]``.
+    """
     shape = (*states.shape[:-1], heads, states.shape[-1] // heads)
     return states.view(shape).transpose(1, 2)
 
@@ -27,12 +31,14 @@ def split_fused(states: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor,
     """Split the output of a fused projection into queries, keys and values.
 
     Args:
-        states: ``[batch, tokens, features]``: queries, keys, values of all heads one after the
-            other.
-        width: value-output width per head; the rest is shared by queries and keys.
+        states: ``[batch, tokens, features]``: the queries of all heads, then the keys, then the
+            values.
+        heads: The number of heads.
+        width: The value-output width. Queries and keys have half of the remaining features each.
 
     Returns:
-        Three tensors ``[batch, heads, tokens, width]``, of two widths.
+        Queries and keys ``[batch, heads, tokens, qk]``, and values
+        ``[batch, heads, tokens, width]``.
     """
     shared = (states.shape[-1] // heads - width) // 2
     sizes = [heads * shared, heads * shared, heads * width]
@@ -51,22 +57,24 @@ def attend(
     dropout: float,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run the attention function the model is configured for.
+    """Run the attention function that the model is configured for.
 
-    Query and key, or value, are padded with zeros to equal widths, which changes nothing and lets
+    Queries and keys, or values, are padded with zeros to one width. This changes no result and lets
     fused kernels run.
 
     Args:
-        module: the attention module, with the attributes its stock class has.
+        module: The attention module, with the attributes of its stock class.
         query: ``[batch, heads, tokens, qk]``.
         key: ``[batch, kv_heads, keys, qk]``.
         value: ``[batch, kv_heads, keys, vo]``.
-        attention_mask: as the stock module gets it.
-        scaling: of the logits; that of the dense head.
-        dropout: probability while training.
+        attention_mask: The mask, as the stock module gets it.
+        scaling: The factor of the logits: that of the dense head.
+        dropout: The dropout probability of the attention while training.
+        kwargs: Anything else that the attention function takes.
 
     Returns:
-        ``[batch, tokens, heads * vo]`` and the attention probabilities, if they are computed.
+        The states ``[batch, tokens, heads * vo]``, and the attention probabilities, or None if the
+        function does not return them.
     """
     eager = sys.modules[_stock(module).__module__].eager_attention_forward
     config: Any = module.config
@@ -90,7 +98,7 @@ def attend(
 
 
 def pad_to(states: Tensor, width: int) -> Tensor:
-    """Add zeros behind the last dimension until it is `width`."""
+    """Add zeros at the end of the last dimension until its size is `width`."""
     gap = width - states.shape[-1]
     return nn.functional.pad(states, (0, gap)) if gap else states
 
@@ -103,14 +111,14 @@ def cached_states(
     *,
     cross: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of `source`, behind those in the cache; or those in the cache alone.
+    """Return the keys and values of `source` after those in the cache, or those in the cache alone.
 
     Args:
-        module: has `layer_idx`.
-        project: ``source -> key, value``.
-        source: hidden states of the sequence that is attended to.
-        cache: a transformers cache or None.
-        cross: `source` is the output of an encoder and is projected once only.
+        module: The attention module, which must have a `layer_idx` if there is a cache.
+        project: The function ``source -> key, value``.
+        source: The hidden states of the sequence that is attended to.
+        cache: A cache of transformers, which is updated, or None.
+        cross: Whether `source` is the output of an encoder, which is then projected only once.
     """
     index: Any = module.layer_idx if cache is not None else None
     if isinstance(cache, EncoderDecoderCache):
@@ -123,7 +131,7 @@ def cached_states(
     key, value = project(source)
     if cache is None:
         return key, value
-    # A cache takes keys without channels for an empty sequence.
+    # A cache takes keys without channels for an empty sequence, so they get one channel.
     updated: tuple[Tensor, Tensor] = cache.update(pad_to(key, max(key.shape[-1], 1)), value, index)
     return updated
 
@@ -138,14 +146,14 @@ def separate(
     scaling: str = "scaling",
     dropout: str = "attention_dropout",
 ) -> Forward:
-    """The `forward` of an attention with separate projections and nothing between them.
+    """Return the `forward` of an attention with separate projections and nothing between them.
 
-    It attends to `hidden_states`, or to `key_value_states` as a cross attention.
+    It attends to `hidden_states` or, as a cross attention, to `key_value_states`.
 
     Args:
-        query, key, value: attributes of the module.
-        output: likewise; empty when the output is projected outside the module.
-        heads, scaling, dropout: attributes that hold these numbers, dots allowed.
+        query, key, value: The attributes of the module that hold the projections.
+        output: The attribute that holds the output projection; empty if that is outside the module.
+        heads, scaling, dropout: The attributes that hold these numbers; dots are allowed.
     """
     count, scale, drop = _getter(heads), _getter(scaling), _getter(dropout)
 
@@ -178,7 +186,7 @@ def separate(
 
 
 def _getter(path: str) -> Callable[[Any], Any]:
-    """`operator.attrgetter` that `torch.compile` can look into."""
+    """Return an `operator.attrgetter` that `torch.compile` can look into."""
     names = path.split(".")
 
     def get(value: Any) -> Any:
@@ -190,13 +198,14 @@ def _getter(path: str) -> Callable[[Any], Any]:
 
 
 def rotary(sliding_window: str = "") -> Forward:
-    """The `forward` of LLaMA's attention and its relatives: rotary couples, grouped queries.
+    """Return the `forward` of LLaMA's attention and its relatives: rotary couples, grouped queries.
 
     With norms over the heads, the module has `q_norm` and `k_norm`, which run on the kept channels
     among zeros, and the query is multiplied by the buffer ``gain``, ``[heads]``.
 
     Args:
-        sliding_window: attribute that holds the window, dots allowed; empty when there is none.
+        sliding_window: The attribute that holds the window; dots are allowed. Empty if there is
+            none.
     """
     window = _getter(sliding_window) if sliding_window else None
 
@@ -217,7 +226,7 @@ def rotary(sliding_window: str = "") -> Forward:
                 query = _norm(self.q_norm, query, self.couples, self.head_dim)
                 query = query * self.gain.to(query.dtype).view(-1, 1, 1)
                 key = _norm(self.k_norm, key, self.couples, self.head_dim)
-            # [batch, tokens, head_dim] -> [batch, kv_heads, tokens, couples]: kept frequencies.
+            # [batch, tokens, head_dim] -> [batch, kv_heads, tokens, couples]
             cos, sin = (table[..., self.couples].transpose(1, 2) for table in position_embeddings)
             key = rotate(key, cos, sin)
             query = rotate(
@@ -240,11 +249,13 @@ def rotary(sliding_window: str = "") -> Forward:
 
 
 def _norm(norm: nn.Module, states: Tensor, couples: Tensor, width: int) -> Tensor:
-    """Norm over the kept channels among zeros. ``[batch, heads, tokens, 2 * couples]`` both ways.
+    """Norm the kept channels among zeros. ``[batch, heads, tokens, 2 * couples]`` both ways.
 
     Args:
-        couples: int64 ``[kv_heads, couples]``.
-        width: of the dense head.
+        norm: The norm of the dense head.
+        states: The kept channels.
+        couples: The index of every kept couple, int64 ``[kv_heads, couples]``.
+        width: The number of channels of the dense head.
     """
     channels = torch.cat((couples, couples + width // 2), dim=-1)
     channels = channels.repeat_interleave(states.shape[1] // len(couples), 0)
@@ -255,22 +266,27 @@ def _norm(norm: nn.Module, states: Tensor, couples: Tensor, width: int) -> Tenso
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of kept couples, half-split layout.
+    """Apply the rotary embedding to the kept couples, in the half-split layout.
 
     Args:
         states: ``[batch, heads, tokens, 2 * couples]``.
         cos: ``[batch, heads, tokens, couples]``, gathered for the couples of each head.
-        sin: likewise.
+        sin: ``[batch, heads, tokens, couples]``, gathered in the same way.
     """
     first, second = states.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def slim_class(stock: type[nn.Module], forward: Forward) -> type[nn.Module]:
-    """A subclass of a stock attention class that only replaces `forward`.
+    """Return a subclass of a stock attention class that replaces only `forward`.
 
-    It stays an instance of the stock class, so output recording and attention backends find it.
-    transformers names the key-value cache ``cache`` from 5.24 on, and ``past_key_values`` before.
+    Its modules stay instances of the stock class, so output recording and attention backends find
+    them. transformers names the key-value cache ``cache`` from 5.24 on, and ``past_key_values``
+    before; `forward` always gets it as ``cache``.
+
+    Args:
+        stock: The stock class.
+        forward: The function that replaces its `forward`.
     """
 
     def call(self: Any, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:

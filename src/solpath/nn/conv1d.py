@@ -1,12 +1,12 @@
-"""GPT-2's `Conv1D`, a linear layer with its weight transposed, for any sizes."""
+"""The `Conv1D` of GPT-2, a linear layer whose weight is transposed, for any sizes."""
 
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 
 class CutConv1D(Conv1D):
-    """A `Conv1D` that also runs with no inputs or no outputs."""
+    """A `Conv1D` that also runs without inputs or without outputs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in] -> [..., out]``."""
+        """Map ``[..., in] -> [..., out]``."""
         return x @ self.weight + self.bias

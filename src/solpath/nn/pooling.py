@@ -12,15 +12,16 @@ from solpath.nn.attention import by_head, pad_to, slim_class
 def pooling_forward(
     self: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Takes the place of the `forward` of a batch-first `nn.MultiheadAttention` without masks.
+    """Replace the `forward` of a batch-first `nn.MultiheadAttention` that is called without masks.
 
     Args:
         query: ``[batch, queries, features]``.
         key: ``[batch, tokens, features]``.
-        value: likewise.
+        value: ``[batch, tokens, features]``.
+        kwargs: Ignored.
 
     Returns:
-        ``[batch, queries, features]`` and None.
+        The states ``[batch, queries, features]``, and None in place of the probabilities.
     """
     heads = self.num_heads
     width = self.out_proj.in_features // heads
@@ -45,7 +46,12 @@ def pooling_forward(
 
 
 class QueryHook:
-    """Runs a function on the projected queries of a `nn.MultiheadAttention` until removed."""
+    """Runs a function on the projected queries of an `nn.MultiheadAttention` until it is removed.
+
+    Args:
+        module: The attention. Its class is replaced while the hook is there.
+        hook: The function, from queries to queries, ``[batch, queries, heads * qk]``.
+    """
 
     def __init__(self, module: nn.MultiheadAttention, hook: Callable[[Tensor], Tensor]) -> None:
         self._module, self._stock = module, type(module)
@@ -54,6 +60,6 @@ class QueryHook:
         vars(module)["on_query"] = hook
 
     def remove(self) -> None:
-        """Give the module its own `forward` back."""
+        """Give the module its own class and `forward` back."""
         del vars(self._module)["on_query"]
         self._module.__class__ = self._stock

@@ -1,1 +1,5 @@
-"""A family of models as files and pictures: the demo, its data, its charts and its page."""
+"""Show a family of models in files, charts and a page.
+
+The demo, which makes a family, its task, its charts and its report enter here. Whatever the report
+shows stands in `family.json`.
+"""

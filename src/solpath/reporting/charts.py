@@ -1,7 +1,7 @@
-"""Charts of the report: inline SVG whose colours are CSS variables, so one drawing fits any theme.
+"""Charts of the report as inline SVG whose colours are CSS variables, so that one fits any theme.
 
-Matplotlib draws with stand-in colours, and each stand-in is replaced by ``var(--name)``. Text
-stays text and takes the page's font.
+Matplotlib draws with stand-in colours, and each of them is then replaced by ``var(--name)``. Text
+stays text and takes the font of the page.
 """
 
 import io
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEVELS = 10
+"""The number of colours in `entry_chart`."""
 _COLOURS = ("ink", "muted", "grid", "accent", "soft", *(f"heat{i}" for i in range(LEVELS)))
 _STAND_IN = {name: f"#fe{i:02x}ef" for i, name in enumerate(_COLOURS)}
 _DASHES = ((0, ()), (0, (5, 2)), (0, (1.5, 2)), (0, (7, 2, 1.5, 2)), (0, (3, 1.5)), (0, (9, 3)))
@@ -31,10 +32,10 @@ class Series:
     """One line of a chart.
 
     Attributes:
-        label: what is written at its end.
-        x: sparsity in percent, ascending.
-        y: the values.
-        strong: drawn in the accent colour, over the others.
+        label: The text at the end of the line.
+        x: Sparsities in percent, ascending.
+        y: The value at each sparsity.
+        strong: Whether the line is drawn in the accent colour, over the others.
     """
 
     label: str
@@ -44,12 +45,12 @@ class Series:
 
 
 def quality_chart(series: Sequence[Series], *, name: str, narrow: bool) -> str:
-    """Lines over sparsity, each labelled at its end. Returns an ``<svg>`` element.
+    """Draw lines over sparsity, each labelled at its end, as an ``<svg>`` element.
 
     Args:
-        series: at least one, with at least one point each.
-        name: of the chart, unique on the page.
-        narrow: drawn for a screen of about 360 pixels.
+        series: The lines: at least one, each with at least one point.
+        name: A name for the chart that is unique on the page.
+        narrow: Whether to draw for a screen of about 360 pixels.
     """
     width, height = (3.6, 3.3) if narrow else (5.4, 3.5)
     figure, axes = _figure(width, height)
@@ -88,7 +89,7 @@ def quality_chart(series: Sequence[Series], *, name: str, narrow: bool) -> str:
 
 
 def _thinned(ticks: Sequence[float], gap: float) -> list[float]:
-    """Drop ticks that come closer than `gap` to the one before."""
+    """Return `ticks` without those that come closer than `gap` to the one before."""
     kept: list[float] = []
     for tick in ticks:
         if not kept or tick - kept[-1] >= gap:
@@ -97,7 +98,7 @@ def _thinned(ticks: Sequence[float], gap: float) -> list[float]:
 
 
 def _label_ends(axes: "Axes", series: Sequence[Series], last: float) -> None:
-    """Write every label right of its last point, pushed apart where they would overlap."""
+    """Write each label to the right of its last point, pushed apart where labels would overlap."""
     low, high = axes.get_ylim()
     gap = 0.062 * (high - low)
     ends = sorted(series, key=lambda line: line.y[-1])
@@ -133,15 +134,19 @@ def _label_ends(axes: "Axes", series: Sequence[Series], last: float) -> None:
 
 
 def _plot_height(axes: "Axes") -> float:
-    """Height of the plot in points."""
+    """Return the height of the plot in points."""
     figure = cast("Figure", axes.get_figure())
     return float(axes.get_position().height * figure.get_figheight() * 72)
 
 
 def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Move ascending `values` as little as possible so that neighbours are `gap` apart.
+    """Move ascending `values` as little as possible so that neighbours are at least `gap` apart.
 
-    Values stay in ``[low, high]`` when that is possible at all.
+    The values stay in ``[low, high]`` if they can.
+
+    Example:
+        >>> spread([1.0, 1.0, 5.0], gap=1.0, low=0.0, high=6.0)
+        [0.5, 1.5, 5.0]
     """
     groups: list[list[float]] = []  # [sum of (value - offset), count]
     for i, value in enumerate(values):
@@ -156,10 +161,17 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def entry_chart(path: SolutionPath, *, name: str, narrow: bool, titles: Mapping[str, str]) -> str:
-    """One strip per pair: its units from first to last, coloured by when they enter.
+    """Draw one strip per pair, coloured by when its units enter, as an ``<svg>`` element.
 
-    The colour is the share of the prunable parameters that is kept when a unit enters, in
-    `LEVELS` steps. Returns an ``<svg>`` element.
+    The units of a strip run from the first that enters to the last. The colour of a unit is the
+    share of the prunable parameters that is kept when it enters, in `LEVELS` steps.
+
+    Args:
+        path: The path.
+        name: A name for the chart that is unique on the page.
+        narrow: Whether to draw for a screen of about 360 pixels.
+        titles: Kind of pair to the title above its strips. A kind without an entry is its own
+            title.
     """
     kinds = list(dict.fromkeys(pair.kind for pair in path.pairs))
     rows = max(sum(pair.kind == kind for pair in path.pairs) for kind in kinds)
@@ -216,7 +228,9 @@ def entry_chart(path: SolutionPath, *, name: str, narrow: bool, titles: Mapping[
 
 
 def entry_shares(path: SolutionPath) -> dict[str, torch.Tensor]:
-    """For every unit, the share of the prunable parameters kept when it enters, itself included.
+    """Return the share of the prunable parameters that is kept when each unit enters.
+
+    The unit itself is included.
 
     Returns:
         Pair name to float64 ``[heads, width]`` in (0, 1].
@@ -252,7 +266,7 @@ def _style(axes: "Axes") -> None:
 
 
 def _svg(figure: "Figure", name: str) -> str:
-    """Draw to an ``<svg>`` element for HTML: no prolog, metadata, namespaces or fixed size."""
+    """Draw an ``<svg>`` element for HTML: no prolog, no metadata, no namespaces, no fixed size."""
     import matplotlib
 
     stream = io.StringIO()

@@ -39,8 +39,11 @@ from solpath.storing.reading import load
 from solpath.storing.writing import save
 
 SIZES = {"s20": 0.20, "s40": 0.40, "s60": 0.60, "s75": 0.75}
+"""Name to sparsity of every member but the dense model."""
 CHECKPOINT = "checkpoint"
+"""The folder of the search's checkpoint, in the folder of the demo. It is removed at the end."""
 Say = Callable[[str], None]
+"""A function that shows one line of text."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,14 @@ class Scale:
     """How much work a demo does.
 
     Attributes:
-        steps: of the search.
-        test: held-out pairs.
-        methods: baselines to compare with.
-        tokens: per text when latency is measured, on 8 texts.
-        repeats: timed passes.
-        scale_batches: batches of the one-shot scale.
-        fit_batches: batches that the cut models are compensated on.
+        steps: The steps of the search.
+        test: The number of held-out text pairs.
+        methods: The baselines to compare with.
+        tokens: The number of tokens per text when latency is measured, on 8 texts.
+        repeats: The number of timed passes.
+        scale_batches: The number of batches that the one-shot scale of the search and of the
+            baselines is measured on.
+        fit_batches: The number of batches that members are compensated on.
     """
 
     steps: int
@@ -81,22 +85,26 @@ def run_demo(
     progress: bool = True,
     say: Say = lambda text: None,
 ) -> Family:
-    """Search, cut, compensate, save, compare, measure and report. See `solpath demo --help`.
+    """Search a model, cut and compensate a family, compare it, measure it, and report on it.
 
-    An interrupted search goes on when the demo is started again with the same settings.
+    A demo that was interrupted during its search goes on when it is started again with the same
+    settings.
 
     Args:
-        out: new or empty folder, or that of an interrupted demo.
-        model: folder or hub id; default: the model of the ``demo`` extra.
-        steps: of the search; default 200, or 40 when `quick`.
-        progress: show a progress bar during the search.
-        say: called with one line at each stage.
+        out: A folder that is new or empty, or that of an interrupted demo.
+        quick: Whether to do less of everything.
+        model: A folder or Hub id. None takes the model of the ``demo`` extra.
+        seed: Seeds the search, the baselines and the order of the texts.
+        steps: The steps of the search. None takes 200, or 40 if `quick`.
+        progress: Whether to show progress bars.
+        say: Called with one line of text at each stage.
 
     Returns:
         What is written to ``family.json`` and shown in the report.
 
     Raises:
-        SolpathError: see `search`, `save`, `read_corpus`, `write_report`.
+        SolpathError: See `search`, `compensate`, `save`, `read_corpus`, `installed_model`,
+            `from_pretrained` and `write_report`.
     """
     scale = QUICK if quick else FULL
     config = SearchConfig(
@@ -194,11 +202,16 @@ def run_demo(
     return family
 
 
-_FREE = frozenset({"random", "magnitude"})  # baselines that look at no text
+_FREE = frozenset({"random", "magnitude"})  # baselines that read no text
 
 
 class Judge:
-    """Quality on the held-out pairs, against the dense model's own embeddings."""
+    """Quality on the held-out text pairs, measured against the embeddings of the dense model.
+
+    Args:
+        dense: The dense model, as a function from texts to embeddings.
+        corpus: The text, of which only the test split is used.
+    """
 
     def __init__(self, dense: Embed, corpus: Corpus) -> None:
         self._pairs = corpus.test
@@ -206,7 +219,7 @@ class Judge:
         self._reference = dense(self._texts)
 
     def quality(self, embed: Embed) -> dict[str, float]:
-        """``cosine`` to the dense embeddings (mean), and ``retrieval`` accuracy@1."""
+        """Return mean ``cosine`` to the dense model and the ``retrieval`` accuracy@1."""
         found = embed(self._texts)
         row = dict(zip(self._texts, found, strict=True))
 
@@ -222,7 +235,13 @@ def members(
     quality: Mapping[str, Mapping[str, float]],
     measured: Mapping[str, Measurement],
 ) -> tuple[Member, ...]:
-    """The dense model and each size: cost, latency and quality."""
+    """Return the dense model and every size with its cost, latency and quality.
+
+    Args:
+        path: The path that the family was cut from.
+        quality: Name of a member to its ``cosine`` and ``retrieval``.
+        measured: Name of a member to its measured cost, the dense model as ``"dense"``.
+    """
     dense = measured["dense"]
     rows = []
     for name, cost in measured.items():

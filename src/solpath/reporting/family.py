@@ -1,6 +1,6 @@
 """A family of models as one typed value, and `family.json`, which holds it.
 
-The demo writes the file and the report reads it; what both may rely on is said here once.
+The demo writes the file and the report reads it. What both may rely on is stated here once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,22 @@ from solpath.planning.path import SolutionPath
 
 FORMAT, FORMAT_VERSION = "solpath.family", 2
 FILE = "family.json"
+"""The name of the file, in the folder of the family."""
 
 Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
 class DenseModel:
-    """The dense model: its name, class and SHA-256, and its units and prunable parameters."""
+    """The dense model of a family.
+
+    Attributes:
+        name: The name that the report shows.
+        architecture: The name of its class.
+        sha256: The SHA-256 of its weight file in hexadecimal; None if it is not one file.
+        units: The number of units.
+        prunable: The number of prunable parameters; None if it was not recorded.
+    """
 
     name: str
     architecture: str = field(metadata={"key": "class"})
@@ -32,7 +41,16 @@ class DenseModel:
 
 @dataclass(frozen=True)
 class SearchRun:
-    """The search: method, seconds, steps, seed, seconds of the compensation, and its text."""
+    """The search that a family comes from.
+
+    Attributes:
+        method: The name of the method.
+        seconds: The seconds that the search took.
+        steps: The steps of the search.
+        seed: The seed of the search.
+        compensation_seconds: The seconds that compensating all members took.
+        text: A description of the text that was searched on.
+    """
 
     method: str
     seconds: float
@@ -44,7 +62,12 @@ class SearchRun:
 
 @dataclass(frozen=True)
 class Task:
-    """What members are scored on: a name, and the number of held-out pairs."""
+    """What members are scored on.
+
+    Attributes:
+        name: The name of the score.
+        pairs: The number of held-out text pairs.
+    """
 
     name: str
     pairs: int
@@ -52,7 +75,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Point:
-    """Quality of one method at one size."""
+    """The quality of one method at one size.
+
+    Attributes:
+        sparsity: The sparsity that was asked for.
+        cosine: The mean cosine over the held-out texts to the embeddings of the dense model.
+        retrieval: The accuracy of the task.
+    """
 
     sparsity: float
     cosine: float
@@ -61,7 +90,13 @@ class Point:
 
 @dataclass(frozen=True)
 class MethodRun:
-    """One method: seconds that its order took, and its quality at every size."""
+    """One method that orders units, and its quality at every size.
+
+    Attributes:
+        name: The name of the method.
+        seconds: The seconds that its order took, and its compensation if there was one.
+        points: The quality at every size.
+    """
 
     name: str
     seconds: float
@@ -70,18 +105,21 @@ class MethodRun:
 
 @dataclass(frozen=True)
 class Member:
-    """One model of the family: where it is, what it costs, how good it is, and its widths.
+    """One model of the family: what it costs, how good it is, and how wide it is.
 
     Attributes:
-        name: ``"dense"``, or that of its size.
-        folder: of the saved model, relative to the family's; None for the dense model.
-        sparsity: share of the prunable parameters that was removed.
-        params, macs, bytes: see `solpath.measuring.measurement.Measurement`.
-        params_share, macs_share: as a share of the dense model.
-        latency_ms, latency_iqr_ms: median time of one forward pass, and its interquartile range.
-        cosine: mean over the held-out texts, to the embeddings of the dense model.
-        retrieval: accuracy of the task.
-        widths: pair name to the units that every head keeps.
+        name: ``"dense"``, or the name of its size.
+        folder: The folder of the saved model, relative to that of the family; None for the dense
+            model.
+        sparsity: The share of the prunable parameters that was removed.
+        params, macs: See `solpath.measuring.measurement.Measurement`.
+        bytes: The bytes of the weights on disk.
+        params_share, macs_share: `params` and `macs` as a share of those of the dense model.
+        latency_ms: The median time of one forward pass, in milliseconds.
+        latency_iqr_ms: The interquartile range of that time, in milliseconds.
+        cosine: The mean cosine over the held-out texts to the embeddings of the dense model.
+        retrieval: The accuracy of the task.
+        widths: Pair name to the number of units that each head keeps.
     """
 
     name: str
@@ -101,7 +139,13 @@ class Member:
 
 @dataclass(frozen=True)
 class Timing:
-    """What latencies were taken on: samples, tokens of each, and timed passes."""
+    """What latencies were measured on.
+
+    Attributes:
+        samples: The number of samples in the batch.
+        tokens: The number of tokens per sample.
+        repeats: The number of timed passes.
+    """
 
     samples: int
     tokens: int
@@ -110,16 +154,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Family:
-    """Everything a report shows. The first member is the dense model.
+    """Everything that a report shows.
 
     Attributes:
-        model: the dense model.
-        search: the search that gave the order.
-        task: what members are scored on.
-        methods: the search and what it is compared with.
-        members: dense first, then by size.
-        measured: what latencies were taken on.
-        provenance: see `solpath.running.provenance`.
+        model: The dense model.
+        search: The search that gave the order.
+        task: What members are scored on.
+        methods: The search and the methods that it is compared with.
+        members: The dense model first, then the members by ascending sparsity.
+        measured: What latencies were measured on.
+        provenance: See `solpath.running.provenance`.
     """
 
     model: DenseModel
@@ -131,19 +175,20 @@ class Family:
     provenance: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """What `family.json` holds."""
+        """Return what `family.json` holds."""
         return {"format": FORMAT, "version": FORMAT_VERSION, **_plain(self)}
 
     def write(self, folder: Path) -> None:
-        """Write `family.json`, atomically. Raises `FileError` if that is not possible."""
+        """Write `family.json` atomically. Raise `FileError` if it cannot be written."""
         write_file(folder / FILE, json_bytes(self.to_dict()))
 
     @classmethod
     def read(cls, folder: Path) -> "Family":
-        """Read `family.json`, every field checked.
+        """Read `family.json` and check every field.
 
         Raises:
-            FileError: naming the file and the field.
+            FileError: The file is missing or damaged, or a field is missing or wrong. The message
+                names the file and the field.
         """
         file = folder / FILE
         value = read_json(file)
@@ -152,13 +197,13 @@ class Family:
         if type(family.provenance.get("threads")) is not int:
             raise FileError(f"{file}: provenance.threads is not a number.")
         dense = family.members[0]
-        for name in ("bytes", "latency_ms"):  # shares are taken of them
+        for name in ("bytes", "latency_ms"):  # the report divides by them
             if not getattr(dense, name) > 0:
                 raise FileError(f"{file}: members[0].{name} must be positive.")
         return family
 
     def check_widths(self, folder: Path, path: SolutionPath) -> None:
-        """Raise `FileError` unless every member has a width for every pair of the path."""
+        """Raise `FileError` unless every member has a possible width for every pair of the path."""
         for i, member in enumerate(self.members):
             for pair in path.pairs:
                 width = member.widths.get(pair.name)
@@ -170,7 +215,7 @@ class Family:
 
 
 def _plain(value: Any) -> Any:
-    """A dataclass, and all it holds, as plain values."""
+    """Return a dataclass, and everything in it, as plain values."""
     if is_dataclass(value):
         return {_key(part): _plain(getattr(value, part.name)) for part in fields(value)}
     if isinstance(value, tuple):
@@ -184,7 +229,7 @@ def _key(part: Any) -> str:
 
 
 def _built(kind: type[Part], file: Path, where: str, value: Any) -> Part:
-    """The dataclass `kind` from plain values, by the types of its fields."""
+    """Build the dataclass `kind` from plain values, checked against the types of its fields."""
     if not isinstance(value, dict):
         raise FileError(f"{file}: {where} is missing or not an object.")
     hints, parts = get_type_hints(kind), {}
@@ -197,7 +242,7 @@ def _built(kind: type[Part], file: Path, where: str, value: Any) -> Part:
 
 
 def _checked(hint: Any, file: Path, where: str, value: Any) -> Any:
-    """`value` as the type `hint`. Raises `FileError` if it is something else."""
+    """Return `value` as the type `hint`. Raise `FileError` if it is something else."""
     options: Sequence[Any] = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     if value is None and NoneType in options:
         return None

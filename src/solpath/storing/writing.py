@@ -232,7 +232,7 @@ def _write(
             raise FileError(f"could not write {name}: {error}") from error
         written.append(folder / name)
     with digests(written) as found:
-        for path in written:  # takes as long as the digests, so do both at once
+        for path in written:  # this takes as long as the digests, so both run at once
             sync(path)
         known = {name: digest.result() for name, digest in found.items()}
     texts: dict[str, Mapping[str, Any] | None] = {CONFIG: contents.config}
