@@ -2,8 +2,8 @@
 
 One table per ``config.model_type``, or per class of timm, enters here: where its attentions and
 MLPs are, and the `forward` that runs an attention with unequal widths. To add one, describe its
-layers in `Stack`s and call `register`, or list its module in `_MODULES`. docs/adding-an-architecture.md walks
-through a toy.
+layers in `Stack`s and call `register`, or list its module in `_MODULES`;
+docs/adding-an-architecture.md walks through a toy.
 """
 
 from solpath.arch.table import (

@@ -60,13 +60,13 @@ class SolutionPath:
             every unit of the queries, then of the key.
         basis: Pair name to the axes along which its units lie, float64 ``[heads, width, width]``
             (see `solpath.model.basis`). Pairs that are not in it have the channels as units.
+        unreached: Names of the pairs that no batch reached. They are not in `pairs`: they stay
+            whole in every plan, and their parameters do not count as prunable.
 
     Example:
         >>> path
         SolutionPath(spp: 256 units in 6 pairs of BertForSequenceClassification,
         16,704 of 37,922 parameters prunable, 4 steps, seed 0)
-        unreached: Names of the pairs that no batch reached. They are not in `pairs`: they stay
-            whole in every plan, and their parameters do not count as prunable.
     """
 
     pairs: tuple[Pair, ...]

@@ -37,12 +37,12 @@ class Plan:
             model.
         latency_ms: For a latency budget, milliseconds of one forward pass: ``"predicted"`` by the
             table and, from `plan_for_latency`, ``"measured"`` on the extracted model.
+        unreached: See `SolutionPath.unreached`.
 
     Example:
         >>> plan = path.plan(sparsity=0.5, protect=["*layer.0.*"])
         >>> [width for name, width in plan.widths.items() if ".layer.0." in name]
         [8, 8, 64]
-        unreached: See `SolutionPath.unreached`.
     """
 
     pairs: tuple[Pair, ...]
