@@ -89,7 +89,7 @@ def test_rotary_couples_are_half_a_head_apart():
 def test_macs_of_the_dense_model_fall_by_the_cost_of_units(model):
     costs = count_costs(model, find_pairs(model), inputs(model, samples=1))
     inner = sum(p.units * costs.unit["macs"][p.name] for p in find_pairs(model))
-    assert 0 < inner < costs.dense["macs"]
+    assert 0 < inner <= costs.dense["macs"]
     assert costs.dense["params"] == sum(p.numel() for p in model.parameters())
 
 
