@@ -28,6 +28,8 @@ IMAGE: dict[str, object] = {"image_size": 8, "patch_size": 4, "num_channels": 1}
 EOS: dict[str, object] = {"bos_token_id": 58, "eos_token_id": 59, "projection_dim": 12}
 GEMMA: dict[str, object] = {"num_key_value_heads": 2, "head_dim": 10, "sliding_window": 4}
 GEMMA |= {"layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16}
+POSITIONS: dict[str, object] = {"relative_attention": True, "position_biased_input": False}
+POSITIONS |= {"pos_att_type": ["p2c", "c2p"]}
 TWO_SIDES: dict[str, object] = {"vocab_size": 60, "d_model": 36, "max_position_embeddings": 40}
 TWO_SIDES |= {"encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 43}
 TWO_SIDES |= {"decoder_layers": 2, "decoder_attention_heads": 3, "decoder_ffn_dim": 31}
@@ -37,6 +39,14 @@ TWO_SIDES |= {"forced_eos_token_id": None}
 # Class and sizes of the models to build for a type; every known type must be here. What follows
 # the type in a label tells several cases of it apart.
 CASES: dict[str, tuple[str, dict[str, object]]] = {
+    "albert": (
+        "AlbertForMaskedLM",
+        TOWER | TEXT | {"embedding_size": 16, "num_hidden_layers": 4, "num_hidden_groups": 2},
+    ),
+    "albert inner": (  # a group of two layers that runs three times
+        "AlbertModel",
+        TOWER | TEXT | {"embedding_size": 16, "num_hidden_layers": 3, "inner_group_num": 2},
+    ),
     "bart": ("BartForConditionalGeneration", TWO_SIDES),
     "bert": ("BertModel", SIZES | TEXT),
     "bert one head": (
@@ -45,6 +55,10 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
                 "intermediate_size": 31},
     ),
     "bert-generation": ("BertGenerationEncoder", TOWER | TEXT),
+    "big_bird": (
+        "BigBirdModel",
+        TOWER | TEXT | {"attention_type": "original_full", "use_bias": False},
+    ),
     "blenderbot": ("BlenderbotForConditionalGeneration", TWO_SIDES),
     "blenderbot-small": ("BlenderbotSmallForConditionalGeneration", TWO_SIDES),
     "camembert": ("CamembertForSequenceClassification", SIZES | TEXT),
@@ -53,6 +67,13 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "clip_text_model": ("CLIPTextModelWithProjection", TOWER | TEXT | EOS),
     "clip_vision_model": ("CLIPVisionModelWithProjection", TOWER | IMAGE),
     "data2vec-text": ("Data2VecTextForMaskedLM", TOWER | TEXT),
+    "deberta-v2": (
+        "DebertaV2ForMaskedLM",
+        TOWER | TEXT | POSITIONS | {"share_att_key": True, "position_buckets": 4,
+                                    "norm_rel_ebd": "layer_norm", "conv_kernel_size": 3},
+    ),
+    "deberta-v2 apart": ("DebertaV2ForTokenClassification", TOWER | TEXT | POSITIONS),
+    "deberta-v2 absolute": ("DebertaV2Model", TOWER | TEXT),
     "deit": ("DeiTForImageClassificationWithTeacher", SIZES | IMAGE),
     "dinov2": ("Dinov2ForImageClassification", TOWER | IMAGE | {"mlp_ratio": 2}),
     "dinov2 gated": ("Dinov2Model", TOWER | IMAGE | {"mlp_ratio": 2, "use_swiglu_ffn": True}),
@@ -62,6 +83,14 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "electra": ("ElectraForTokenClassification", SIZES | TEXT | {"embedding_size": 16}),
     "ernie": ("ErnieForSequenceClassification", TOWER | TEXT | {"use_task_id": True}),
+    "esm": (
+        "EsmForTokenClassification",
+        TOWER | TEXT | {"position_embedding_type": "rotary", "mask_token_id": 58},
+    ),
+    "esm absolute": (
+        "EsmModel",
+        TOWER | TEXT | {"mask_token_id": 58, "emb_layer_norm_before": True},
+    ),
     "gemma3": (
         "Gemma3ForConditionalGeneration",
         {"text_config": TOWER | TEXT | GEMMA, "vision_config": TOWER | IMAGE,
@@ -87,9 +116,17 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "m2m_100": ("M2M100ForConditionalGeneration", TWO_SIDES),
     "marian": ("MarianMTModel", TWO_SIDES),
     "mbart": ("MBartForConditionalGeneration", TWO_SIDES),
+    "megatron-bert": ("MegatronBertForMaskedLM", TOWER | TEXT),
     "mistral": (
         "MistralForCausalLM", TOWER | TEXT | {"num_key_value_heads": 3, "sliding_window": 4}
     ),
+    "modernbert": (
+        "ModernBertForMaskedLM",
+        TOWER | TEXT | {"layer_types": ["sliding_attention", "full_attention"],
+                        # Padding sees a token: 7 tokens away at most, of 9.
+                        "local_attention": 12, "attention_bias": True},
+    ),
+    "mpnet": ("MPNetForMaskedLM", TOWER | TEXT),
     "mt5": (
         "MT5ForConditionalGeneration",
         {"vocab_size": 60, "d_model": 32, "d_kv": 7, "d_ff": 43, "num_layers": 2, "num_heads": 3,
@@ -106,6 +143,10 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen2": ("Qwen2ForCausalLM", SIZES | TEXT | {"num_key_value_heads": 2}),
     "qwen3": (
         "Qwen3ForCausalLM", SIZES | TEXT | {"num_key_value_heads": 1, "head_dim": 10}
+    ),
+    "rembert": (
+        "RemBertModel",
+        TOWER | TEXT | {"input_embedding_size": 10, "output_embedding_size": 14},
     ),
     "roberta": ("RobertaForMaskedLM", SIZES | TEXT),
     "roberta-prelayernorm": ("RobertaPreLayerNormForMaskedLM", TOWER | TEXT),

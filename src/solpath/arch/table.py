@@ -10,9 +10,11 @@ from torch import nn
 from solpath.errors import UnsupportedModelError
 
 _MODULES = {
+    "albert": "albert",
     "bart": "whisper",
     "bert": "bert",
     "bert-generation": "bert",
+    "big_bird": "rembert",
     "blenderbot": "whisper",
     "blenderbot-small": "whisper",
     "camembert": "bert",
@@ -20,11 +22,13 @@ _MODULES = {
     "clip_text_model": "clip",
     "clip_vision_model": "clip",
     "data2vec-text": "bert",
+    "deberta-v2": "deberta",
     "deit": "vit",
     "dinov2": "vit",
     "distilbert": "distilbert",
     "electra": "bert",
     "ernie": "bert",
+    "esm": "esm",
     "gemma3": "gemma3",
     "gemma3_text": "gemma3",
     "gpt2": "gpt2",
@@ -33,13 +37,17 @@ _MODULES = {
     "m2m_100": "whisper",
     "marian": "whisper",
     "mbart": "whisper",
+    "megatron-bert": "rembert",
     "mistral": "llama",
+    "modernbert": "modernbert",
+    "mpnet": "mpnet",
     "mt5": "t5",
     "opt": "opt",
     "pegasus": "whisper",
     "plbart": "whisper",
     "qwen2": "llama",
     "qwen3": "qwen3",
+    "rembert": "rembert",
     "roberta": "bert",
     "roberta-prelayernorm": "bert",
     "siglip": "siglip",
@@ -81,6 +89,7 @@ class Attention:
             layers; empty when it has one.
         identity: modules of the attention that must be `nn.Identity`, None or absent, because
             cutting would change what they do.
+        qk: whether queries and keys are a pair; otherwise they stay whole.
         cached: whether generation caches its keys and values, one per generated token.
         name: what its pairs are called, after the name of the block.
     """
@@ -98,6 +107,7 @@ class Attention:
     norm_dim: int = -2
     kind: str = ""
     identity: tuple[str, ...] = ()
+    qk: bool = True
     cached: bool = False
     name: str = "attention"
 
@@ -107,7 +117,8 @@ class Mlp:
     """Where one block's MLP is, relative to the block.
 
     Attributes:
-        left: fc1, or gate and up.
+        left: fc1, or gate and up. A fused layer is named twice; its first half is the one,
+            its second half the other.
         right: fc2, or down.
         identity: modules of the block that must be `nn.Identity`, None or absent, because cutting
             would change what they do.
