@@ -28,21 +28,52 @@ IMAGE: dict[str, object] = {"image_size": 8, "patch_size": 4, "num_channels": 1}
 EOS: dict[str, object] = {"bos_token_id": 58, "eos_token_id": 59, "projection_dim": 12}
 GEMMA: dict[str, object] = {"num_key_value_heads": 2, "head_dim": 10, "sliding_window": 4}
 GEMMA |= {"layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16}
+POSITIONS: dict[str, object] = {"relative_attention": True, "position_biased_input": False}
+POSITIONS |= {"pos_att_type": ["p2c", "c2p"]}
+TWO_SIDES: dict[str, object] = {"vocab_size": 60, "d_model": 36, "max_position_embeddings": 40}
+TWO_SIDES |= {"encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 43}
+TWO_SIDES |= {"decoder_layers": 2, "decoder_attention_heads": 3, "decoder_ffn_dim": 31}
+TWO_SIDES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
+TWO_SIDES |= {"forced_eos_token_id": None}
 
 # Class and sizes of the models to build for a type; every known type must be here. What follows
 # the type in a label tells several cases of it apart.
 CASES: dict[str, tuple[str, dict[str, object]]] = {
+    "albert": (
+        "AlbertForMaskedLM",
+        TOWER | TEXT | {"embedding_size": 16, "num_hidden_layers": 4, "num_hidden_groups": 2},
+    ),
+    "albert inner": (  # a group of two layers that runs three times
+        "AlbertModel",
+        TOWER | TEXT | {"embedding_size": 16, "num_hidden_layers": 3, "inner_group_num": 2},
+    ),
+    "bart": ("BartForConditionalGeneration", TWO_SIDES),
     "bert": ("BertModel", SIZES | TEXT),
     "bert one head": (
         "BertModel",
         TEXT | {"hidden_size": 15, "num_hidden_layers": 1, "num_attention_heads": 1,
                 "intermediate_size": 31},
     ),
+    "bert-generation": ("BertGenerationEncoder", TOWER | TEXT),
+    "big_bird": (
+        "BigBirdModel",
+        TOWER | TEXT | {"attention_type": "original_full", "use_bias": False},
+    ),
+    "blenderbot": ("BlenderbotForConditionalGeneration", TWO_SIDES),
+    "blenderbot-small": ("BlenderbotSmallForConditionalGeneration", TWO_SIDES),
     "camembert": ("CamembertForSequenceClassification", SIZES | TEXT),
     "clip": ("CLIPModel", {"text_config": TOWER | TEXT | EOS, "vision_config": TOWER | IMAGE,
                            "projection_dim": 12}),
     "clip_text_model": ("CLIPTextModelWithProjection", TOWER | TEXT | EOS),
     "clip_vision_model": ("CLIPVisionModelWithProjection", TOWER | IMAGE),
+    "data2vec-text": ("Data2VecTextForMaskedLM", TOWER | TEXT),
+    "deberta-v2": (
+        "DebertaV2ForMaskedLM",
+        TOWER | TEXT | POSITIONS | {"share_att_key": True, "position_buckets": 4,
+                                    "norm_rel_ebd": "layer_norm", "conv_kernel_size": 3},
+    ),
+    "deberta-v2 apart": ("DebertaV2ForTokenClassification", TOWER | TEXT | POSITIONS),
+    "deberta-v2 absolute": ("DebertaV2Model", TOWER | TEXT),
     "deit": ("DeiTForImageClassificationWithTeacher", SIZES | IMAGE),
     "dinov2": ("Dinov2ForImageClassification", TOWER | IMAGE | {"mlp_ratio": 2}),
     "dinov2 gated": ("Dinov2Model", TOWER | IMAGE | {"mlp_ratio": 2, "use_swiglu_ffn": True}),
@@ -51,6 +82,15 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
         {"vocab_size": 60, "dim": 36, "n_heads": 4, "n_layers": 2, "hidden_dim": 43},
     ),
     "electra": ("ElectraForTokenClassification", SIZES | TEXT | {"embedding_size": 16}),
+    "ernie": ("ErnieForSequenceClassification", TOWER | TEXT | {"use_task_id": True}),
+    "esm": (
+        "EsmForTokenClassification",
+        TOWER | TEXT | {"position_embedding_type": "rotary", "mask_token_id": 58},
+    ),
+    "esm absolute": (
+        "EsmModel",
+        TOWER | TEXT | {"mask_token_id": 58, "emb_layer_norm_before": True},
+    ),
     "gemma3": (
         "Gemma3ForConditionalGeneration",
         {"text_config": TOWER | TEXT | GEMMA, "vision_config": TOWER | IMAGE,
@@ -63,6 +103,9 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
         {"vocab_size": 60, "n_positions": 40, "n_embd": 36, "n_layer": 2, "n_head": 4,
          "n_inner": 43, "bos_token_id": 1, "eos_token_id": 2},
     ),
+    "layoutlm": (
+        "LayoutLMModel", TOWER | TEXT | {"max_2d_position_embeddings": 20}
+    ),
     "llama": ("LlamaForCausalLM", SIZES | TEXT | {"num_key_value_heads": 2}),
     "llama 1:6": (
         "LlamaForCausalLM",
@@ -70,8 +113,24 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
                 "num_key_value_heads": 1, "head_dim": 10, "intermediate_size": 37,
                 "attention_bias": True},
     ),
+    "m2m_100": ("M2M100ForConditionalGeneration", TWO_SIDES),
+    "marian": ("MarianMTModel", TWO_SIDES),
+    "mbart": ("MBartForConditionalGeneration", TWO_SIDES),
+    "megatron-bert": ("MegatronBertForMaskedLM", TOWER | TEXT),
     "mistral": (
         "MistralForCausalLM", TOWER | TEXT | {"num_key_value_heads": 3, "sliding_window": 4}
+    ),
+    "modernbert": (
+        "ModernBertForMaskedLM",
+        TOWER | TEXT | {"layer_types": ["sliding_attention", "full_attention"],
+                        # Padding sees a token: 7 tokens away at most, of 9.
+                        "local_attention": 12, "attention_bias": True},
+    ),
+    "mpnet": ("MPNetForMaskedLM", TOWER | TEXT),
+    "mt5": (
+        "MT5ForConditionalGeneration",
+        {"vocab_size": 60, "d_model": 32, "d_kv": 7, "d_ff": 43, "num_layers": 2, "num_heads": 3,
+         "decoder_start_token_id": 0},
     ),
     "opt": (
         "OPTForCausalLM",
@@ -79,11 +138,18 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
          "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 16,
          "pad_token_id": 0},
     ),
+    "pegasus": ("PegasusForConditionalGeneration", TWO_SIDES),
+    "plbart": ("PLBartForConditionalGeneration", TWO_SIDES),
     "qwen2": ("Qwen2ForCausalLM", SIZES | TEXT | {"num_key_value_heads": 2}),
     "qwen3": (
         "Qwen3ForCausalLM", SIZES | TEXT | {"num_key_value_heads": 1, "head_dim": 10}
     ),
+    "rembert": (
+        "RemBertModel",
+        TOWER | TEXT | {"input_embedding_size": 20, "output_embedding_size": 14},
+    ),
     "roberta": ("RobertaForMaskedLM", SIZES | TEXT),
+    "roberta-prelayernorm": ("RobertaPreLayerNormForMaskedLM", TOWER | TEXT),
     "siglip": ("SiglipModel", {"text_config": TOWER | TEXT | EOS,
                                "vision_config": TOWER | IMAGE}),
     "siglip_text_model": ("SiglipTextModel", TOWER | TEXT | EOS),
@@ -104,6 +170,11 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
         {"vocab_size": 60, "d_model": 32, "d_kv": 10, "d_ff": 43, "num_layers": 1, "num_heads": 4,
          "num_decoder_layers": 2, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0},
     ),
+    "umt5": (
+        "UMT5ForConditionalGeneration",
+        {"vocab_size": 60, "d_model": 32, "d_kv": 7, "d_ff": 43, "num_layers": 2, "num_heads": 3,
+         "decoder_start_token_id": 0},
+    ),
     "vit": ("ViTForImageClassification", SIZES | IMAGE),
     "whisper": (
         "WhisperForConditionalGeneration",
@@ -114,6 +185,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
          "decoder_start_token_id": 3, "suppress_tokens": None, "begin_suppress_tokens": None},
     ),
     "xlm-roberta": ("XLMRobertaModel", SIZES | TEXT),
+    "xlm-roberta-xl": ("XLMRobertaXLModel", TOWER | TEXT),
 }  # fmt: skip
 
 # Likewise for timm, which need not be installed: name of a model, and its sizes.
@@ -148,8 +220,8 @@ def build(label: str, *, seed: int = 0, **changes: object) -> nn.Module:
 
 
 def randomise_(model: nn.Module) -> nn.Module:
-    """Draw all parameters, biases too."""
-    for parameter in model.parameters():
+    """Draw all parameters, biases too, but the sinusoids that transformers freezes."""
+    for parameter in (p for p in model.parameters() if p.requires_grad):
         nn.init.normal_(parameter, std=0.15 if parameter.dim() > 1 else 0.5)
     return model
 
@@ -178,7 +250,7 @@ def inputs(
         tokens = torch.cat([image, text["input_ids"]], 1)
         mask = torch.cat([torch.ones_like(image), text["attention_mask"]], 1)
         return {"input_ids": tokens, "attention_mask": mask} | images
-    if kind == "t5":
+    if model.config.is_encoder_decoder:
         return text | {"decoder_input_ids": _tokens(samples, generator)["input_ids"]}
     return images if model.main_input_name == "pixel_values" else text
 

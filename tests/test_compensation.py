@@ -220,7 +220,7 @@ def test_twins_are_told_apart_from_loners(label):
             linear = linear_map(model, side.module)
             for parameter in linear.parameters().values():
                 rows = parameter if linear.outputs == 0 or parameter.dim() == 1 else parameter.T
-                rows[last] = rows[0]
+                rows[side.offset + last] = rows[side.offset]
     data = batches(model, 8, 8)
     with torch.no_grad(), input_hooks(model, [pair], None) as inputs_seen:
         for batch in data:

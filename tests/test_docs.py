@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import solpath
-from solpath.arch import table
+from solpath.arch import known_model_types, table
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(page.relative_to(ROOT) for page in (ROOT / "docs").rglob("*.md"))
@@ -30,6 +30,11 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
     _forget_registered_types(monkeypatch)
     torch.manual_seed(0)
     exec(compile("\n".join(blocks), page, "exec"), {"__name__": page})
+
+
+def test_every_known_type_is_in_the_guide():
+    guide = (ROOT / "docs/guides/your-model-and-data.md").read_text()
+    assert [name for name in known_model_types() if f"`{name}`" not in guide] == []
 
 
 def _use_the_installed_model(monkeypatch):

@@ -11,7 +11,12 @@ from plans import random_plan
 GENERATORS = [
     label for label, (name, _) in CASES.items() if getattr(transformers, name).can_generate()
 ]
-TEXT_ONLY = [label for label in GENERATORS if label not in ("gemma3", "whisper")]
+# The encoders of BART and its relatives count positions from the first column, padding or not.
+PADDED_ON_THE_RIGHT = {"bart", "blenderbot", "blenderbot-small", "marian", "mbart", "pegasus"}
+PADDED_ON_THE_RIGHT |= {"plbart"}
+TEXT_ONLY = [
+    label for label in GENERATORS if label not in {"gemma3", "whisper"} | PADDED_ON_THE_RIGHT
+]
 # Of queries and keys, values, MLP: some of each, no query and key at all, no value at all.
 PLANS = [(0.5, 0.25, 0.75), (0.0, 0.5, 1.0), (0.6, 0.0, 0.5)]
 WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}

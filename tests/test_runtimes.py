@@ -102,7 +102,11 @@ def test_one_training_step_changes_every_parameter(label):
 UNUSED = {
     "dinov2": "dinov2.embeddings.mask_token",  # only with masked patches
     "dinov2 gated": "embeddings.mask_token",
+    "esm": "esm.contact_head.",  # only in `predict_contacts`
+    "esm absolute": "contact_head.",
     "gemma3": "vision_tower.head.",  # the language model reads the patches, not the pooled image
+    "marian": ("encoder.embed_positions", "decoder.embed_positions"),  # likewise sinusoids
+    "pegasus": ("encoder.embed_positions", "decoder.embed_positions"),
     "whisper": "encoder.embed_positions",  # sinusoids, frozen by transformers
 }
 

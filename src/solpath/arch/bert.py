@@ -1,20 +1,22 @@
-"""BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA."""
+"""BERT and what has its blocks."""
 
 from solpath.arch.table import Attention, Mlp, Stack
 from solpath.nn.attention import separate
 
-_STACK = Stack(
-    blocks="encoder.layer",
-    attentions=(
-        Attention(
-            module="attention.self",
-            query="attention.self.query",
-            key="attention.self.key",
-            value="attention.self.value",
-            output="attention.output.dense",
-            forward=separate("query", "key", "value", dropout="dropout.p"),
-        ),
-    ),
-    mlps=(Mlp(left=("intermediate.dense",), right="output.dense"),),
+ATTENTION = Attention(
+    module="attention.self",
+    query="attention.self.query",
+    key="attention.self.key",
+    value="attention.self.value",
+    output="attention.output.dense",
+    forward=separate("query", "key", "value", dropout="dropout.p"),
 )
-TABLES = dict.fromkeys(("bert", "camembert", "electra", "roberta", "xlm-roberta"), (_STACK,))
+MLP = Mlp(left=("intermediate.dense",), right="output.dense")
+_STACK = Stack("encoder.layer", (ATTENTION,), (MLP,))
+TABLES = dict.fromkeys(
+    (
+        "bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "layoutlm",
+        "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
+    ),
+    (_STACK,),
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""T5: relative position bias, no scaling, plain or gated MLP, self and cross attention."""
+"""T5, mT5, UMT5: relative position bias, no scaling, plain or gated MLP, cross attention."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from solpath.arch.table import Attention, Mlp, Stack
-from solpath.nn.attention import attend, cached_states, split_heads
+from solpath.nn.attention import Forward, attend, cached_states, split_heads
 
 
 def _forward(
@@ -53,14 +53,28 @@ def _forward(
     return self.o(states), position_bias, weights
 
 
-def _attention(layer: str, name: str, cached: bool) -> Attention:
+def _umt5(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Every layer has a bias of its own, so that none is handed on."""
+    states, _, weights = _forward(
+        self, hidden_states, attention_mask, encoder_hidden_states, **kwargs
+    )
+    return states, weights
+
+
+def _attention(layer: str, name: str, cached: bool, forward: Forward) -> Attention:
     return Attention(
         module=layer,
         query=f"{layer}.q",
         key=f"{layer}.k",
         value=f"{layer}.v",
         output=f"{layer}.o",
-        forward=_forward,
+        forward=forward,
         heads="n_heads",
         cached=cached,
         name=name,
@@ -74,20 +88,22 @@ def _mlps(layer: str) -> tuple[Mlp, Mlp]:
     )
 
 
-TABLES = {
-    "t5": (
+def _stacks(forward: Forward) -> tuple[Stack, Stack]:
+    return (
         Stack(
             blocks="encoder.block",
-            attentions=(_attention("layer.0.SelfAttention", "self_attention", False),),
+            attentions=(_attention("layer.0.SelfAttention", "self_attention", False, forward),),
             mlps=_mlps("layer.1.DenseReluDense"),
         ),
         Stack(
             blocks="decoder.block",
             attentions=(
-                _attention("layer.0.SelfAttention", "self_attention", True),
-                _attention("layer.1.EncDecAttention", "cross_attention", False),
+                _attention("layer.0.SelfAttention", "self_attention", True, forward),
+                _attention("layer.1.EncDecAttention", "cross_attention", False, forward),
             ),
             mlps=_mlps("layer.2.DenseReluDense"),
         ),
     )
-}
+
+
+TABLES = {"mt5": _stacks(_forward), "t5": _stacks(_forward), "umt5": _stacks(_umt5)}

@@ -10,24 +10,46 @@ from torch import nn
 from solpath.errors import UnsupportedModelError
 
 _MODULES = {
+    "albert": "albert",
+    "bart": "whisper",
     "bert": "bert",
+    "bert-generation": "bert",
+    "big_bird": "rembert",
+    "blenderbot": "whisper",
+    "blenderbot-small": "whisper",
     "camembert": "bert",
     "clip": "clip",
     "clip_text_model": "clip",
     "clip_vision_model": "clip",
+    "data2vec-text": "bert",
+    "deberta-v2": "deberta",
     "deit": "vit",
     "dinov2": "vit",
     "distilbert": "distilbert",
     "electra": "bert",
+    "ernie": "bert",
+    "esm": "esm",
     "gemma3": "gemma3",
     "gemma3_text": "gemma3",
     "gpt2": "gpt2",
+    "layoutlm": "bert",
     "llama": "llama",
+    "m2m_100": "whisper",
+    "marian": "whisper",
+    "mbart": "whisper",
+    "megatron-bert": "rembert",
     "mistral": "llama",
+    "modernbert": "modernbert",
+    "mpnet": "mpnet",
+    "mt5": "t5",
     "opt": "opt",
+    "pegasus": "whisper",
+    "plbart": "whisper",
     "qwen2": "llama",
     "qwen3": "qwen3",
+    "rembert": "rembert",
     "roberta": "bert",
+    "roberta-prelayernorm": "bert",
     "siglip": "siglip",
     "siglip_text_model": "siglip",
     "siglip_vision_model": "siglip",
@@ -36,9 +58,11 @@ _MODULES = {
     "timm/SwinTransformer": "timm",
     "timm/VisionTransformer": "timm",
     "timm/VisionTransformerDistilled": "timm",
+    "umt5": "t5",
     "vit": "vit",
     "whisper": "whisper",
     "xlm-roberta": "bert",
+    "xlm-roberta-xl": "bert",
 }
 TIMM_WRAPPER = "timm_wrapper"
 """The ``config.model_type`` of the models of transformers that wrap any model of timm."""
@@ -66,6 +90,7 @@ class Attention:
             layers but compute something else; empty if there are none.
         identity: The modules inside the attention that must be `nn.Identity`, None or absent,
             because cutting would change what they do.
+        qk: Whether queries and keys are a pair. Otherwise they stay whole.
         cached: Whether generation caches its keys and values, one of each per generated token.
         name: What its pairs are called, after the name of the block.
 
@@ -88,6 +113,7 @@ class Attention:
     norm_dim: int = -2
     kind: str = ""
     identity: tuple[str, ...] = ()
+    qk: bool = True
     cached: bool = False
     name: str = "attention"
 
@@ -97,7 +123,8 @@ class Mlp:
     """Where the MLP of a block is. Names of layers are dotted and relative to the block.
 
     Attributes:
-        left: The layers before the neurons: fc1, or gate and up.
+        left: The layers before the neurons: fc1, or gate and up. A fused layer is named twice: its
+            first half is the one, its second half the other.
         right: The layer after the neurons: fc2, or down.
         identity: The modules of the block that must be `nn.Identity`, None or absent, because
             cutting would change what they do.

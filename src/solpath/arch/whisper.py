@@ -1,4 +1,4 @@
-"""Whisper: encoder and decoder, self and cross attention, keys without bias."""
+"""Whisper (keys without bias), BART and what has its blocks: encoder, decoder, cross attention."""
 
 from solpath.arch.table import Attention, Mlp, Stack
 from solpath.nn.attention import separate
@@ -26,9 +26,14 @@ _DECODER = (
     _attention("self_attn", "self_attention", True),
     _attention("encoder_attn", "cross_attention", False),
 )
-TABLES = {
-    "whisper": (
-        Stack("encoder.layers", _ENCODER, _MLPS),
-        Stack("decoder.layers", _DECODER, _MLPS),
-    )
-}
+_STACKS = (
+    Stack("encoder.layers", _ENCODER, _MLPS),
+    Stack("decoder.layers", _DECODER, _MLPS),
+)
+TABLES = dict.fromkeys(
+    (
+        "bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "pegasus", "plbart",
+        "whisper",
+    ),
+    _STACKS,
+)  # fmt: skip

@@ -72,7 +72,7 @@ def measure_latency(model: nn.Module, batch: Any, *, repeats: int = 7) -> Latenc
     batch_size(batch)
     check_device(batch, device_of(model))
     pairs, sites = survey(model)
-    attentions = [(site.qk, site.vo) for site in sites]
+    attentions = [site.pairs for site in sites]
     own = {pair.name for pair in chain.from_iterable(attentions)}
     groups = _alike([*attentions, *((pair,) for pair in pairs if pair.name not in own)])
     with inferring(model):

@@ -17,6 +17,7 @@ from solpath.model.linear import linear_map
 from solpath.pair import Pair
 from solpath.planning.cost import CostTable
 from solpath.running.forward import Batch, device_of, run
+from solpath.running.modes import differentiating
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,14 @@ class Seen:
         model: The dense model. It may be on the meta device.
         pairs: The pairs of the model.
         macs: The multiply-accumulates of the pass.
-        shapes: Dotted path of every layer of a pair that ran, to the shapes of its inputs.
+        shapes: Dotted path of every layer of a pair that ran, to the shapes of its inputs, one
+            sequence for each time that it ran.
     """
 
     model: nn.Module
     pairs: Sequence[Pair]
     macs: int
-    shapes: Mapping[str, Sequence[torch.Size]]
+    shapes: Mapping[str, Sequence[Sequence[torch.Size]]]
 
 
 Measure = Callable[[Seen], tuple[int, Mapping[str, int]]]
@@ -105,11 +107,12 @@ def count_costs(model: nn.Module, pairs: Sequence[Pair], sample: Batch) -> CostT
         >>> {name: costs.dense[name] for name in MEASURES}
         {'params': 37922, 'bytes': 151688, 'macs': 296000, 'cache': 0}
     """
-    shapes: dict[str, list[torch.Size]] = {}
+    shapes: dict[str, list[list[torch.Size]]] = {}
 
     def note(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            shapes[path] = [arg.shape for arg in args if isinstance(arg, Tensor)]
+            given = [arg.shape for arg in args if isinstance(arg, Tensor)]
+            shapes.setdefault(path, []).append(given)
 
         return hook
 
@@ -144,7 +147,8 @@ def count_macs(model: nn.Module, batch: Batch) -> int:
         Half the floating-point operations of the pass.
     """
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    # The counter fails on a slice of a whole parameter (DeBERTa's positions) unless that is frozen.
+    with differentiating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         run(model, batch, labels=False)
     return int(counter.get_total_flops()) // 2
 
@@ -185,15 +189,16 @@ def _unit_macs(seen: Seen, pair: Pair) -> int:
     macs, rows, tokens = 0, [], []
     for side, index in sides:
         # nn.MultiheadAttention does not call its output layer, which has one row for every query.
-        given = seen.shapes.get(side.module, seen.shapes[first])
-        shape = given[index] if index < len(given) else given[0]
+        calls = seen.shapes.get(side.module, seen.shapes[first])
+        shapes = [given[index] if index < len(given) else given[0] for given in calls]
         linear = linear_map(seen.model, side.module)
         outside = linear.in_features if side.axis == 0 else linear.out_features
-        macs += side.repeat * pair.channels * outside * shape[:-1].numel()
-        rows.append(shape[:-1].numel())
-        tokens.append(shape[-2])
+        rows.append([shape[:-1].numel() for shape in shapes])
+        tokens.append([shape[-2] for shape in shapes])
+        macs += side.repeat * pair.channels * outside * sum(rows[-1])
     if pair.kind != "mlp":
         # Logits and weighted sums take one multiplication for each query, key and query head.
         queries, keys = (rows[0], tokens[1]) if pair.kind == "qk" else (rows[1], tokens[0])
-        macs += max(side.repeat for side in pair.sides) * pair.channels * queries * keys
+        met = sum(query * key for query, key in zip(queries, keys, strict=True))
+        macs += max(side.repeat for side in pair.sides) * pair.channels * met
     return macs

@@ -23,14 +23,19 @@ class Site:
     Attributes:
         path: Dotted path of the attention module in the model.
         table: What the table of the architecture says about it.
-        qk: Its query-key pair.
+        qk: Its query-key pair, unless that stays whole.
         vo: Its value-output pair.
     """
 
     path: str
     table: Attention
-    qk: Pair
+    qk: Pair | None
     vo: Pair
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Its pairs, in the order of `find_pairs`."""
+        return (self.vo,) if self.qk is None else (self.qk, self.vo)
 
 
 def find_pairs(model: nn.Module | Name) -> tuple[Pair, ...]:
@@ -66,9 +71,7 @@ def survey(model: nn.Module) -> tuple[tuple[Pair, ...], tuple[Site, ...]]:
 
 def _pairs(found: list[Site | Pair]) -> tuple[Pair, ...]:
     return tuple(
-        pair
-        for part in found
-        for pair in ((part.qk, part.vo) if isinstance(part, Site) else (part,))
+        pair for part in found for pair in (part.pairs if isinstance(part, Site) else (part,))
     )
 
 
@@ -143,38 +146,37 @@ def _site(model: nn.Module, block: str, table: Attention) -> Site:
     else:
         counts = {"query": heads, "key": kv_heads, "value": kv_heads}
         widths = {name: layers[name].out_features // counts[name] for name in paths}
+    if widths["query"] % channels:
+        raise UnsupportedModelError(f"{path} has heads of an odd width and rotates couples.")
     before = widths["query"] if fused else 0  # channels per head in a fused layer, for the offsets
     query = Side(paths["query"], 0, repeat)
     key = Side(paths["key"], 0, 1, heads * before)
     value = Side(paths["value"], 0, 1, (heads + kv_heads) * before)
     output = Side(f"{block}.{table.output}", 1, repeat)
     name = f"{block}.{table.name}"
-    return Site(
-        path=path,
-        table=table,
-        qk=Pair(
-            name=f"{name}.qk",
-            kind="qk",
-            heads=kv_heads,
-            width=widths["query"] // channels,
-            left=(query,),
-            right=key,
-            cost=channels * _unit_cost(model, query, key),
-            channels=channels,
-            cache=channels * table.cached,
-            norms=tuple(Norm(f"{block}.{norm}", table.norm_dim) for norm in table.norms),
-        ),
-        vo=Pair(
-            name=f"{name}.vo",
-            kind="vo",
-            heads=kv_heads,
-            width=widths["value"],
-            left=(value,),
-            right=output,
-            cost=_unit_cost(model, value, output),
-            cache=int(table.cached),
-        ),
+    qk = Pair(
+        name=f"{name}.qk",
+        kind="qk",
+        heads=kv_heads,
+        width=widths["query"] // channels,
+        left=(query,),
+        right=key,
+        cost=channels * _unit_cost(model, query, key),
+        channels=channels,
+        cache=channels * table.cached,
+        norms=tuple(Norm(f"{block}.{norm}", table.norm_dim) for norm in table.norms),
     )
+    vo = Pair(
+        name=f"{name}.vo",
+        kind="vo",
+        heads=kv_heads,
+        width=widths["value"],
+        left=(value,),
+        right=output,
+        cost=_unit_cost(model, value, output),
+        cache=int(table.cached),
+    )
+    return Site(path, table, qk if table.qk else None, vo)
 
 
 def _mlp(model: nn.Module, block: str, stack: Stack) -> Pair:
@@ -186,15 +188,18 @@ def _mlp(model: nn.Module, block: str, stack: Stack) -> Pair:
         names = " or ".join("+".join((*mlp.left, mlp.right)) for mlp in stack.mlps)
         raise UnsupportedModelError(f"{block} has {len(forms)} MLPs of the form {names}, not 1.")
     [form] = forms
-    left = tuple(Side(f"{block}.{layer}", 0) for layer in form.left)
     right = Side(f"{block}.{form.right}", 1)
     _check_identity(model, block, form.identity)
     width = linear_map(model, right.module).in_features
-    for side in left:
-        outputs = linear_map(model, side.module).out_features
-        if outputs != width:
+    left = tuple(
+        Side(f"{block}.{layer}", 0, 1, width * form.left[:i].count(layer))
+        for i, layer in enumerate(form.left)
+    )
+    for layer, parts in Counter(side.module for side in left).items():
+        outputs = linear_map(model, layer).out_features
+        if outputs != parts * width:
             raise UnsupportedModelError(
-                f"{side.module} has {outputs} outputs for the {width} inputs of {right.module}."
+                f"{layer} has {outputs} outputs for the {width} inputs of {right.module}."
             )
     return Pair(f"{block}.mlp", "mlp", 1, width, left, right, _unit_cost(model, *left, right))
 

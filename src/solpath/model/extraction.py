@@ -77,7 +77,7 @@ def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Mo
     for path in layers:
         resize_(result.get_submodule(path))
     for site in sites:
-        if cut & {site.qk.name, site.vo.name}:
+        if cut & {pair.name for pair in site.pairs}:
             _slim_(result, site, plan)
     setattr(result, EXTRACTED, plan)
     return result
@@ -112,9 +112,9 @@ def _slim_(model: nn.Module, site: Site, plan: Plan) -> None:
     attention = model.get_submodule(site.path)
     device = device_of(attention)
     buffers: dict[str, Tensor] = {}
-    if site.table.rotary:
+    if site.qk and site.table.rotary:
         buffers["couples"] = plan.units_of(site.qk)
-    if site.qk.norms:
+    if site.qk and site.qk.norms:
         whole = torch.ones(site.qk.heads, site.qk.left[0].repeat, dtype=torch.float64)
         buffers["gain"] = plan.gains.get(site.qk.name, whole).flatten()
     for name, value in buffers.items():

@@ -1,7 +1,7 @@
 """Attention with separate query-key and value-output widths, either of which may be 0."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -275,6 +275,48 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = states.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rotate_kept(states: Tensor, couples: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of kept couples in float32, by tables of whole heads.
+
+    Args:
+        states: ``[batch, heads, tokens, 2 * couples]``.
+        couples: int64 ``[heads, couples]``.
+        tables: cosines and sines, ``[batch, tokens, width]``.
+    """
+    if not couples.numel():
+        return states
+    cos, sin = (table[..., couples].transpose(1, 2).repeat(1, 1, 1, 2) for table in tables)
+    first, second = states.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    # Two casts, as in transformers: gradients are rounded to float32 before they are added up.
+    return (states.float() * cos + turned.float() * sin).to(states.dtype)
+
+
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    added: Iterable[Tensor],
+    scaling: float,
+    dropout: nn.Module,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a model that transformers runs in one form only.
+
+    Args:
+        query, key: ``[batch, heads, tokens, qk]``.
+        value: ``[batch, heads, tokens, vo]``.
+        added: what is added to the logits, such as positions and a mask.
+        scaling: of the logits; that of the dense head.
+        dropout: the module that drops probabilities.
+
+    Returns:
+        ``[batch, tokens, heads * vo]`` and the probabilities.
+    """
+    logits = sum(added, query @ key.mT * scaling)
+    weights = dropout(logits.softmax(-1))
+    return (weights @ value).transpose(1, 2).flatten(2), weights
 
 
 def slim_class(stock: type[nn.Module], forward: Forward) -> type[nn.Module]:
