@@ -25,6 +25,7 @@ TOWER: dict[str, object] = {"hidden_size": 36, "num_hidden_layers": 2, "num_atte
 TOWER |= {"intermediate_size": 43}
 TEXT: dict[str, object] = {"vocab_size": 60, "max_position_embeddings": 40, "pad_token_id": 0}
 IMAGE: dict[str, object] = {"image_size": 8, "patch_size": 4, "num_channels": 1}
+STAGES: dict[str, object] = {"out_indices": [1, 2], "pool_scales": [1, 2]}  # what JSON gives back
 EOS: dict[str, object] = {"bos_token_id": 58, "eos_token_id": 59, "projection_dim": 12}
 GEMMA: dict[str, object] = {"num_key_value_heads": 2, "head_dim": 10, "sliding_window": 4}
 GEMMA |= {"layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16}
@@ -32,6 +33,19 @@ GEMMA |= {"layer_types": ["sliding_attention", "full_attention"], "query_pre_att
 # Class and sizes of the models to build for a type; every known type must be here. What follows
 # the type in a label tells several cases of it apart.
 CASES: dict[str, tuple[str, dict[str, object]]] = {
+    "audio-spectrogram-transformer": (
+        "ASTForAudioClassification",
+        TOWER | {"max_length": 14, "num_mel_bins": 10, "patch_size": 4, "time_stride": 5,
+                 "frequency_stride": 3},
+    ),
+    "beit": (
+        "BeitForImageClassification",
+        TOWER | IMAGE | STAGES | {"use_relative_position_bias": True},
+    ),
+    "beit shared": (
+        "BeitForMaskedImageModeling",
+        TOWER | IMAGE | STAGES | {"use_shared_relative_position_bias": True, "vocab_size": 20},
+    ),
     "bert": ("BertModel", SIZES | TEXT),
     "bert one head": (
         "BertModel",
@@ -43,9 +57,18 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
                            "projection_dim": 12}),
     "clip_text_model": ("CLIPTextModelWithProjection", TOWER | TEXT | EOS),
     "clip_vision_model": ("CLIPVisionModelWithProjection", TOWER | IMAGE),
+    "data2vec-vision": (  # its attention has a class of its own for each implementation
+        "Data2VecVisionForImageClassification",
+        TOWER | IMAGE | STAGES | {"attn_implementation": "eager", "use_relative_position_bias": True}
+        | {"use_shared_relative_position_bias": True},
+    ),
     "deit": ("DeiTForImageClassificationWithTeacher", SIZES | IMAGE),
     "dinov2": ("Dinov2ForImageClassification", TOWER | IMAGE | {"mlp_ratio": 2}),
     "dinov2 gated": ("Dinov2Model", TOWER | IMAGE | {"mlp_ratio": 2, "use_swiglu_ffn": True}),
+    "dinov2_with_registers": (
+        "Dinov2WithRegistersForImageClassification",
+        TOWER | IMAGE | {"mlp_ratio": 2, "num_register_tokens": 3},
+    ),
     "distilbert": (
         "DistilBertForMaskedLM",
         {"vocab_size": 60, "dim": 36, "n_heads": 4, "n_layers": 2, "hidden_dim": 43},
@@ -63,6 +86,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
         {"vocab_size": 60, "n_positions": 40, "n_embd": 36, "n_layer": 2, "n_head": 4,
          "n_inner": 43, "bos_token_id": 1, "eos_token_id": 2},
     ),
+    "ijepa": ("IJepaForImageClassification", TOWER | IMAGE),
     "llama": ("LlamaForCausalLM", SIZES | TEXT | {"num_key_value_heads": 2}),
     "llama 1:6": (
         "LlamaForCausalLM",
@@ -104,7 +128,14 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
         {"vocab_size": 60, "d_model": 32, "d_kv": 10, "d_ff": 43, "num_layers": 1, "num_heads": 4,
          "num_decoder_layers": 2, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0},
     ),
+    "videomae": ("VideoMAEForVideoClassification", TOWER | IMAGE | {"num_frames": 4}),
     "vit": ("ViTForImageClassification", SIZES | IMAGE),
+    "vit_mae": ("ViTMAEModel", TOWER | IMAGE | {"mask_ratio": 0.5}),
+    "vit_msn": ("ViTMSNForImageClassification", TOWER | IMAGE),
+    "vivit": (
+        "VivitForVideoClassification",
+        TOWER | IMAGE | {"num_frames": 4, "tubelet_size": [2, 4, 4]},
+    ),
     "whisper": (
         "WhisperForConditionalGeneration",
         {"vocab_size": 60, "num_mel_bins": 6, "d_model": 36, "encoder_layers": 1,
@@ -114,7 +145,18 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
          "decoder_start_token_id": 3, "suppress_tokens": None, "begin_suppress_tokens": None},
     ),
     "xlm-roberta": ("XLMRobertaModel", SIZES | TEXT),
+    "yolos": (
+        "YolosForObjectDetection",
+        TOWER | IMAGE | {"image_size": [8, 8], "num_detection_tokens": 3},
+    ),
 }  # fmt: skip
+
+# Shape of one sample of types that take neither text nor an image of 8 x 8.
+SAMPLES: dict[str, tuple[int, ...]] = {
+    "audio-spectrogram-transformer": (14, 10),
+    "videomae": (4, 1, 8, 8),
+    "vivit": (4, 1, 8, 8),
+}
 
 # Likewise for timm, which need not be installed: name of a model, and its sizes.
 VIT: dict[str, object] = {"img_size": 16, "patch_size": 4, "in_chans": 1, "num_classes": 5}
@@ -165,6 +207,11 @@ def inputs(
     images = {"pixel_values": torch.randn(samples, 1, size, size, generator=generator).to(dtype)}
     if kind == "timm":  # a bare model, which takes a tensor
         return images["pixel_values"]
+    if kind in SAMPLES:
+        shape = (samples, *SAMPLES[kind])
+        return {model.main_input_name: torch.randn(shape, generator=generator).to(dtype)}
+    if kind == "vit_mae":  # which patches it does not see
+        return images | {"noise": torch.rand(samples, 4, generator=generator)}
     if kind == "whisper":
         sound = {"input_features": torch.randn(samples, 6, 14, generator=generator).to(dtype)}
         return sound | {"decoder_input_ids": _tokens(samples, generator)["input_ids"]}

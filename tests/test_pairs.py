@@ -5,12 +5,14 @@ from collections import defaultdict
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from conftest import CASES, TIMM_CASES, build, inputs
 from solpath.arch import known_model_types, lookup, register
 from solpath.arch.table import _REGISTERED
+from solpath.errors import UnsupportedModelError
 from solpath.model.counting import count_costs
 from solpath.model.discovery import find_pairs
 from solpath.model.linear import linear_map
@@ -123,6 +125,15 @@ def test_registering_a_type_is_enough_to_prune_it():
         assert "toy" in known_model_types()
     finally:
         del _REGISTERED["toy"]
+
+
+@pytest.mark.parametrize("name", ["ViTMAE", "VideoMAE"])
+def test_classes_whose_logits_are_no_classes_are_refused(name):
+    config = getattr(transformers, f"{name}Config")(image_size=8, patch_size=4, hidden_size=12)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}ForPreTraining")(config)
+    with pytest.raises(UnsupportedModelError, match=f"pixels.*{name}Model"):
+        find_pairs(model)
 
 
 def test_pairs_survive_json():

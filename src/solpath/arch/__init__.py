@@ -6,6 +6,7 @@ unequal widths, and list the module in `_MODULES`: docs/guides/adding-an-archite
 
 from solpath.arch.table import (
     TIMM_WRAPPER,
+    UNSUITED,
     Attention,
     Mlp,
     Stack,
@@ -17,6 +18,7 @@ from solpath.arch.table import (
 
 __all__ = [
     "TIMM_WRAPPER",
+    "UNSUITED",
     "Attention",
     "Mlp",
     "Stack",

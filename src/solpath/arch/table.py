@@ -10,18 +10,23 @@ from torch import nn
 from solpath.errors import UnsupportedModelError
 
 _MODULES = {
+    "audio-spectrogram-transformer": "vit",
+    "beit": "vit",
     "bert": "bert",
     "camembert": "bert",
     "clip": "clip",
     "clip_text_model": "clip",
     "clip_vision_model": "clip",
+    "data2vec-vision": "yolos",
     "deit": "vit",
     "dinov2": "vit",
+    "dinov2_with_registers": "vit",
     "distilbert": "distilbert",
     "electra": "bert",
     "gemma3": "gemma3",
     "gemma3_text": "gemma3",
     "gpt2": "gpt2",
+    "ijepa": "vit",
     "llama": "llama",
     "mistral": "llama",
     "opt": "opt",
@@ -36,10 +41,21 @@ _MODULES = {
     "timm/SwinTransformer": "timm",
     "timm/VisionTransformer": "timm",
     "timm/VisionTransformerDistilled": "timm",
+    "videomae": "yolos",
     "vit": "vit",
+    "vit_mae": "vit",
+    "vit_msn": "vit",
+    "vivit": "vit",
     "whisper": "whisper",
     "xlm-roberta": "bert",
+    "yolos": "yolos",
 }
+UNSUITED = {
+    "ViTMAEForPreTraining": "its logits are pixels, not classes; prune the ViTMAEModel in it",
+    "VideoMAEForPreTraining": "its logits are pixels, not classes; prune the VideoMAEModel in it",
+}
+"""Classes of known types that are refused, and why."""
+
 TIMM_WRAPPER = "timm_wrapper"
 """``config.model_type`` of the models of transformers that wrap any model of timm."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from solpath.arch import Attention, Mlp, Stack, lookup, type_of
+from solpath.arch import UNSUITED, Attention, Mlp, Stack, lookup, type_of
 from solpath.errors import UnsupportedModelError
 from solpath.model.linear import linear_map
 from solpath.pair import Norm, Pair, Side
@@ -80,6 +80,8 @@ def _find(model: nn.Module) -> list[Site | Pair]:
             f"this {type(model).__name__} was already extracted ({plan!r}); "
             "plan every size from the dense model."
         )
+    if reason := UNSUITED.get(type(model).__name__):
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be pruned: {reason}.")
     stacks = lookup(type_of(model))
     base = getattr(model, "base_model", model)
     [prefix] = [name for name, module in model.named_modules() if module is base]
