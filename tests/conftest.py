@@ -59,8 +59,8 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "clip_vision_model": ("CLIPVisionModelWithProjection", TOWER | IMAGE),
     "data2vec-vision": (  # its attention has a class of its own for each implementation
         "Data2VecVisionForImageClassification",
-        TOWER | IMAGE | STAGES | {"attn_implementation": "eager", "use_relative_position_bias": True}
-        | {"use_shared_relative_position_bias": True},
+        TOWER | IMAGE | STAGES | {"attn_implementation": "eager"}
+        | dict.fromkeys(("use_relative_position_bias", "use_shared_relative_position_bias"), True),
     ),
     "deit": ("DeiTForImageClassificationWithTeacher", SIZES | IMAGE),
     "dinov2": ("Dinov2ForImageClassification", TOWER | IMAGE | {"mlp_ratio": 2}),
@@ -110,6 +110,10 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "roberta": ("RobertaForMaskedLM", SIZES | TEXT),
     "siglip": ("SiglipModel", {"text_config": TOWER | TEXT | EOS,
                                "vision_config": TOWER | IMAGE}),
+    "siglip2": ("Siglip2Model", {"text_config": TOWER | TEXT | EOS,
+                                 "vision_config": TOWER | IMAGE | {"num_patches": 16}}),
+    "siglip2_text_model": ("Siglip2TextModel", TOWER | TEXT | EOS),
+    "siglip2_vision_model": ("Siglip2VisionModel", TOWER | IMAGE | {"num_patches": 16}),
     "siglip_text_model": ("SiglipTextModel", TOWER | TEXT | EOS),
     "siglip_vision_model": ("SiglipVisionModel", TOWER | IMAGE),
     "swin": (
@@ -216,9 +220,14 @@ def inputs(
         sound = {"input_features": torch.randn(samples, 6, 14, generator=generator).to(dtype)}
         return sound | {"decoder_input_ids": _tokens(samples, generator)["input_ids"]}
     text = _tokens(samples, generator)
+    if kind in ("siglip2", "siglip2_vision_model"):  # patches of images of different sizes, padded
+        sizes = torch.tensor([[2, 3], [1, 4], [3, 2], [2, 1]]).repeat(samples, 1)[:samples]
+        mask = (torch.arange(6) < sizes.prod(1, keepdim=True)).long()
+        patches = torch.randn(samples, 6, 16, generator=generator).to(dtype)
+        images = {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": sizes}
     if kind in ("clip", "clip_text_model"):  # the text is read off where its end is marked
         text["input_ids"].scatter_(1, text["attention_mask"].sum(1, keepdim=True) - 1, 59)
-    if kind in ("clip", "siglip"):
+    if kind in ("clip", "siglip", "siglip2"):
         return text | images
     if kind == "gemma3":
         image = torch.full((samples, 4), 59)
