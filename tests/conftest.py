@@ -69,6 +69,14 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
         "Dinov2WithRegistersForImageClassification",
         TOWER | IMAGE | {"mlp_ratio": 2, "num_register_tokens": 3},
     ),
+    "dinov3_vit": (
+        "DINOv3ViTModel",
+        TOWER | IMAGE | {"num_attention_heads": 3, "num_register_tokens": 3},
+    ),
+    "dinov3_vit gated": (
+        "DINOv3ViTModel",
+        TOWER | IMAGE | {"num_attention_heads": 3, "use_gated_mlp": True, "query_bias": False},
+    ),
     "distilbert": (
         "DistilBertForMaskedLM",
         {"vocab_size": 60, "dim": 36, "n_heads": 4, "n_layers": 2, "hidden_dim": 43},

@@ -103,6 +103,8 @@ UNUSED = {
     "dinov2": "dinov2.embeddings.mask_token",  # only with masked patches
     "dinov2 gated": "embeddings.mask_token",
     "dinov2_with_registers": "dinov2_with_registers.embeddings.mask_token",
+    "dinov3_vit": "embeddings.mask_token",
+    "dinov3_vit gated": "embeddings.mask_token",
     "gemma3": "vision_tower.head.",  # the language model reads the patches, not the pooled image
     "vit_mae": "embeddings.position_embeddings",  # frozen sinusoids
     "whisper": "encoder.embed_positions",  # sinusoids, frozen by transformers

@@ -21,6 +21,7 @@ _MODULES = {
     "deit": "vit",
     "dinov2": "vit",
     "dinov2_with_registers": "vit",
+    "dinov3_vit": "dinov3",
     "distilbert": "distilbert",
     "electra": "bert",
     "gemma3": "gemma3",
@@ -130,7 +131,7 @@ class Stack:
             for every index of a list of lists.
         attentions: the attentions of a block, in the order they run.
         mlps: its MLP. Where a family has several forms of it, one entry each: the form whose
-            layers a block has is taken.
+            layers a block has is taken, the larger one where a form is part of another.
     """
 
     blocks: str

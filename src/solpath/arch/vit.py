@@ -3,7 +3,7 @@
 from solpath.arch.table import Attention, Mlp, Stack
 from solpath.nn.attention import separate
 
-_ATTENTION = Attention(
+ATTENTION = Attention(
     module="attention",
     query="attention.q_proj",
     key="attention.k_proj",
@@ -12,9 +12,9 @@ _ATTENTION = Attention(
     forward=separate("q_proj", "k_proj", "v_proj", "o_proj"),
 )
 _PLAIN = Mlp(left=("mlp.fc1",), right="mlp.fc2")
-_GATED = Mlp(left=("mlp.gate_proj", "mlp.up_proj"), right="mlp.down_proj")
-_VIT = Stack("layers", (_ATTENTION,), (_PLAIN,))
-_DINO = Stack("encoder.layer", (_ATTENTION,), (_PLAIN, _GATED))
+GATED = Mlp(left=("mlp.gate_proj", "mlp.up_proj"), right="mlp.down_proj")
+_VIT = Stack("layers", (ATTENTION,), (_PLAIN,))
+_DINO = Stack("encoder.layer", (ATTENTION,), (_PLAIN, GATED))
 _PLAIN_TYPES = ("audio-spectrogram-transformer", "beit", "deit", "ijepa", "vit", "vit_mae")
 TABLES = dict.fromkeys((*_PLAIN_TYPES, "vit_msn", "vivit"), (_VIT,))
 TABLES |= dict.fromkeys(("dinov2", "dinov2_with_registers"), (_DINO,))

@@ -184,6 +184,7 @@ def _mlp(model: nn.Module, block: str, stack: Stack) -> Pair:
         return all(_has(model, f"{block}.{layer}") for layer in (*mlp.left, mlp.right))
 
     forms = [mlp for mlp in stack.mlps if exists(mlp)]
+    forms = [mlp for mlp in forms if not any({*mlp.left} < {*other.left} for other in forms)]
     if len(forms) != 1:
         names = " or ".join("+".join((*mlp.left, mlp.right)) for mlp in stack.mlps)
         raise UnsupportedModelError(f"{block} has {len(forms)} MLPs of the form {names}, not 1.")
