@@ -25,6 +25,7 @@ TOWER: dict[str, object] = {"hidden_size": 36, "num_hidden_layers": 2, "num_atte
 TOWER |= {"intermediate_size": 43}
 TEXT: dict[str, object] = {"vocab_size": 60, "max_position_embeddings": 40, "pad_token_id": 0}
 IMAGE: dict[str, object] = {"image_size": 8, "patch_size": 4, "num_channels": 1}
+STAGES: dict[str, object] = {"out_indices": [1, 2], "pool_scales": [1, 2]}  # what JSON gives back
 EOS: dict[str, object] = {"bos_token_id": 58, "eos_token_id": 59, "projection_dim": 12}
 GEMMA: dict[str, object] = {"num_key_value_heads": 2, "head_dim": 10, "sliding_window": 4}
 GEMMA |= {"layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16}
@@ -48,6 +49,19 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
         TOWER | TEXT | {"embedding_size": 16, "num_hidden_layers": 3, "inner_group_num": 2},
     ),
     "bart": ("BartForConditionalGeneration", TWO_SIDES),
+    "audio-spectrogram-transformer": (
+        "ASTForAudioClassification",
+        TOWER | {"max_length": 14, "num_mel_bins": 10, "patch_size": 4, "time_stride": 5,
+                 "frequency_stride": 3},
+    ),
+    "beit": (
+        "BeitForImageClassification",
+        TOWER | IMAGE | STAGES | {"use_relative_position_bias": True},
+    ),
+    "beit shared": (
+        "BeitForMaskedImageModeling",
+        TOWER | IMAGE | STAGES | {"use_shared_relative_position_bias": True, "vocab_size": 20},
+    ),
     "bert": ("BertModel", SIZES | TEXT),
     "bert one head": (
         "BertModel",
@@ -74,9 +88,26 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "deberta-v2 apart": ("DebertaV2ForTokenClassification", TOWER | TEXT | POSITIONS),
     "deberta-v2 absolute": ("DebertaV2Model", TOWER | TEXT),
+    "data2vec-vision": (  # its attention has a class of its own for each implementation
+        "Data2VecVisionForImageClassification",
+        TOWER | IMAGE | STAGES | {"attn_implementation": "eager"}
+        | dict.fromkeys(("use_relative_position_bias", "use_shared_relative_position_bias"), True),
+    ),
     "deit": ("DeiTForImageClassificationWithTeacher", SIZES | IMAGE),
     "dinov2": ("Dinov2ForImageClassification", TOWER | IMAGE | {"mlp_ratio": 2}),
     "dinov2 gated": ("Dinov2Model", TOWER | IMAGE | {"mlp_ratio": 2, "use_swiglu_ffn": True}),
+    "dinov2_with_registers": (
+        "Dinov2WithRegistersForImageClassification",
+        TOWER | IMAGE | {"mlp_ratio": 2, "num_register_tokens": 3},
+    ),
+    "dinov3_vit": (
+        "DINOv3ViTModel",
+        TOWER | IMAGE | {"num_attention_heads": 3, "num_register_tokens": 3},
+    ),
+    "dinov3_vit gated": (
+        "DINOv3ViTModel",
+        TOWER | IMAGE | {"num_attention_heads": 3, "use_gated_mlp": True, "query_bias": False},
+    ),
     "distilbert": (
         "DistilBertForMaskedLM",
         {"vocab_size": 60, "dim": 36, "n_heads": 4, "n_layers": 2, "hidden_dim": 43},
@@ -106,6 +137,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "layoutlm": (
         "LayoutLMModel", TOWER | TEXT | {"max_2d_position_embeddings": 20}
     ),
+    "ijepa": ("IJepaForImageClassification", TOWER | IMAGE),
     "llama": ("LlamaForCausalLM", SIZES | TEXT | {"num_key_value_heads": 2}),
     "llama 1:6": (
         "LlamaForCausalLM",
@@ -152,6 +184,10 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "roberta-prelayernorm": ("RobertaPreLayerNormForMaskedLM", TOWER | TEXT),
     "siglip": ("SiglipModel", {"text_config": TOWER | TEXT | EOS,
                                "vision_config": TOWER | IMAGE}),
+    "siglip2": ("Siglip2Model", {"text_config": TOWER | TEXT | EOS,
+                                 "vision_config": TOWER | IMAGE | {"num_patches": 16}}),
+    "siglip2_text_model": ("Siglip2TextModel", TOWER | TEXT | EOS),
+    "siglip2_vision_model": ("Siglip2VisionModel", TOWER | IMAGE | {"num_patches": 16}),
     "siglip_text_model": ("SiglipTextModel", TOWER | TEXT | EOS),
     "siglip_vision_model": ("SiglipVisionModel", TOWER | IMAGE),
     "swin": (
@@ -175,7 +211,14 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
         {"vocab_size": 60, "d_model": 32, "d_kv": 7, "d_ff": 43, "num_layers": 2, "num_heads": 3,
          "decoder_start_token_id": 0},
     ),
+    "videomae": ("VideoMAEForVideoClassification", TOWER | IMAGE | {"num_frames": 4}),
     "vit": ("ViTForImageClassification", SIZES | IMAGE),
+    "vit_mae": ("ViTMAEModel", TOWER | IMAGE | {"mask_ratio": 0.5}),
+    "vit_msn": ("ViTMSNForImageClassification", TOWER | IMAGE),
+    "vivit": (
+        "VivitForVideoClassification",
+        TOWER | IMAGE | {"num_frames": 4, "tubelet_size": [2, 4, 4]},
+    ),
     "whisper": (
         "WhisperForConditionalGeneration",
         {"vocab_size": 60, "num_mel_bins": 6, "d_model": 36, "encoder_layers": 1,
@@ -186,7 +229,18 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "xlm-roberta": ("XLMRobertaModel", SIZES | TEXT),
     "xlm-roberta-xl": ("XLMRobertaXLModel", TOWER | TEXT),
+    "yolos": (
+        "YolosModel",
+        TOWER | IMAGE | {"image_size": [8, 8], "num_detection_tokens": 3},
+    ),
 }  # fmt: skip
+
+# Shape of one sample of types that take neither text nor an image of 8 x 8.
+SAMPLES: dict[str, tuple[int, ...]] = {
+    "audio-spectrogram-transformer": (14, 10),
+    "videomae": (4, 1, 8, 8),
+    "vivit": (4, 1, 8, 8),
+}
 
 # Likewise for timm, which need not be installed: name of a model, and its sizes.
 VIT: dict[str, object] = {"img_size": 16, "patch_size": 4, "in_chans": 1, "num_classes": 5}
@@ -237,13 +291,23 @@ def inputs(
     images = {"pixel_values": torch.randn(samples, 1, size, size, generator=generator).to(dtype)}
     if kind == "timm":  # a bare model, which takes a tensor
         return images["pixel_values"]
+    if kind in SAMPLES:
+        shape = (samples, *SAMPLES[kind])
+        return {model.main_input_name: torch.randn(shape, generator=generator).to(dtype)}
+    if kind == "vit_mae":  # which patches it does not see
+        return images | {"noise": torch.rand(samples, 4, generator=generator)}
     if kind == "whisper":
         sound = {"input_features": torch.randn(samples, 6, 14, generator=generator).to(dtype)}
         return sound | {"decoder_input_ids": _tokens(samples, generator)["input_ids"]}
     text = _tokens(samples, generator)
+    if kind in ("siglip2", "siglip2_vision_model"):  # patches of images of different sizes, padded
+        sizes = torch.tensor([[2, 3], [1, 4], [3, 2], [2, 1]]).repeat(samples, 1)[:samples]
+        mask = (torch.arange(6) < sizes.prod(1, keepdim=True)).long()
+        patches = torch.randn(samples, 6, 16, generator=generator).to(dtype)
+        images = {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": sizes}
     if kind in ("clip", "clip_text_model"):  # the text is read off where its end is marked
         text["input_ids"].scatter_(1, text["attention_mask"].sum(1, keepdim=True) - 1, 59)
-    if kind in ("clip", "siglip"):
+    if kind in ("clip", "siglip", "siglip2"):
         return text | images
     if kind == "gemma3":
         image = torch.full((samples, 4), 59)

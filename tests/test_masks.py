@@ -10,7 +10,7 @@ from solpath.errors import FingerprintError
 from solpath.model.discovery import find_pairs
 from solpath.model.masks import energy_hooks, mask_hooks
 from solpath.planning.plan import norm_gain
-from solpath.running.forward import activation_mask, forward, run
+from solpath.running.forward import activation_mask, forward, output_mask, run
 
 NORMED = ["qwen3", "gemma3_text", "gemma3"]
 
@@ -197,6 +197,16 @@ def test_padding_of_two_sides_is_told_apart_or_not_used():
     assert (
         activation_mask(batch, torch.zeros(2, 3)) is None
     )  # pooled, of as many features as tokens
+
+
+def test_padding_of_patches_does_not_count():
+    patches, text = torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.ones(2, 4)
+    states = torch.zeros(2, 3, 5)
+    alone = {"pixel_attention_mask": patches}
+    for batch in (alone, alone | {"attention_mask": text}):
+        assert torch.equal(activation_mask(batch, states), patches.bool())
+    assert torch.equal(output_mask(alone, states), patches.bool())
+    assert output_mask(alone | {"attention_mask": text}, torch.zeros(2, 8)) is None
 
 
 def test_a_plan_of_another_class_is_refused(bert):

@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -154,6 +155,15 @@ def test_registering_a_type_is_enough_to_prune_it():
         assert "toy" in known_model_types()
     finally:
         del _REGISTERED["toy"]
+
+
+@pytest.mark.parametrize("name", ["ViTMAE", "VideoMAE"])
+def test_classes_whose_logits_are_no_classes_are_refused(name):
+    config = getattr(transformers, f"{name}Config")(image_size=8, patch_size=4, hidden_size=12)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{name}ForPreTraining")(config)
+    with pytest.raises(UnsupportedModelError, match=f"pixels.*{name}Model"):
+        find_pairs(model)
 
 
 def test_pairs_survive_json():

@@ -107,6 +107,10 @@ UNUSED = {
     "gemma3": "vision_tower.head.",  # the language model reads the patches, not the pooled image
     "marian": ("encoder.embed_positions", "decoder.embed_positions"),  # likewise sinusoids
     "pegasus": ("encoder.embed_positions", "decoder.embed_positions"),
+    "dinov2_with_registers": "dinov2_with_registers.embeddings.mask_token",
+    "dinov3_vit": "embeddings.mask_token",
+    "dinov3_vit gated": "embeddings.mask_token",
+    "vit_mae": "embeddings.position_embeddings",  # frozen sinusoids
     "whisper": "encoder.embed_positions",  # sinusoids, frozen by transformers
 }
 

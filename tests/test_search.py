@@ -325,7 +325,7 @@ def test_models_that_cannot_be_pruned(bert):
         run(solpath.extract(bert, run(bert).plan(sparsity=0.5)))
     other = build("bert")
     other.config.model_type = "martian"
-    with pytest.raises(UnsupportedModelError, match="known: bert, camembert"):
+    with pytest.raises(UnsupportedModelError, match=r"known: .*, bert, "):
         find_pairs(other)
     with pytest.raises(UnsupportedModelError, match="model_type None"):
         find_pairs(nn.Linear(2, 2))

@@ -8,6 +8,7 @@ docs/adding-an-architecture.md walks through a toy.
 
 from solpath.arch.table import (
     TIMM_WRAPPER,
+    UNSUITED,
     Attention,
     Mlp,
     Stack,
@@ -19,6 +20,7 @@ from solpath.arch.table import (
 
 __all__ = [
     "TIMM_WRAPPER",
+    "UNSUITED",
     "Attention",
     "Mlp",
     "Stack",

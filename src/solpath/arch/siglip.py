@@ -1,4 +1,4 @@
-"""SigLIP: both towers with the attention that pools the image, or either tower alone.
+"""SigLIP and SigLIP 2: both towers with the attention that pools the image, or either tower alone.
 
 In a vision tower alone, the pooling head stays dense: the last hidden states are compared there,
 and the head only comes after them.
@@ -27,12 +27,10 @@ def _head(path: str) -> Stack:
     )
 
 
-TABLES = {
-    "siglip": (
-        tower("vision_model.encoder.layers"),
-        _head("vision_model.head"),
-        tower("text_model.encoder.layers"),
-    ),
-    "siglip_text_model": (tower("encoder.layers"),),
-    "siglip_vision_model": (tower("encoder.layers"),),
-}
+_BOTH = (
+    tower("vision_model.encoder.layers"),
+    _head("vision_model.head"),
+    tower("text_model.encoder.layers"),
+)
+_TOWERS = ("siglip_text_model", "siglip_vision_model", "siglip2_text_model", "siglip2_vision_model")
+TABLES = {"siglip": _BOTH, "siglip2": _BOTH, **dict.fromkeys(_TOWERS, (tower("encoder.layers"),))}

@@ -12,6 +12,8 @@ from solpath.errors import UnsupportedModelError
 _MODULES = {
     "albert": "albert",
     "bart": "whisper",
+    "audio-spectrogram-transformer": "vit",
+    "beit": "vit",
     "bert": "bert",
     "bert-generation": "bert",
     "big_bird": "rembert",
@@ -23,8 +25,11 @@ _MODULES = {
     "clip_vision_model": "clip",
     "data2vec-text": "bert",
     "deberta-v2": "deberta",
+    "data2vec-vision": "yolos",
     "deit": "vit",
     "dinov2": "vit",
+    "dinov2_with_registers": "vit",
+    "dinov3_vit": "dinov3",
     "distilbert": "distilbert",
     "electra": "bert",
     "ernie": "bert",
@@ -33,6 +38,7 @@ _MODULES = {
     "gemma3_text": "gemma3",
     "gpt2": "gpt2",
     "layoutlm": "bert",
+    "ijepa": "vit",
     "llama": "llama",
     "m2m_100": "whisper",
     "marian": "whisper",
@@ -51,6 +57,9 @@ _MODULES = {
     "roberta": "bert",
     "roberta-prelayernorm": "bert",
     "siglip": "siglip",
+    "siglip2": "siglip",
+    "siglip2_text_model": "siglip",
+    "siglip2_vision_model": "siglip",
     "siglip_text_model": "siglip",
     "siglip_vision_model": "siglip",
     "swin": "swin",
@@ -59,11 +68,22 @@ _MODULES = {
     "timm/VisionTransformer": "timm",
     "timm/VisionTransformerDistilled": "timm",
     "umt5": "t5",
+    "videomae": "yolos",
     "vit": "vit",
+    "vit_mae": "vit",
+    "vit_msn": "vit",
+    "vivit": "vit",
     "whisper": "whisper",
     "xlm-roberta": "bert",
     "xlm-roberta-xl": "bert",
+    "yolos": "yolos",
 }
+UNSUITED = {
+    "ViTMAEForPreTraining": "its logits are pixels, not classes; prune the ViTMAEModel in it",
+    "VideoMAEForPreTraining": "its logits are pixels, not classes; prune the VideoMAEModel in it",
+}
+"""Classes of known types that are refused, and why."""
+
 TIMM_WRAPPER = "timm_wrapper"
 """The ``config.model_type`` of the models of transformers that wrap any model of timm."""
 

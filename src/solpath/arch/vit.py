@@ -1,9 +1,9 @@
-"""ViT, DeiT, DINOv2: layer scale in DINOv2, plain or gated MLP."""
+"""ViT and its relatives: DeiT, BEiT, DINOv2 (layer scale; plain or gated MLP), ViViT, AST."""
 
 from solpath.arch.table import Attention, Mlp, Stack
 from solpath.nn.attention import separate
 
-_ATTENTION = Attention(
+ATTENTION = Attention(
     module="attention",
     query="attention.q_proj",
     key="attention.k_proj",
@@ -12,7 +12,9 @@ _ATTENTION = Attention(
     forward=separate("q_proj", "k_proj", "v_proj", "o_proj"),
 )
 _PLAIN = Mlp(left=("mlp.fc1",), right="mlp.fc2")
-_GATED = Mlp(left=("mlp.gate_proj", "mlp.up_proj"), right="mlp.down_proj")
-_VIT = Stack("layers", (_ATTENTION,), (_PLAIN,))
-_DINO = Stack("encoder.layer", (_ATTENTION,), (_PLAIN, _GATED))
-TABLES = {"vit": (_VIT,), "deit": (_VIT,), "dinov2": (_DINO,)}
+GATED = Mlp(left=("mlp.gate_proj", "mlp.up_proj"), right="mlp.down_proj")
+_VIT = Stack("layers", (ATTENTION,), (_PLAIN,))
+_DINO = Stack("encoder.layer", (ATTENTION,), (_PLAIN, GATED))
+_PLAIN_TYPES = ("audio-spectrogram-transformer", "beit", "deit", "ijepa", "vit", "vit_mae")
+TABLES = dict.fromkeys((*_PLAIN_TYPES, "vit_msn", "vivit"), (_VIT,))
+TABLES |= dict.fromkeys(("dinov2", "dinov2_with_registers"), (_DINO,))

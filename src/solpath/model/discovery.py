@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from solpath.arch import Attention, Mlp, Stack, lookup, type_of
+from solpath.arch import UNSUITED, Attention, Mlp, Stack, lookup, type_of
 from solpath.errors import UnsupportedModelError
 from solpath.model.linear import linear_map
 from solpath.pair import Norm, Pair, Side
@@ -83,6 +83,8 @@ def _find(model: nn.Module) -> list[Site | Pair]:
             f"this {type(model).__name__} was already extracted ({plan!r}); "
             "plan every size from the dense model."
         )
+    if reason := UNSUITED.get(type(model).__name__):
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be pruned: {reason}.")
     stacks = lookup(type_of(model))
     base = getattr(model, "base_model", model)
     [prefix] = [name for name, module in model.named_modules() if module is base]
@@ -184,6 +186,7 @@ def _mlp(model: nn.Module, block: str, stack: Stack) -> Pair:
         return all(_has(model, f"{block}.{layer}") for layer in (*mlp.left, mlp.right))
 
     forms = [mlp for mlp in stack.mlps if exists(mlp)]
+    forms = [mlp for mlp in forms if not any({*mlp.left} < {*other.left} for other in forms)]
     if len(forms) != 1:
         names = " or ".join("+".join((*mlp.left, mlp.right)) for mlp in stack.mlps)
         raise UnsupportedModelError(f"{block} has {len(forms)} MLPs of the form {names}, not 1.")

@@ -10,7 +10,12 @@ from solpath.nn.attention import by_head, pad_to, slim_class
 
 
 def pooling_forward(
-    self: Any, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
+    self: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Replace the `forward` of a batch-first `nn.MultiheadAttention` that is called without masks.
 
@@ -41,7 +46,11 @@ def pooling_forward(
         states[0] = hook(states[0])
     common = max(shared, width, 1)
     queries, keys, values = (pad_to(by_head(part, heads), common) for part in states)
-    inner = scaled_dot_product_attention(queries, keys, values, scale=self.head_dim**-0.5)
+    if attn_mask is not None:
+        attn_mask = attn_mask.view(-1, heads, *attn_mask.shape[1:])
+    inner = scaled_dot_product_attention(
+        queries, keys, values, attn_mask, scale=self.head_dim**-0.5
+    )
     return self.out_proj(inner[..., :width].transpose(1, 2).flatten(2)), None
 
 

@@ -145,14 +145,14 @@ def output_mask(batch: Batch, output: Tensor) -> Tensor | None:
 
     Args:
         batch: The batch that the model ran on. Its ``decoder_attention_mask`` decides if it has
-            decoder inputs, otherwise its ``attention_mask``.
+            decoder inputs, otherwise its ``attention_mask`` or ``pixel_attention_mask``.
         output: ``[batch, tokens, features]``. In any other shape, or if the mask does not fit, all
             tokens count.
     """
     if not isinstance(batch, Mapping):
         return None
     side = "decoder_" if "decoder_input_ids" in batch else ""
-    mask = batch.get(f"{side}attention_mask")
+    mask = batch.get(f"{side}attention_mask", batch.get("pixel_attention_mask"))
     if not isinstance(mask, Tensor) or output.dim() != 3 or mask.shape != output.shape[:2]:
         return None
     return mask.bool()
@@ -162,8 +162,8 @@ def activation_mask(batch: Batch, states: Tensor) -> Tensor | None:
     """Return which tokens of an activation count: bool ``[batch, tokens]``, or None if all do.
 
     Padding does not count. The mask of the batch that has the activation's shape decides. If
-    encoder and decoder are equally long and not padded alike, their activations cannot be told
-    apart, and all tokens count.
+    encoder and decoder, or text and patches, are equally long and not padded alike, their
+    activations cannot be told apart, and all tokens count.
 
     Args:
         batch: The batch that the model runs on.
@@ -172,7 +172,7 @@ def activation_mask(batch: Batch, states: Tensor) -> Tensor | None:
     """
     if not isinstance(batch, Mapping) or states.dim() < 3:
         return None
-    masks = [batch.get("attention_mask"), batch.get("decoder_attention_mask")]
+    masks = [batch.get(f"{side}attention_mask") for side in ("", "decoder_", "pixel_")]
     if masks[1] is None and isinstance(batch.get("decoder_input_ids"), Tensor):
         masks[1] = torch.ones_like(batch["decoder_input_ids"])
     fits = [m.bool() for m in masks if isinstance(m, Tensor) and m.shape == states.shape[:2]]
