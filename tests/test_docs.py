@@ -33,7 +33,7 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
 
 
 def test_every_known_type_is_in_the_guide():
-    guide = (ROOT / "docs/guides/your-model-and-data.md").read_text()
+    guide = (ROOT / "docs/your-model-and-data.md").read_text()
     assert [name for name in known_model_types() if f"`{name}`" not in guide] == []
 
 

@@ -109,7 +109,7 @@ UNUSED = {
     "pegasus": ("encoder.embed_positions", "decoder.embed_positions"),
     "dinov2_with_registers": "dinov2_with_registers.embeddings.mask_token",
     "dinov3_vit": "embeddings.mask_token",
-    "dinov3_vit gated": "embeddings.mask_token",
+    "dinov3_vit gated": ("embeddings.mask_token", "embeddings.register_tokens"),  # of 0 registers
     "vit_mae": "embeddings.position_embeddings",  # frozen sinusoids
     "whisper": "encoder.embed_positions",  # sinusoids, frozen by transformers
 }
