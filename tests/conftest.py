@@ -146,7 +146,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
                 "attention_bias": True},
     ),
     "m2m_100": ("M2M100ForConditionalGeneration", TWO_SIDES),
-    "marian": ("MarianMTModel", TWO_SIDES),
+    "marian": ("MarianMTModel", TWO_SIDES | {"scale_embedding": True}),
     "mbart": ("MBartForConditionalGeneration", TWO_SIDES),
     "megatron-bert": ("MegatronBertForMaskedLM", TOWER | TEXT),
     "mistral": (
