@@ -1,6 +1,7 @@
 """Every notebook runs from top to bottom, offline."""
 
 import os
+import re
 from pathlib import Path
 
 import nbformat
@@ -24,3 +25,16 @@ def test_a_notebook_runs(name, tmp_path, monkeypatch):
 def test_a_notebook_is_stored_without_outputs(name):
     notebook = nbformat.read(FOLDER / name, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_links_of_a_notebook_lead_somewhere(name):
+    cells = nbformat.read(FOLDER / name, as_version=4).cells
+    text = "\n".join(cell["source"] for cell in cells if cell["cell_type"] == "markdown")
+    for path, anchor in re.findall(r"\]\((?!http)([^)#]+)#?([^)]*)\)", text):
+        page = FOLDER / path
+        assert page.exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+            slugs = [re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in headings]
+            assert anchor in slugs, f"{path}#{anchor}"
