@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from solpath import image_batches, image_text_batches, text_batches
 from solpath.errors import FileError
-from solpath.files import read_json
+from solpath.reading import read_json
 
 Captions = dict[Path, list[str]]
 

@@ -25,7 +25,8 @@ from captions import CLIP
 from denoising import T5
 from digits import DEIT, SWIN, VIT
 from recipe import Recipe, digest, fit
-from solpath.files import json_bytes, new_folder, read_json
+from solpath.files import json_bytes, new_folder
+from solpath.reading import read_json
 from stdlib_bytes import LLAMA, OPT
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -52,7 +53,7 @@ def train(name: str, root: Path = MODELS, seed: int = 0) -> Path:
     wall, cpu = time.perf_counter(), time.process_time()
     model = fit(recipe, seed, teacher)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    with new_folder(folder, overwrite=True) as temporary:
+    with new_folder(folder, overwrite=True, marks={"train.json"}) as temporary:
         model.save_pretrained(temporary)
         weights = (temporary / "model.safetensors").read_bytes()
         report = {

@@ -1,111 +1,135 @@
-"""Write files atomically, and check files before memory is allocated for them."""
+"""Write files whole or not at all, and replace only what solpath wrote."""
 
 import contextlib
+import ctypes
+import errno
+import fcntl
 import hashlib
 import json
-import math
 import os
+import re
+import secrets
 import shutil
 import stat
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+import sys
+import time
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from threading import Event
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import SafetensorError
 
 from solpath.errors import FileError
 
-MAX_JSON_BYTES = 64 * 2**20
-MAX_HEADER_BYTES = 16 * 2**20
+MARKS = frozenset(
+    {"solpath.json", "path.json", "family.json", "search.safetensors", "tune.safetensors"}
+)
+"""Files by which a folder that solpath wrote is recognised; only such a folder is replaced."""
 
-Header = Mapping[str, tuple[str, tuple[int, ...]]]
-Expected = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-"""The name that safetensors gives to each dtype that solpath stores."""
+_TEMPORARY = re.compile(r"\.solpath-tmp-[0-9a-f]{16}")
+_STALE_SECONDS = 24 * 3600  # for file systems that keep no locks
+_NO_REPLACE, _EXCHANGE = (4, 2) if sys.platform == "darwin" else (1, 2)
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
-def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-    """Return `path` as a folder that can be written: new, empty, or any folder with `overwrite`.
+def check_output(
+    path: str | os.PathLike[str], *, overwrite: bool = False, marks: Collection[str] = MARKS
+) -> Path:
+    """Return `path` as a folder that may be written: new, empty, or allowed to be replaced.
 
-    Create the parent folders that are missing. Raise `FileError` if `path` is a file or not empty,
-    or if its parent cannot be written. Call this before long work.
+    What killed processes left beside it is removed, and its parents are made.
+
+    Args:
+        path: The folder.
+        overwrite: Whether a folder that is not empty may be replaced.
+        marks: Names of files, one of which a folder must hold to be replaced.
+
+    Raises:
+        FileError: Before any long work: the folder is a file, is not empty, or was not written by
+            solpath, or nothing can be written there.
     """
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise FileError(f"{folder} is a file; give a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise FileError(f"{folder} is not empty; choose another folder or pass overwrite=True.")
-    parent = folder.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent, prefix=".solpath-"):
+    with _naming(path, "cannot write to"):
+        folder = Path(path).resolve()
+        _put_back(folder)
+        if not overwrite and folder.is_dir() and _entries(folder):
+            raise FileError(f"{path} is not empty; choose another folder or pass overwrite=True.")
+        _check_replaceable(folder, marks)
+        home = _home(folder)
+        home.mkdir(parents=True, exist_ok=True)
+        _sweep(home)
+        with _temporary_folder(home):
             pass
-    except OSError as error:
-        raise FileError(f"cannot write to {parent}: {error.strerror or error}.") from error
-    return folder
+    return Path(path)
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that takes the place of `path` if the block succeeds.
+def new_folder(
+    path: str | os.PathLike[str], *, overwrite: bool = False, marks: Collection[str] = MARKS
+) -> Iterator[Path]:
+    """Yield a temporary folder that takes the place of `path` only if the block succeeds.
 
-    Everything is flushed to disk before the rename. After a failure `path` is left untouched.
+    Everything is flushed to disk before that. On any failure `path` is left as it was. An empty
+    folder is filled, so that it stays the same folder to whoever stands in it; any other is
+    replaced in one step, where the system can exchange two names. Files get the modes of those
+    they replace, and new ones what the umask says.
+
+    Args:
+        path: The folder.
+        overwrite: Whether a folder that is not empty may be replaced.
+        marks: Names of files, one of which a folder must hold to be replaced.
 
     Raises:
-        FileError: `check_output` refuses `path`, or something cannot be written.
+        FileError: See `check_output`; also if `path` appeared or was filled during the block.
     """
-    folder = check_output(path, overwrite=overwrite).resolve()
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    check_output(path, overwrite=overwrite, marks=marks)
     try:
-        yield temporary
-        for item in temporary.rglob("*"):
-            item.chmod(0o755 if item.is_dir() else 0o644)
-            sync(item)
-        temporary.chmod(0o755)
-        sync(temporary)
-        _swap(temporary, folder)
-        sync(folder.parent)
+        folder = Path(path).resolve()
+        with _temporary_folder(_home(folder)) as temporary:
+            yield temporary
+            _set_modes(temporary, folder)
+            for item in (*temporary.rglob("*"), temporary):
+                if not item.is_symlink():
+                    sync(item)
+            if temporary.parent == folder:
+                _fill(temporary, folder)
+            elif overwrite:
+                _replace(temporary, folder, marks)
+            else:
+                _rename_new(temporary, folder)
+            sync(folder.parent)
+    except FileExistsError as error:
+        raise FileError(f"{path} appeared while it was written; choose another folder.") from error
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise FileError(f"could not write {folder}: {reason}.") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise FileError(f"could not write {path}: {reason}.") from error
 
 
-def _swap(temporary: Path, folder: Path) -> None:
-    """Put `temporary` in the place of `folder`, and remove the old folder last."""
-    if not folder.exists() or not any(folder.iterdir()):
-        os.replace(temporary, folder)
-        return
-    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-old-"))
-    try:
-        os.replace(folder, old)
-    except BaseException:
-        old.rmdir()
-        raise
-    try:
-        os.replace(temporary, folder)
-    except BaseException:
-        os.replace(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def write_file(path: Path, data: bytes) -> None:
+    """Replace one file atomically (temporary file, flush to disk, rename).
+
+    Args:
+        path: The file. Its folder is made if it is missing. A file that is there keeps its mode.
+        data: Its new content.
+
+    Raises:
+        FileError: It cannot be written. What is there is left untouched.
+    """
+    with _naming(path, "could not write"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent)
+        temporary, descriptor = _claim(path.parent, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                with contextlib.suppress(FileNotFoundError):
+                    os.fchmod(descriptor, stat.S_IMODE(path.stat().st_mode))
+                stream.write(data)
+                stream.flush()
+                os.fsync(descriptor)
+                os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
 
 
 def sync(path: Path) -> None:
@@ -117,233 +141,218 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Replace one file atomically and flush it to disk. Raise `FileError` if that fails."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                os.fchmod(descriptor, 0o644)
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        sync(path.parent)
-    except OSError as error:
-        raise FileError(f"could not write {path}: {error.strerror or error}.") from error
-
-
 def json_bytes(value: Mapping[str, Any]) -> bytes:
     """Return `value` as indented JSON. Raise `ValueError` for NaN and infinity."""
     return f"{json.dumps(value, indent=1, allow_nan=False)}\n".encode()
 
 
-def check_format(
-    file: Path, value: Mapping[str, Any], name: str, version: int, advice: str = ""
-) -> None:
-    """Raise `FileError` unless `value`, read from `file`, has the format `name` in this version.
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Turn errors of the system, and names it cannot have, into a `FileError` that names `path`."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"{what} {os.fspath(path)!r}: {reason}.") from error
 
-    `advice` is a clause that ends the message and says what to do about another version.
+
+def _home(folder: Path) -> Path:
+    """Return where the temporary folder goes: in a folder to be filled, beside any other."""
+    return folder if folder.is_dir() and not _entries(folder) else folder.parent
+
+
+def _entries(folder: Path) -> list[str]:
+    """Return the names in a folder, without temporary ones."""
+    return sorted(name for name in os.listdir(folder) if not _TEMPORARY.fullmatch(name))
+
+
+def _check_replaceable(folder: Path, marks: Collection[str]) -> None:
+    """Raise `FileError` unless a folder is absent, empty, or recognised by a mark.
+
+    A temporary folder beside other files is a mark, too: of a save that was killed.
     """
-    found = value.get("format"), value.get("version")
-    if found != (name, version):
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError as error:
+        raise FileError(f"{folder} is a file; give a folder.") from error
+    if names and not any(name in marks or _TEMPORARY.fullmatch(name) for name in names):
         raise FileError(
-            f"{file}: expected format {name} version {version}, got {found[0]!r} version "
-            f"{found[1]!r}{advice and '; '}{advice}."
+            f"{folder} was not written by solpath (it holds {min(names)!r} and none of "
+            f"{', '.join(sorted(marks))}), so it is not replaced; choose another folder."
         )
 
 
-def read_json(path: Path, *, sha256: str | None = None) -> dict[str, Any]:
-    """Read a JSON object of at most 64 MiB, in which all numbers are finite.
+# ---------------------------------------------------------------- temporary files, which are locked
 
-    Args:
-        path: A regular file.
-        sha256: The hex digest that its bytes must have. None accepts any.
 
-    Raises:
-        FileError: The file cannot be read or holds something else. The message says what.
+def _claim(home: Path, flags: int | None = None) -> tuple[Path, int]:
+    """Make a temporary folder, or a file opened with `flags`; return it and its locked descriptor.
+
+    The lock ends with the process, by whatever it ends: what is not locked is stale.
     """
-    try:
-        data = _read_small(path, MAX_JSON_BYTES)
-        if sha256 is not None:
-            check_digest(path, hashlib.sha256(data).hexdigest(), sha256)
-        value = json.loads(data, parse_constant=_refuse, parse_float=_finite)
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise FileError(f"{path} holds a JSON {type(value).__name__}, not an object.")
-    return value
-
-
-def _read_small(path: Path, limit: int) -> bytes:
-    """Read a regular file. One of more than `limit` bytes is refused before it is read."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise FileError(f"{path} is not a regular file.")
-    if status.st_size > limit:
-        raise FileError(f"{path} has {status.st_size} bytes; at most {limit} are read.")
-    with path.open("rb") as stream:
-        return stream.read(limit)
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is not allowed")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not finite")
-    return value
-
-
-def check_digest(path: Path, found: str, expected: str) -> None:
-    """Raise `FileError` unless the two hex digests of a file are equal."""
-    if found != expected:
-        raise FileError(
-            f"{path} is damaged or was changed: its SHA-256 is {found}, expected {expected}."
-        )
-
-
-def read_header(path: Path) -> Header:
-    """Return the (safetensors dtype, shape) of every tensor in a file by name, in data order.
-
-    No tensor data is read. Raise `FileError` if the file is not a regular file, is truncated or
-    damaged, or has a header above 16 MiB.
-    """
-    try:
-        with path.open("rb") as stream:
-            status = os.fstat(stream.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise FileError(f"{path} is not a regular file.")
-            length = int.from_bytes(stream.read(8), "little")
-        if length > min(MAX_HEADER_BYTES, status.st_size - 8):
-            raise FileError(
-                f"{path}: header length is {length} bytes in a file of {status.st_size}; "
-                f"at most {MAX_HEADER_BYTES} are read."
-            )
-        with safe_open(path, framework="pt") as stream:
-            slices = {name: stream.get_slice(name) for name in stream.offset_keys()}
-            return {n: (part.get_dtype(), tuple(part.get_shape())) for n, part in slices.items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FileError(f"cannot read {path}: {error}.") from error
-
-
-def check_header(path: Path, header: Header, expected: Expected, *, exact: bool = True) -> None:
-    """Raise `FileError` unless every tensor in `header` has the dtype and shape that is `expected`.
-
-    Args:
-        path: The file that `header` was read from, for the message.
-        header: Name to (safetensors dtype, shape), from `read_header`.
-        expected: Name to (dtype, shape). Any other name is refused.
-        exact: Whether every expected tensor must be there.
-    """
-    wrong = sorted(set(header) - set(expected)) or sorted(
-        set(expected) - set(header) if exact else ()
-    )
-    if wrong:
-        state = "is not expected" if wrong[0] in header else "is missing"
-        raise FileError(f"{path}: tensor {wrong[0]!r} {state}.")
-    for name, (found, shape) in header.items():
-        dtype, size = expected[name]
-        if (found, shape) != (dtype_name(dtype), tuple(size)):
-            raise FileError(
-                f"{path}: tensor {name!r} is {found} {list(shape)}, "
-                f"expected {dtype_name(dtype)} {list(size)}."
-            )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return what safetensors calls `dtype`. Raise `FileError` for one that cannot be stored."""
-    if dtype not in DTYPES:
-        raise FileError(f"tensors of {dtype} cannot be stored; cast them to a float dtype first.")
-    return DTYPES[dtype]
-
-
-def read_tensors(path: Path, expected: Expected, *, exact: bool = True) -> dict[str, Tensor]:
-    """Read a safetensors file whose header must match `expected` before any data is read.
-
-    The tensors own their memory: the file may be changed or removed afterwards.
-
-    Args:
-        path: The file.
-        expected: Name to (dtype, shape). Any other name is refused.
-        exact: Whether every expected tensor must be there.
-
-    Raises:
-        FileError: The file is truncated or damaged, or a name, dtype or shape is wrong.
-    """
-    header = read_header(path)
-    check_header(path, header, expected, exact=exact)
-    return read_data(path, header)
-
-
-def read_data(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """Read the tensors `names` of a safetensors file whose header was checked.
-
-    The tensors own their memory. Raise `FileError` if one cannot be read.
-    """
-    try:
-        with safe_open(path, framework="pt", backend="pread") as stream:
-            return {name: stream.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FileError(f"cannot read {path}: {error}.") from error
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal. Raise `FileError` if it cannot be read."""
-    try:
-        return _sha256(path, Event())
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror or error}.") from error
+    while True:
+        path = home / f".solpath-tmp-{secrets.token_hex(8)}"
+        if flags is None:
+            path.mkdir()
+        with contextlib.suppress(FileNotFoundError):  # swept before it was locked
+            descriptor = os.open(path, os.O_RDONLY if flags is None else flags, 0o666)
+            if _lock(descriptor) is not False and path.exists():
+                return path, descriptor
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
-def digests(paths: Iterable[Path]) -> Iterator[dict[str, Future[str]]]:
-    """Compute the SHA-256 of files in threads while the block runs. Leaving the block stops them.
-
-    Yields:
-        File name to the digest to come, in hexadecimal. Ask for it inside the block.
-    """
-    stop = Event()
-    with ThreadPoolExecutor(2) as pool:
-        try:
-            yield {path.name: pool.submit(_sha256, path, stop) for path in paths}
-        finally:
-            stop.set()
-
-
-def _sha256(path: Path, stop: Event) -> str:
-    digest, block = hashlib.sha256(), memoryview(bytearray(2**18))
-    with path.open("rb", buffering=0) as stream:
-        while (count := stream.readinto(block)) and not stop.is_set():
-            digest.update(block[:count])
-    return digest.hexdigest()
-
-
-def file_in(folder: Path, name: str) -> Path:
-    """Return a file of `folder` that really lies there.
-
-    A link may only lead to another file of the folder or, in a snapshot of the Hugging Face cache
-    (``<repo>/snapshots/<revision>``), into ``<repo>/blobs``.
-
-    Raises:
-        FileError: The file is missing or lies elsewhere.
-    """
-    path = folder / name
+def _temporary_folder(home: Path) -> Iterator[Path]:
+    """Yield a new folder in `home`; whatever has its name at the end is removed."""
+    temporary, descriptor = _claim(home)
     try:
-        root, real = folder.resolve(strict=True), path.resolve(strict=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise FileError(f"cannot read {path}: {error}.") from error
-    homes = [root]
-    if root.parent.name == "snapshots":
-        homes.append(root.parent.parent / "blobs")
-    if not any(real.is_relative_to(home) for home in homes):
-        raise FileError(f"{path} leads out of the folder, to {real}.")
-    return path
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Take the lock of a file: True if taken, False if another has it, None if there are none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _sweep(home: Path) -> None:
+    """Remove what killed processes of this user left in `home`, never what one is writing."""
+    for name in os.listdir(home):
+        if not _TEMPORARY.fullmatch(name):
+            continue
+        path = home / name
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                status = os.fstat(descriptor)
+                free = _lock(descriptor)
+                if free is None:
+                    free = time.time() - status.st_mtime > _STALE_SECONDS
+                if free and status.st_uid == os.geteuid():
+                    if stat.S_ISDIR(status.st_mode):
+                        shutil.rmtree(path, ignore_errors=True)
+                    else:
+                        path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _set_modes(temporary: Path, folder: Path) -> None:
+    """Give files the modes of those they replace, or what the umask left of the new folder's."""
+    new = stat.S_IMODE(temporary.stat().st_mode) & 0o666
+    for item in temporary.rglob("*"):
+        if item.is_file() and not item.is_symlink():
+            old = folder / item.relative_to(temporary)
+            item.chmod(stat.S_IMODE(old.stat().st_mode) if old.is_file() else new)
+    if folder.is_dir() and temporary.parent != folder:
+        temporary.chmod(stat.S_IMODE(folder.stat().st_mode))
+
+
+# ------------------------------------------------------------------------------- taking the place
+
+
+def _fill(temporary: Path, folder: Path) -> None:
+    """Move everything into `folder`, which is empty, the marks last; one process at a time."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    moved: list[Path] = []
+    try:
+        with contextlib.suppress(OSError):  # no locks here
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if names := _entries(folder):
+            raise FileError(
+                f"{folder} was empty, but {names[0]!r} appeared while it was written; choose "
+                "another folder."
+            )
+        for item in sorted(temporary.iterdir(), key=lambda item: (item.name in MARKS, item.name)):
+            _rename_new(item, folder / item.name)
+            moved.append(item)
+        os.fsync(descriptor)
+    except BaseException:
+        for item in reversed(moved):
+            os.rename(folder / item.name, item)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _replace(temporary: Path, folder: Path, marks: Collection[str]) -> None:
+    """Exchange `temporary` with `folder`, or rename it if there is none."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            return _rename_new(temporary, folder)
+        _check_replaceable(folder, marks)
+        with contextlib.suppress(FileNotFoundError):  # it vanished in between
+            return _exchange(temporary, folder)
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    """Rename; raise `FileExistsError` if the target exists (without renameat2: is not empty)."""
+    try:
+        if _rename_with(source, target, _NO_REPLACE):
+            return
+        if not source.is_dir() and target.exists():
+            raise FileExistsError(errno.EEXIST, "File exists", str(target))
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR):
+            raise FileExistsError(errno.EEXIST, "File exists", str(target)) from error
+        raise
+
+
+def _exchange(temporary: Path, folder: Path) -> None:
+    """Exchange two folders in one step; in two, with the old one put aside, where that is all."""
+    if _rename_with(temporary, folder, _EXCHANGE):
+        return
+    old = folder.parent / f"{_aside(folder)}{secrets.token_hex(4)}"
+    os.rename(folder, old)
+    try:
+        os.rename(temporary, folder)
+    except BaseException:
+        if not folder.exists():
+            os.rename(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(folder: Path) -> str:
+    """Return the beginning of the name that a folder has while it is put aside."""
+    return f".solpath-old-{hashlib.sha256(os.fsencode(folder.name)).hexdigest()[:16]}-"
+
+
+def _put_back(folder: Path) -> None:
+    """Undo an exchange in two steps that was killed after the first one, or finish it."""
+    if not folder.parent.is_dir():
+        return
+    for old in folder.parent.glob(f"{_aside(folder)}*"):
+        try:
+            _rename_new(old, folder)
+        except FileExistsError:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _rename_with(source: Path, target: Path, flags: int) -> bool:
+    """Rename with flags of renameat2 (renamex_np on macOS); False where the system has none."""
+    library = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(source), os.fsencode(target)
+    if hasattr(library, "renameat2"):
+        failed = library.renameat2(-100, names[0], -100, names[1], flags)  # AT_FDCWD
+    elif hasattr(library, "renamex_np"):
+        failed = library.renamex_np(*names, flags)
+    else:
+        return False
+    if not failed:
+        return True
+    code = ctypes.get_errno()
+    if code in _UNSUPPORTED:
+        return False
+    raise OSError(code, os.strerror(code), str(source), None, str(target))

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from solpath.files import DTYPES
 from solpath.model.counting import saved_tensors
+from solpath.reading import DTYPES
 
 
 def bytes_on_disk(model: nn.Module) -> int:

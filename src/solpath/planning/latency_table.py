@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from solpath.errors import FileError, FingerprintError
-from solpath.files import check_format, json_bytes, read_json, write_file
+from solpath.files import json_bytes, write_file
 from solpath.pair import Pair
+from solpath.reading import check_format, read_json
 
 FORMAT_VERSION = 1
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from solpath.config import check_count
 from solpath.errors import BudgetError, ConfigError, FileError
-from solpath.files import check_format, json_bytes, new_folder, read_json, read_tensors
+from solpath.files import json_bytes, new_folder
 from solpath.pair import Fingerprint, Pair
 from solpath.planning.budget import Budget, Constraints
 from solpath.planning.cost import Achieved, CostTable
 from solpath.planning.latency_table import LatencyTable
 from solpath.planning.plan import Plan, make_plan
+from solpath.reading import check_format, read_json, read_tensors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -238,10 +239,11 @@ class SolutionPath:
 
         Args:
             path: The folder. It is made if need be.
-            overwrite: Replace a folder that is not empty.
+            overwrite: Replace a folder that solpath wrote, although it is not empty.
 
         Raises:
-            FileError: The folder is not empty and `overwrite` is False, or it cannot be written.
+            FileError: The folder is not empty and `overwrite` is False, or solpath did not write
+                what is in it, or it cannot be written.
 
         Example:
             >>> path.save("saved")

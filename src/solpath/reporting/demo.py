@@ -14,12 +14,13 @@ from solpath import baselines
 from solpath.config import SearchConfig
 from solpath.data.docstrings import Corpus, read_corpus, texts_of
 from solpath.data.text import text_batches
-from solpath.files import check_output, file_digest
+from solpath.files import check_output
 from solpath.measuring.measurement import Measurement, measure
 from solpath.model.extraction import extract
 from solpath.model.masks import masked
 from solpath.planning.path import SolutionPath
 from solpath.pretrained import from_pretrained, load_processor, quiet_transformers
+from solpath.reading import file_digest
 from solpath.refining.compensation import compensate
 from solpath.reporting.family import (
     DenseModel,

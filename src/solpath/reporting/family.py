@@ -10,8 +10,9 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from solpath.errors import FileError
-from solpath.files import check_format, json_bytes, read_json, write_file
+from solpath.files import json_bytes, write_file
 from solpath.planning.path import SolutionPath
+from solpath.reading import check_format, read_json
 
 FORMAT, FORMAT_VERSION = "solpath.family", 2
 FILE = "family.json"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from solpath.data.docstrings import TextPair
 from solpath.data.text import text_batches
 from solpath.errors import FileError
-from solpath.files import file_digest
+from solpath.reading import file_digest
 from solpath.running.forward import device_of
 from solpath.running.modes import inferring
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from solpath.arch.building import CONSTRUCTOR_OPTIONS
 from solpath.errors import FileError
-from solpath.files import DTYPES, Header, check_format, file_in, read_header, read_json
 from solpath.planning.plan import Plan
+from solpath.reading import DTYPES, Header, check_format, file_in, read_header, read_json
 
 FORMAT, FORMAT_VERSION = "solpath.model", 2
 HEADER, CONFIG, GENERATION = "solpath.json", "config.json", "generation_config.json"

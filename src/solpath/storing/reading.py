@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from solpath.errors import FileError
-from solpath.files import check_digest, check_header, digests, file_in, read_data, read_json
+from solpath.reading import check_digest, check_header, digests, file_in, read_data, read_json
 from solpath.storing.manifest import CONFIG, GENERATION, HEADER, INDEX, check_manifest, read_headers
 from solpath.storing.skeleton import assign_, build_skeleton, check_sizes, expect_buffers, resolve
 

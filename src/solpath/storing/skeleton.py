@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from solpath.arch import TIMM_WRAPPER, known_model_types, timm
 from solpath.arch.building import CONSTRUCTOR_OPTIONS, DEPTHS, NOT_A_SIZE
 from solpath.errors import SolpathError
-from solpath.files import Expected, Header, dtype_name
 from solpath.model.discovery import find_pairs
 from solpath.model.extraction import extract
 from solpath.planning.plan import EXTRACTED, Plan
+from solpath.reading import Expected, Header, dtype_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from solpath.errors import ConfigError, FileError, SolpathError
-from solpath.files import check_output, digests, dtype_name, json_bytes, new_folder, sync
+from solpath.files import check_output, json_bytes, new_folder, sync
 from solpath.planning.plan import Plan, plan_of
+from solpath.reading import digests, dtype_name
 from solpath.running.provenance import version_of
 from solpath.storing.manifest import (
     ATTENTION,
@@ -63,8 +64,8 @@ def save(
 
     Args:
         model: A model from `extract`. Its weights may have been changed since.
-        folder: A folder that is new or empty. With `overwrite` it may hold anything, all of which
-            is replaced.
+        folder: A folder that is new or empty. With `overwrite` it may also be one that solpath
+            wrote, all of which is replaced.
         tokenizer: A tokenizer or processor whose files are added. None adds none.
         overwrite: Whether to replace the folder. If saving fails, the folder is left untouched.
         max_shard_size: The largest size of one weight file, in bytes or as text such as ``"5GB"``.
@@ -73,8 +74,8 @@ def save(
     Raises:
         SolpathError: The model was not extracted, or `load` could not rebuild it.
         ConfigError: `max_shard_size` cannot be understood, or `tokenizer` has no `save_pretrained`.
-        FileError: The folder is not empty or cannot be written, or the model has a dtype that
-            cannot be stored.
+        FileError: The folder is not empty, appeared meanwhile, was not written by solpath or cannot
+            be written, or the model has a dtype that cannot be stored.
 
     Example:
         >>> solpath.save(small, "half")
