@@ -75,11 +75,21 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "blenderbot": ("BlenderbotForConditionalGeneration", TWO_SIDES),
     "blenderbot-small": ("BlenderbotSmallForConditionalGeneration", TWO_SIDES),
+    "bloom": (
+        "BloomForCausalLM",
+        {"vocab_size": 60, "hidden_size": 36, "n_layer": 2, "n_head": 4, "pad_token_id": 0},
+    ),
     "camembert": ("CamembertForSequenceClassification", SIZES | TEXT),
     "clip": ("CLIPModel", {"text_config": TOWER | TEXT | EOS, "vision_config": TOWER | IMAGE,
                            "projection_dim": 12}),
     "clip_text_model": ("CLIPTextModelWithProjection", TOWER | TEXT | EOS),
     "clip_vision_model": ("CLIPVisionModelWithProjection", TOWER | IMAGE),
+    "cohere": ("CohereForCausalLM", SIZES | TEXT | {"num_key_value_heads": 2, "logit_scale": 1.0}),
+    "cohere2": (
+        "Cohere2ForCausalLM",
+        SIZES | TEXT | {"num_key_value_heads": 2, "logit_scale": 1.0, "sliding_window": 4,
+                        "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "data2vec-text": ("Data2VecTextForMaskedLM", TOWER | TEXT),
     "deberta-v2": (
         "DebertaV2ForMaskedLM",
@@ -114,6 +124,10 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "electra": ("ElectraForTokenClassification", SIZES | TEXT | {"embedding_size": 16}),
     "ernie": ("ErnieForSequenceClassification", TOWER | TEXT | {"use_task_id": True}),
+    "ernie4_5": (
+        "Ernie4_5ForCausalLM",
+        TOWER | TEXT | {"num_key_value_heads": 2, "head_dim": 10, "use_bias": True},
+    ),
     "esm": (
         "EsmForTokenClassification",
         TOWER | TEXT | {"position_embedding_type": "rotary", "mask_token_id": 58},
@@ -121,6 +135,24 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "esm absolute": (
         "EsmModel",
         TOWER | TEXT | {"mask_token_id": 58, "emb_layer_norm_before": True},
+    ),
+    "eurobert": ("EuroBertForMaskedLM", SIZES | TEXT | {"num_key_value_heads": 2}),
+    "falcon": (
+        "FalconForCausalLM",
+        {"vocab_size": 60, "hidden_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "ffn_hidden_size": 43, "pad_token_id": 0},
+    ),
+    "falcon one to one": (
+        "FalconForCausalLM",
+        {"vocab_size": 60, "hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 6,
+         "multi_query": False, "parallel_attn": False, "bias": True, "pad_token_id": 0},
+    ),
+    "gemma": ("GemmaForCausalLM", TOWER | TEXT | {"num_key_value_heads": 1, "head_dim": 10}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        TOWER | TEXT | GEMMA | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 30.0,
+                                # Padding sees a token, 7 tokens away at most, of 9.
+                                "sliding_window": 7},
     ),
     "gemma3": (
         "Gemma3ForConditionalGeneration",
@@ -134,6 +166,24 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
         {"vocab_size": 60, "n_positions": 40, "n_embd": 36, "n_layer": 2, "n_head": 4,
          "n_inner": 43, "bos_token_id": 1, "eos_token_id": 2},
     ),
+    "gpt_neox": (
+        "GPTNeoXForCausalLM",
+        TOWER | TEXT | {"num_attention_heads": 4,
+                        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0,
+                                            "partial_rotary_factor": 0.5}},
+    ),
+    "gpt_neox sequential": (
+        "GPTNeoXForCausalLM",
+        TOWER | TEXT | {"use_parallel_residual": False, "attention_bias": False,
+                        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0,
+                                            "partial_rotary_factor": 1.0}},
+    ),
+    "granite": (
+        "GraniteForCausalLM",
+        TOWER | TEXT | {"num_key_value_heads": 3, "attention_multiplier": 0.3,
+                        "residual_multiplier": 0.7, "logits_scaling": 2.0},
+    ),
+    "helium": ("HeliumForCausalLM", SIZES | TEXT | {"num_key_value_heads": 2, "head_dim": 8}),
     "layoutlm": (
         "LayoutLMModel", TOWER | TEXT | {"max_2d_position_embeddings": 20}
     ),
@@ -145,10 +195,28 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
                 "num_key_value_heads": 1, "head_dim": 10, "intermediate_size": 37,
                 "attention_bias": True},
     ),
+    "llava": (
+        "LlavaForConditionalGeneration",
+        {"text_config": SIZES | TEXT | {"num_key_value_heads": 2, "model_type": "llama"},
+         "vision_config": TOWER | IMAGE | {"model_type": "clip_vision_model"},
+         "image_token_index": 59, "vision_feature_layer": -1, "image_seq_length": 4},
+    ),
     "m2m_100": ("M2M100ForConditionalGeneration", TWO_SIDES),
     "marian": ("MarianMTModel", TWO_SIDES | {"scale_embedding": True}),
     "mbart": ("MBartForConditionalGeneration", TWO_SIDES),
     "megatron-bert": ("MegatronBertForMaskedLM", TOWER | TEXT),
+    "ministral": (
+        "MinistralForCausalLM",
+        TOWER | TEXT | {"num_key_value_heads": 3, "head_dim": 10, "sliding_window": 4,
+                        "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "ministral3": (
+        "Ministral3ForCausalLM",
+        TOWER | TEXT | {"num_key_value_heads": 2, "head_dim": 10, "sliding_window": 4,
+                        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0,
+                                            "llama_4_scaling_beta": 0.5,
+                                            "original_max_position_embeddings": 3}},
+    ),
     "mistral": (
         "MistralForCausalLM", TOWER | TEXT | {"num_key_value_heads": 3, "sliding_window": 4}
     ),
@@ -164,6 +232,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
         {"vocab_size": 60, "d_model": 32, "d_kv": 7, "d_ff": 43, "num_layers": 2, "num_heads": 3,
          "decoder_start_token_id": 0},
     ),
+    "olmo": ("OlmoForCausalLM", SIZES | TEXT | {"num_key_value_heads": 2}),
     "opt": (
         "OPTForCausalLM",
         {"vocab_size": 60, "max_position_embeddings": 40, "hidden_size": 36, "ffn_dim": 43,
@@ -171,6 +240,21 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
          "pad_token_id": 0},
     ),
     "pegasus": ("PegasusForConditionalGeneration", TWO_SIDES),
+    "phi": (
+        "PhiForCausalLM",
+        TOWER | TEXT | {"num_attention_heads": 4, "num_key_value_heads": 2,
+                        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0,
+                                            "partial_rotary_factor": 0.5}},
+    ),
+    "phi3": (
+        "Phi3ForCausalLM", TOWER | TEXT | {"num_key_value_heads": 3, "sliding_window": 4}
+    ),
+    "phi3 partial": (
+        "Phi3ForCausalLM",
+        TOWER | TEXT | {"num_attention_heads": 4, "num_key_value_heads": 2,
+                        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0,
+                                            "partial_rotary_factor": 0.75}},
+    ),
     "plbart": ("PLBartForConditionalGeneration", TWO_SIDES),
     "qwen2": ("Qwen2ForCausalLM", SIZES | TEXT | {"num_key_value_heads": 2}),
     "qwen3": (
@@ -182,6 +266,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "roberta": ("RobertaForMaskedLM", SIZES | TEXT),
     "roberta-prelayernorm": ("RobertaPreLayerNormForMaskedLM", TOWER | TEXT),
+    "seed_oss": ("SeedOssForCausalLM", TOWER | TEXT | {"num_key_value_heads": 2, "head_dim": 10}),
     "siglip": ("SiglipModel", {"text_config": TOWER | TEXT | EOS,
                                "vision_config": TOWER | IMAGE}),
     "siglip2": ("Siglip2Model", {"text_config": TOWER | TEXT | EOS,
@@ -190,6 +275,15 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "siglip2_vision_model": ("Siglip2VisionModel", TOWER | IMAGE | {"num_patches": 16}),
     "siglip_text_model": ("SiglipTextModel", TOWER | TEXT | EOS),
     "siglip_vision_model": ("SiglipVisionModel", TOWER | IMAGE),
+    "smollm3": (
+        "SmolLM3ForCausalLM",
+        TOWER | TEXT | {"num_key_value_heads": 3, "no_rope_layers": [1, 0],
+                        "layer_types": ["sliding_attention", "full_attention"],
+                        "use_sliding_window": True, "sliding_window": 4},
+    ),
+    "starcoder2": (
+        "Starcoder2ForCausalLM", TOWER | TEXT | {"num_key_value_heads": 3, "sliding_window": 4}
+    ),
     "swin": (
         "SwinForImageClassification",
         # 8 x 8 patches, then 4 x 4, in windows of 3: padded, and shifted in every second block.
@@ -309,7 +403,7 @@ def inputs(
         text["input_ids"].scatter_(1, text["attention_mask"].sum(1, keepdim=True) - 1, 59)
     if kind in ("clip", "siglip", "siglip2"):
         return text | images
-    if kind == "gemma3":
+    if kind in ("gemma3", "llava"):
         image = torch.full((samples, 4), 59)
         tokens = torch.cat([image, text["input_ids"]], 1)
         mask = torch.cat([torch.ones_like(image), text["attention_mask"]], 1)

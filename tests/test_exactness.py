@@ -43,6 +43,8 @@ FRACTIONS = [
 @pytest.mark.parametrize("fractions", FRACTIONS)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_masked_equals_extracted(model, fractions, attention):
+    if attention == "sdpa" and not model._supports_sdpa:
+        pytest.skip("transformers has no such kernel for this family")
     model.set_attn_implementation(attention)
     plan = random_plan(model, fractions)
     for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
@@ -102,11 +104,10 @@ def test_cost_of_a_plan_is_what_extraction_counts(model):
         assert sum(p.numel() for p in small.parameters()) == plan.achieved.params
         assert saved_bytes(small) == plan.achieved.bytes
     # Unequal widths of query-key and value-output are padded to equal ones, so compare equal ones.
-    widths, channels = [], 1
+    widths, channels = [], 0
     for pair in find_pairs(model):
-        channels = pair.channels if pair.kind == "qk" else channels
-        unit = channels if pair.kind == "vo" else 1
-        widths.append(pair.width // unit // 2 * unit)
+        widths.append(channels if pair.kind == "vo" else pair.width // 2)
+        channels = channels + widths[-1] * pair.channels if pair.kind == "qk" else 0
     plan = plan_of(model, widths)
     small = solpath.extract(model, plan)
     counted = count_costs(small, (), inputs(model, samples=1)).dense["macs"]
@@ -134,18 +135,18 @@ def test_gradients_flow_as_in_the_masked_model(model):
     forward(small, inputs(model)).square().sum().backward()
     with solpath.masked(model, plan):
         forward(model, inputs(model)).square().sum().backward()
+    # ERNIE rotates in float32, and rounds each part of a gradient.
+    bound = 1e-6 if model.config.model_type == "ernie4_5" else 1e-9
     rows = defaultdict(list)
     for pair in plan.pairs:
         for side in pair.sides:
-            rows[side.module, side.axis].append(
-                (side.offset, pair.channel_index(side, plan.kept[pair.name]))
-            )
+            rows[side.module, side.axis].append(pair.channel_index(side, plan.kept[pair.name]))
     for (path, axis), parts in rows.items():
-        index = torch.cat([index for _, index in sorted(parts, key=lambda part: part[0])])
+        index = torch.cat(parts).sort().values
         dense, cut = linear_map(model, path), linear_map(small, path)
         dim = dense.outputs if axis == 0 else 1 - dense.outputs
         expected = dense.weight.grad.index_select(dim, index)
-        torch.testing.assert_close(cut.weight.grad, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(cut.weight.grad, expected, rtol=bound, atol=bound)
 
 
 def test_output_attentions_and_hidden_states(model):

@@ -50,7 +50,9 @@ def test_a_mask_per_sample_is_that_of_the_sample_alone(model):
                 gap = (together[i] - forward(model, sample)[0]).abs().max() / together.abs().max()
                 # Some modules go through float32 whatever the precision.
                 assert gap <= 1e-7 if owner == i else gap > 1e-3
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    hooks = [{**m._forward_hooks, **m._forward_pre_hooks} for m in model.modules()]
+    # transformers leaves hooks of its own on towers of LLaVA.
+    assert not any(h.__module__.startswith("solpath") for found in hooks for h in found.values())
 
 
 def test_every_pair_matters(model):

@@ -75,10 +75,12 @@ def test_channels_of_units_partition_every_layer(model):
             index = pair.channel_index(side, everything).tolist()
             rows[side.module, side.axis] += index
             owner = pair.unit_of_channel(side)
-            one = torch.full((pair.heads, 1), 2)
-            chosen = pair.channel_index(side, one) - side.offset
-            units = torch.arange(pair.heads) * pair.width + 2
+            number = min(2, pair.width - 1)
+            one = torch.full((pair.heads, 1), number)
+            chosen = torch.isin(pair.channels_of(side), pair.channel_index(side, one))
+            units = torch.arange(pair.heads) * pair.width + number
             assert set(owner[chosen].tolist()) == set(units.tolist())
+            chosen = owner[chosen]
             assert len(chosen) == int(torch.isin(owner, units).sum())
     for (path, axis), index in rows.items():
         linear = linear_map(model, path)
@@ -106,6 +108,40 @@ def test_a_layer_that_runs_many_times_is_one_pair_and_costs_its_runs():
     assert one.unit["params"] == three.unit["params"]
     for pair in pairs:
         assert three.unit["macs"][pair.name] == 3 * one.unit["macs"][pair.name]
+
+
+def test_heads_that_rotate_in_part_are_two_pairs():
+    """Of 9 channels, 4 are two couples half of the four apart, and 5 are units of their own."""
+    couples, others, values, _ = find_pairs(build("gpt_neox"))[:4]
+    assert [(p.kind, p.channels, p.width) for p in (couples, others, values)] == [
+        ("qk", 2, 2), ("qk", 1, 5), ("vo", 1, 9),
+    ]  # fmt: skip
+    one = torch.tensor([[1]]).repeat(4, 1)
+    # Each of the four heads has its query, its key and its value side by side.
+    assert couples.channel_index(couples.right, one).tolist()[:4] == [9 + 1, 9 + 3, 36 + 1, 36 + 3]
+    assert others.channel_index(others.left[0], one).tolist()[:2] == [4 + 1, 27 + 4 + 1]
+    assert values.channel_index(values.left[0], one).tolist()[:2] == [18 + 1, 27 + 18 + 1]
+
+
+def test_channels_of_an_interleaved_couple_are_neighbours():
+    qk = find_pairs(build("cohere"))[0]
+    assert qk.channel_index(qk.right, torch.tensor([[1], [3]])).tolist() == [2, 3, 8 + 6, 8 + 7]
+
+
+@pytest.mark.parametrize(
+    ("label", "changes", "message"),
+    [
+        ("bloom", {"slow_but_exact": True}, "slow_but_exact = True"),
+        ("cohere", {"use_qk_norm": True}, "q_norm is a CohereLayerNorm"),
+        ("falcon", {"alibi": True}, "config.alibi = True"),
+        ("falcon", {"new_decoder_architecture": True}, "new_decoder_architecture = True"),
+        ("olmo", {"clip_qkv": 8.0}, "config.clip_qkv = 8.0"),
+        ("phi", {"qk_layernorm": True}, "q_layernorm is a LayerNorm"),
+    ],
+)
+def test_settings_that_cutting_would_change_are_refused_by_name(label, changes, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        find_pairs(build(label, **changes))
 
 
 def test_couples_need_heads_of_an_even_width():

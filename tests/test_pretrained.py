@@ -96,7 +96,7 @@ def test_the_dtype_is_that_of_the_files_or_the_one_asked(tmp_path):
 
 
 def test_an_unknown_type_is_refused_before_weights_are_looked_for(tmp_path):
-    for name in ("gpt_neox", "made-up"):
+    for name in ("mamba", "made-up"):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": name}))
         with pytest.raises(UnsupportedModelError, match=name):
             from_pretrained(tmp_path)

@@ -15,7 +15,9 @@ class Side:
     """One linear layer of a pair, and the layout of the inner dimension in it.
 
     The inner dimension runs along the layer's outputs or its inputs, as
-    ``[heads, repeat, channels, width]`` with the `heads`, `channels` and `width` of the pair.
+    ``[heads, repeat, channels, width]`` with the `heads`, `channels` and `width` of the pair, or as
+    ``[heads, repeat, width, channels]`` where the pair is interleaved. Channels of other pairs may
+    lie between two heads.
 
     Attributes:
         module: Dotted name of the layer in the model.
@@ -25,12 +27,17 @@ class Side:
             grouped queries, otherwise 1.
         offset: Index of the first inner channel in the layer. It is above 0 for keys and values
             in a fused query-key-value projection.
+        step: Channels from one head of the layer to the next; 0 where they are adjacent.
+        pitch: Channels from the first head of the layer in one head of the pair to that in the
+            next; 0 where it is ``repeat`` steps.
     """
 
     module: str
     axis: Literal[0, 1]
     repeat: int = 1
     offset: int = 0
+    step: int = 0
+    pitch: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,8 @@ class Pair:
         cache: Elements of the key-value cache that one unit takes per token.
         norms: The norm of the queries and that of the keys, where the heads are normalised;
             otherwise empty.
+        interleaved: Whether the channels of one unit are neighbours; otherwise they are `width`
+            apart.
 
     Example:
         >>> pair = path.pairs[0]
@@ -80,6 +89,7 @@ class Pair:
     channels: int = 1
     cache: int = 0
     norms: tuple[Norm, ...] = ()
+    interleaved: bool = False
 
     @property
     def units(self) -> int:
@@ -104,7 +114,8 @@ class Pair:
             kept: Kept units of every head, int64 ``[heads, r]``.
 
         Returns:
-            int64 ``[heads * repeat * channels * r]``, in the layout of the smaller layer.
+            int64 ``[heads * repeat * channels * r]``, in the order of `unit_of_channel`. In the
+            smaller layer they stand in ascending order.
 
         Example:
             >>> query, key = Side("query", 0), Side("key", 0)
@@ -112,12 +123,24 @@ class Pair:
             >>> pair.channel_index(key, torch.tensor([[0, 3], [1, 2]])).tolist()
             [0, 3, 5, 6]
         """
-        first = torch.arange(self.heads * side.repeat * self.channels) * self.width + side.offset
-        first = first.view(self.heads, side.repeat, self.channels, 1)
-        return (first + kept.view(self.heads, 1, 1, -1)).flatten()
+        step = side.step or self.channels * self.width
+        head = torch.arange(self.heads).view(-1, 1, 1, 1) * (side.pitch or side.repeat * step)
+        copy = torch.arange(side.repeat).view(-1, 1, 1) * step
+        apart, stride = (1, self.channels) if self.interleaved else (self.width, 1)
+        channel = torch.arange(self.channels).view(-1, 1) * apart
+        unit = kept.view(self.heads, 1, 1, -1) * stride
+        return (side.offset + head + copy + channel + unit).flatten()
+
+    def channels_of(self, side: Side) -> Tensor:
+        """Return the positions in `side` of all inner channels, in the order of `unit_of_channel`.
+
+        Args:
+            side: One of `sides`.
+        """
+        return self.channel_index(side, torch.arange(self.width).repeat(self.heads, 1))
 
     def unit_of_channel(self, side: Side) -> Tensor:
-        """Return the unit that every inner channel of `side` belongs to.
+        """Return the unit that every inner channel of `side` belongs to, see `channels_of`.
 
         Args:
             side: One of `sides`.

@@ -1,9 +1,10 @@
-"""LLaMA, Mistral, Qwen2: rotary couples, grouped-query attention, gated MLP."""
+"""LLaMA and the families that its `forward` runs: rotary couples, grouped queries, gated MLP."""
 
 from dataclasses import replace
+from typing import Any
 
 from solpath.arch.table import Attention, Mlp, Stack
-from solpath.nn.attention import rotary
+from solpath.nn.attention import rotary, with_residual_dropout
 
 ATTENTION = Attention(
     module="self_attn",
@@ -18,11 +19,22 @@ ATTENTION = Attention(
     cached=True,
 )
 MLP = Mlp(left=("mlp.gate_proj", "mlp.up_proj"), right="mlp.down_proj")
-_MISTRAL = replace(ATTENTION, forward=rotary("config.sliding_window"))
-_QWEN2 = replace(ATTENTION, forward=rotary("sliding_window"))
+
+
+def stacks(mlp: Mlp = MLP, **changes: Any) -> tuple[Stack]:
+    """Return LLaMA's blocks with some fields of their attention changed."""
+    return (Stack("layers", (replace(ATTENTION, **changes),), (mlp,)),)
+
 
 TABLES = {
-    "llama": (Stack("layers", (ATTENTION,), (MLP,)),),
-    "mistral": (Stack("layers", (_MISTRAL,), (MLP,)),),
-    "qwen2": (Stack("layers", (_QWEN2,), (MLP,)),),
+    "eurobert": stacks(cached=False),
+    "gemma": stacks(),
+    "granite": stacks(),
+    "llama": stacks(),
+    "ministral": stacks(forward=rotary("sliding_window")),
+    "mistral": stacks(forward=rotary("config.sliding_window")),
+    "olmo": stacks(unset=("config.clip_qkv",)),
+    "qwen2": stacks(forward=rotary("sliding_window")),
+    "seed_oss": stacks(forward=with_residual_dropout(rotary())),
+    "smollm3": stacks(forward=rotary("sliding_window", rotates=lambda self: self.use_rope)),
 }

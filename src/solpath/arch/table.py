@@ -19,10 +19,13 @@ _MODULES = {
     "big_bird": "rembert",
     "blenderbot": "whisper",
     "blenderbot-small": "whisper",
+    "bloom": "bloom",
     "camembert": "bert",
     "clip": "clip",
     "clip_text_model": "clip",
     "clip_vision_model": "clip",
+    "cohere": "cohere",
+    "cohere2": "cohere",
     "data2vec-text": "bert",
     "deberta-v2": "deberta",
     "data2vec-vision": "yolos",
@@ -33,35 +36,52 @@ _MODULES = {
     "distilbert": "distilbert",
     "electra": "bert",
     "ernie": "bert",
+    "ernie4_5": "cohere",
     "esm": "esm",
+    "eurobert": "llama",
+    "falcon": "falcon",
+    "gemma": "llama",
+    "gemma2": "gemma2",
     "gemma3": "gemma3",
     "gemma3_text": "gemma3",
     "gpt2": "gpt2",
+    "gpt_neox": "gpt_neox",
+    "granite": "llama",
+    "helium": "cohere",
     "layoutlm": "bert",
     "ijepa": "vit",
     "llama": "llama",
+    "llava": "llava",
     "m2m_100": "whisper",
     "marian": "whisper",
     "mbart": "whisper",
     "megatron-bert": "rembert",
+    "ministral": "llama",
+    "ministral3": "ministral3",
     "mistral": "llama",
     "modernbert": "modernbert",
     "mpnet": "mpnet",
     "mt5": "t5",
+    "olmo": "llama",
     "opt": "opt",
     "pegasus": "whisper",
+    "phi": "phi",
+    "phi3": "phi3",
     "plbart": "whisper",
     "qwen2": "llama",
     "qwen3": "qwen3",
     "rembert": "rembert",
     "roberta": "bert",
     "roberta-prelayernorm": "bert",
+    "seed_oss": "llama",
     "siglip": "siglip",
     "siglip2": "siglip",
     "siglip2_text_model": "siglip",
     "siglip2_vision_model": "siglip",
     "siglip_text_model": "siglip",
     "siglip_vision_model": "siglip",
+    "smollm3": "llama",
+    "starcoder2": "starcoder2",
     "swin": "swin",
     "t5": "t5",
     "timm/SwinTransformer": "timm",
@@ -98,18 +118,24 @@ class Attention:
         module: The attention module, whose `forward` is replaced once its projections are cut.
         query, key, value, output: Its linear layers. A fused projection is named three times; its
             outputs are then the queries, the keys and the values, in this order.
+        by_group: Whether a fused projection has the outputs of each key-value head together: its
+            queries, its key, its value. Otherwise all queries come first, then all keys.
         forward: The function that replaces the `forward` of the module after cutting. None keeps
             the module's own, which must then read all widths from the layers.
         heads: The attribute of the module that counts its query heads; dots are allowed.
         kv_heads: The attribute that counts its key-value heads; empty if there are as many as query
             heads.
         rotary: Whether queries and keys have rotary couples, in the half-split layout.
+        interleaved: Whether the two channels of a couple are neighbours instead.
+        rotated: The function that counts the channels of a head that are rotated, given the
+            attention module. They come first. None if all are.
         norms: The modules that norm each head of the query and of the key; empty if there are none.
         norm_dim: The dimension of the input of the norms that runs over heads: -2 or -3.
         kind: The name of the class that the module must have, where other classes have the same
             layers but compute something else; empty if there are none.
         identity: The modules inside the attention that must be `nn.Identity`, None or absent,
             because cutting would change what they do.
+        unset: The attributes that must be false or None for the same reason; dots are allowed.
         qk: Whether queries and keys are a pair. Otherwise they stay whole.
         cached: Whether generation caches its keys and values, one of each per generated token.
         name: What its pairs are called, after the name of the block.
@@ -129,12 +155,16 @@ class Attention:
     heads: str = "num_attention_heads"
     kv_heads: str = ""
     rotary: bool = False
+    interleaved: bool = False
+    rotated: Callable[[Any], int] | None = None
     norms: tuple[str, ...] = ()
     norm_dim: int = -2
     kind: str = ""
     identity: tuple[str, ...] = ()
+    unset: tuple[str, ...] = ()
     qk: bool = True
     cached: bool = False
+    by_group: bool = False
     name: str = "attention"
 
 

@@ -214,12 +214,11 @@ def _rotate_(value: Tensor, pair: Pair, side: Side, matrix: Tensor) -> None:
     The channels are the first dimension of `value`; `matrix` is ``[heads, width, width]``.
     """
     heads = torch.einsum("hij,hrjk->hrik", matrix, _by_head(pair, side, value))
-    part = value[side.offset : side.offset + heads.shape[:-1].numel()]
-    part.copy_(heads.reshape(part.shape))
+    index = pair.channels_of(side).to(value.device)
+    value[index] = heads.reshape(-1, *value.shape[1:])
 
 
 def _by_head(pair: Pair, side: Side, channels: Tensor) -> Tensor:
     """Split the channels of `side` by head: ``[channels, ...] -> [heads, repeat, width, n]``."""
-    count = pair.heads * side.repeat * pair.width
-    part = channels[side.offset : side.offset + count]
+    part = channels[pair.channels_of(side).to(channels.device)]
     return part.reshape(pair.heads, side.repeat, pair.width, -1)

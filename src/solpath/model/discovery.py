@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -25,17 +25,19 @@ class Site:
         table: What the table of the architecture says about it.
         qk: Its query-key pair, unless that stays whole.
         vo: Its value-output pair.
+        plain: The query-key pair of the channels that are not rotated, where only some are.
     """
 
     path: str
     table: Attention
     qk: Pair | None
     vo: Pair
+    plain: Pair | None = None
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
         """Its pairs, in the order of `find_pairs`."""
-        return (self.vo,) if self.qk is None else (self.qk, self.vo)
+        return tuple(pair for pair in (self.qk, self.plain, self.vo) if pair is not None)
 
 
 def find_pairs(model: nn.Module | Name) -> tuple[Pair, ...]:
@@ -136,6 +138,7 @@ def _site(model: nn.Module, block: str, table: Attention) -> Site:
     if table.kind not in ("", type(module).__name__):
         raise UnsupportedModelError(f"{path} is a {type(module).__name__}, not a {table.kind}.")
     _check_identity(model, path, table.identity)
+    _check_unset(module, path, table.unset)
     heads = attrgetter(table.heads)(module)
     kv_heads = attrgetter(table.kv_heads)(module) if table.kv_heads else heads
     repeat, channels = heads // kv_heads, 2 if table.rotary else 1
@@ -148,25 +151,43 @@ def _site(model: nn.Module, block: str, table: Attention) -> Site:
     else:
         counts = {"query": heads, "key": kv_heads, "value": kv_heads}
         widths = {name: layers[name].out_features // counts[name] for name in paths}
-    if widths["query"] % channels:
+    width = widths["query"]
+    rotated = table.rotated(module) if table.rotated else width
+    if rotated % channels:
         raise UnsupportedModelError(f"{path} has heads of an odd width and rotates couples.")
-    before = widths["query"] if fused else 0  # channels per head in a fused layer, for the offsets
-    query = Side(paths["query"], 0, repeat)
-    key = Side(paths["key"], 0, 1, heads * before)
-    value = Side(paths["value"], 0, 1, (heads + kv_heads) * before)
+    before = width if fused else 0  # channels per head in a fused layer, for the offsets
+    step = width if rotated < width or table.by_group else 0
+    if table.by_group:
+        pitch, places = (repeat + 2) * width, (0, repeat * width, (repeat + 1) * width)
+    else:
+        pitch, places = 0, (0, heads * before, (heads + kv_heads) * before)
+    query = Side(paths["query"], 0, repeat, places[0], step, pitch)
+    key = Side(paths["key"], 0, 1, places[1], step, pitch)
+    value = Side(paths["value"], 0, 1, places[2], 0, pitch)
     output = Side(f"{block}.{table.output}", 1, repeat)
     name = f"{block}.{table.name}"
     qk = Pair(
         name=f"{name}.qk",
         kind="qk",
         heads=kv_heads,
-        width=widths["query"] // channels,
+        width=rotated // channels,
         left=(query,),
         right=key,
         cost=channels * _unit_cost(model, query, key),
         channels=channels,
         cache=channels * table.cached,
         norms=tuple(Norm(f"{block}.{norm}", table.norm_dim) for norm in table.norms),
+        interleaved=table.interleaved,
+    )
+    plain = Pair(
+        name=f"{name}.unrotated.qk",
+        kind="qk",
+        heads=kv_heads,
+        width=width - rotated,
+        left=(replace(query, offset=query.offset + rotated),),
+        right=replace(key, offset=key.offset + rotated),
+        cost=_unit_cost(model, query, key),
+        cache=int(table.cached),
     )
     vo = Pair(
         name=f"{name}.vo",
@@ -178,7 +199,7 @@ def _site(model: nn.Module, block: str, table: Attention) -> Site:
         cost=_unit_cost(model, value, output),
         cache=int(table.cached),
     )
-    return Site(path, table, qk if table.qk else None, vo)
+    return Site(path, table, qk if table.qk else None, vo, plain if plain.width else None)
 
 
 def _mlp(model: nn.Module, block: str, stack: Stack) -> Pair:
@@ -213,6 +234,16 @@ def _check_identity(model: nn.Module, parent: str, names: tuple[str, ...]) -> No
             kind = type(model.get_submodule(path)).__name__
             raise UnsupportedModelError(
                 f"{path} is a {kind}, which cutting would change; only models without it work."
+            )
+
+
+def _check_unset(module: nn.Module, path: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = attrgetter(name)(module)
+        if value:
+            raise UnsupportedModelError(
+                f"{path} has {name} = {value!r}, which cutting would change; only models without "
+                "it work."
             )
 
 

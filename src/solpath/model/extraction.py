@@ -72,7 +72,8 @@ def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Mo
         memo: dict[int, Any] = {}
         for path, sides in layers.items():
             index = [pair.channel_index(side, plan.units_of(pair)) for pair, side in sides]
-            memo |= cut_linear(linear_map(model, path), torch.cat(index), sides[0][1].axis)
+            order = torch.cat(index).sort().values
+            memo |= cut_linear(linear_map(model, path), order, sides[0][1].axis)
         result = copy.deepcopy(model, memo)
     for path in layers:
         resize_(result.get_submodule(path))
@@ -90,18 +91,13 @@ def copy_extracted(model: Model) -> Model:
 
 
 def _sides_of_layers(pairs: tuple[Pair, ...], cut: set[str]) -> dict[str, list[tuple[Pair, Side]]]:
-    """Return every layer that a cut pair touches, by path, with all pairs and sides that share it.
-
-    The sides of a layer come in the order of its rows.
-    """
+    """Return every layer that a cut pair touches, by path, with all pairs and sides in it."""
     layers: dict[str, list[tuple[Pair, Side]]] = defaultdict(list)
     for pair in pairs:
         for side in pair.sides:
             layers[side.module].append((pair, side))
     return {
-        path: sorted(sides, key=lambda owner: owner[1].offset)
-        for path, sides in layers.items()
-        if any(pair.name in cut for pair, _ in sides)
+        path: sides for path, sides in layers.items() if any(pair.name in cut for pair, _ in sides)
     }
 
 

@@ -58,7 +58,7 @@ def linear_map(model: nn.Module, path: str) -> LinearMap:
 
     layer: Any = model.get_submodule(path)
     kind = type(layer)
-    if kind is nn.Linear or kind is NonDynamicallyQuantizableLinear:
+    if kind in (nn.Linear, NonDynamicallyQuantizableLinear) or _is_falcon(kind):
         return LinearMap(layer.weight, layer.bias)
     if isinstance(layer, Conv1D):
         return LinearMap(layer.weight, layer.bias, outputs=1)
@@ -67,4 +67,12 @@ def linear_map(model: nn.Module, path: str) -> LinearMap:
     raise UnsupportedModelError(
         f"{path} is a {kind.__module__}.{kind.__name__}, not a plain nn.Linear; "
         "prune before quantising, and merge adapters first."
+    )
+
+
+def _is_falcon(kind: type) -> bool:
+    """Return whether a class is Falcon's linear layer, which rounds in another place."""
+    return (kind.__module__, kind.__name__) == (
+        "transformers.models.falcon.modeling_falcon",
+        "FalconLinear",
     )

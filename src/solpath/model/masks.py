@@ -251,16 +251,18 @@ def _expansion(pair: Pair) -> Callable[[Tensor, Tensor], Tensor]:
     A mask ``[..., units]`` becomes ``[..., channels]``; channels of other pairs get 1.
     """
     side = pair.mask_side
-    unit = pair.unit_of_channel(side)
-    whole = torch.equal(unit, torch.arange(pair.units))
+    position = pair.channels_of(side)
+    unit = torch.full((int(position.max()) + 1,), pair.units)  # of other pairs' channels
+    unit[position] = pair.unit_of_channel(side)
+    whole, gaps = torch.equal(unit, torch.arange(pair.units)), len(position) < len(unit)
 
     def expand(mask: Tensor, inner: Tensor) -> Tensor:
         mask = mask.to(inner.dtype)
         if not whole:
+            mask = nn.functional.pad(mask, (0, 1), value=1.0) if gaps else mask
             mask = mask.index_select(-1, unit.to(mask.device))
-        before = side.offset
-        after = inner.shape[-1] - before - mask.shape[-1]
-        return nn.functional.pad(mask, (before, after), value=1.0) if before or after else mask
+        after = inner.shape[-1] - mask.shape[-1]
+        return nn.functional.pad(mask, (0, after), value=1.0) if after else mask
 
     return expand
 

@@ -27,23 +27,43 @@ def by_head(states: Tensor, heads: int) -> Tensor:
     return states.view(shape).transpose(1, 2)
 
 
-def split_fused(states: Tensor, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_fused(
+    states: Tensor, heads: int, width: int, kv_heads: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Split the output of a fused projection into queries, keys and values.
 
     Args:
         states: ``[batch, tokens, features]``: the queries of all heads, then the keys, then the
             values.
-        heads: The number of heads.
-        width: The value-output width. Queries and keys have half of the remaining features each.
+        heads: The number of query heads.
+        width: The value-output width. Queries and keys share the remaining features.
+        kv_heads: The number of key-value heads; 0 if there are as many as query heads.
 
     Returns:
         Queries and keys ``[batch, heads, tokens, qk]``, and values
         ``[batch, heads, tokens, width]``.
     """
-    shared = (states.shape[-1] // heads - width) // 2
-    sizes = [heads * shared, heads * shared, heads * width]
-    query, key, value = (by_head(part, heads) for part in torch.split(states, sizes, dim=-1))
-    return query, key, value
+    kv_heads = kv_heads or heads
+    shared = (states.shape[-1] - kv_heads * width) // (heads + kv_heads)
+    sizes = [heads * shared, kv_heads * shared, kv_heads * width]
+    query, key, value = torch.split(states, sizes, dim=-1)
+    return by_head(query, heads), by_head(key, kv_heads), by_head(value, kv_heads)
+
+
+def split_groups(
+    states: Tensor, heads: int, width: int, kv_heads: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `split_fused` does where the features of each key-value head come together.
+
+    They are its queries, its key and its value.
+    """
+    kv_heads = kv_heads or heads
+    repeat = heads // kv_heads
+    groups = states.view(*states.shape[:-1], kv_heads, states.shape[-1] // kv_heads)
+    shared = (groups.shape[-1] - width) // (repeat + 1)
+    query, key, value = torch.split(groups, [repeat * shared, shared, width], dim=-1)
+    query = query.reshape(*states.shape[:-1], heads, shared)
+    return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 def attend(
@@ -197,43 +217,74 @@ def _getter(path: str) -> Callable[[Any], Any]:
     return get
 
 
-def rotary(sliding_window: str = "") -> Forward:
+def project_apart(self: Any, hidden: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values ``[batch, heads, tokens, width]`` of three projections."""
+    heads = self.config.num_attention_heads
+    kv_heads = heads // self.num_key_value_groups
+    return (
+        split_heads(self.q_proj, hidden, heads),
+        split_heads(self.k_proj, hidden, kv_heads),
+        split_heads(self.v_proj, hidden, kv_heads),
+    )
+
+
+def always(self: Any) -> bool:
+    """Return True: every attention of the model rotates."""
+    return True
+
+
+def rotary(
+    sliding_window: str = "",
+    *,
+    softcap: str = "",
+    project: Callable[..., tuple[Tensor, Tensor, Tensor]] = project_apart,
+    rotates: Callable[[Any], bool] = always,
+    table: int = 1,
+    neighbours: bool = False,
+    upcast: bool = False,
+    output: str = "o_proj",
+) -> Forward:
     """Return the `forward` of LLaMA's attention and its relatives: rotary couples, grouped queries.
 
     With norms over the heads, the module has `q_norm` and `k_norm`, which run on the kept channels
-    among zeros, and the query is multiplied by the buffer ``gain``, ``[heads]``.
+    among zeros, and the query is multiplied by the buffer ``gain``, ``[heads]``. Channels of a head
+    after its couples are not rotated.
 
     Args:
         sliding_window: The attribute that holds the window; dots are allowed. Empty if there is
             none.
+        softcap: The attribute that holds the bound of the logits; empty if there is none.
+        project: The function of the module, the hidden states and the other arguments of `forward`
+            that returns queries, keys and values.
+        rotates: The function that tells whether a module rotates at all.
+        table: The number of columns of the rotary tables per couple.
+        neighbours: Whether the channels of a couple are neighbours.
+        upcast: Whether the stock module rotates in float32.
+        output: The attribute that holds the output projection.
     """
-    window = _getter(sliding_window) if sliding_window else None
+    extras = {"sliding_window": sliding_window, "softcap": softcap}
+    getters = {name: _getter(path) for name, path in extras.items() if path}
 
     def forward(
         self: Any,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        heads, groups = self.config.num_attention_heads, self.num_key_value_groups
-        query = split_heads(self.q_proj, hidden_states, heads)
-        key = split_heads(self.k_proj, hidden_states, heads // groups)
-        value = split_heads(self.v_proj, hidden_states, heads // groups)
+        query, key, value = project(self, hidden_states, **kwargs)
         if self.couples.numel():
             if "gain" in self._buffers:
                 query = _norm(self.q_norm, query, self.couples, self.head_dim)
                 query = query * self.gain.to(query.dtype).view(-1, 1, 1)
                 key = _norm(self.k_norm, key, self.couples, self.head_dim)
-            # [batch, tokens, head_dim] -> [batch, kv_heads, tokens, couples]
-            cos, sin = (table[..., self.couples].transpose(1, 2) for table in position_embeddings)
-            key = rotate(key, cos, sin)
-            query = rotate(
-                query, cos.repeat_interleave(groups, dim=1), sin.repeat_interleave(groups, dim=1)
-            )
-        if window is not None:
-            kwargs["sliding_window"] = window(self)
+            if rotates(self):
+                columns = self.couples * table
+                query, key = rotate_couples(
+                    query, key, columns, position_embeddings, neighbours, upcast
+                )
+        kwargs |= {name: get(self) for name, get in getters.items()}
         states, weights = attend(
             self,
             query,
@@ -243,9 +294,19 @@ def rotary(sliding_window: str = "") -> Forward:
             dropout=self.attention_dropout,
             **kwargs,
         )
-        return self.o_proj(states), weights
+        return getattr(self, output)(states), weights
 
     return forward
+
+
+def with_residual_dropout(forward: Forward) -> Forward:
+    """Return a `forward` whose output is dropped out with probability `residual_dropout`."""
+
+    def dropped(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        states, weights = forward(self, *args, **kwargs)
+        return nn.functional.dropout(states, self.residual_dropout, self.training), weights
+
+    return dropped
 
 
 def _norm(norm: nn.Module, states: Tensor, couples: Tensor, width: int) -> Tensor:
@@ -265,16 +326,56 @@ def _norm(norm: nn.Module, states: Tensor, couples: Tensor, width: int) -> Tenso
     return normed
 
 
-def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the rotary embedding to the kept couples, in the half-split layout.
+def rotate_couples(
+    query: Tensor,
+    key: Tensor,
+    columns: Tensor,
+    tables: tuple[Tensor, Tensor] | None,
+    neighbours: bool = False,
+    upcast: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Apply the rotary embedding to the kept couples of queries and keys.
 
     Args:
-        states: ``[batch, heads, tokens, 2 * couples]``.
+        query: ``[batch, heads, tokens, 2 * couples + others]``.
+        key: ``[batch, kv_heads, tokens, 2 * couples + others]``.
+        columns: The columns of the tables for every kept couple, int64 ``[kv_heads, couples]``.
+        tables: Cosines and sines, ``[batch, tokens, head_dim]``, or None to rotate nothing.
+        neighbours: Whether the channels of a couple are neighbours.
+        upcast: Whether to rotate in float32.
+    """
+    if tables is None or not columns.numel():
+        return query, key
+    # [batch, tokens, head_dim] -> [batch, kv_heads, tokens, couples]
+    cos, sin = (table[..., columns].transpose(1, 2) for table in tables)
+    key = rotate(key, cos, sin, neighbours, upcast)
+    groups = query.shape[1] // cos.shape[1]
+    cos, sin = (table.repeat_interleave(groups, dim=1) for table in (cos, sin))
+    return rotate(query, cos, sin, neighbours, upcast), key
+
+
+def rotate(
+    states: Tensor, cos: Tensor, sin: Tensor, neighbours: bool = False, upcast: bool = False
+) -> Tensor:
+    """Apply the rotary embedding to the kept couples, which come first in every head.
+
+    Args:
+        states: ``[batch, heads, tokens, 2 * couples + others]``.
         cos: ``[batch, heads, tokens, couples]``, gathered for the couples of each head.
         sin: ``[batch, heads, tokens, couples]``, gathered in the same way.
+        neighbours: Whether the channels of a couple are neighbours, which they are not in the
+            result. Otherwise they are in the half-split layout.
+        upcast: Whether to rotate in float32.
     """
-    first, second = states.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    count = 2 * cos.shape[-1]
+    couples, others = states[..., :count], states[..., count:]
+    couples = couples.float() if upcast else couples
+    first, second = (
+        (couples[..., ::2], couples[..., 1::2]) if neighbours else couples.chunk(2, dim=-1)
+    )
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned = turned.to(states.dtype)
+    return torch.cat((turned, others), dim=-1) if others.shape[-1] else turned
 
 
 def rotate_kept(states: Tensor, couples: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:

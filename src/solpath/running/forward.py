@@ -34,7 +34,9 @@ def run(model: nn.Module, batch: Batch, *, labels: bool) -> Any:
     if not isinstance(batch, Mapping):
         return model(batch)
     inputs = {name: value for name, value in batch.items() if labels or name != "labels"}
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    parameters = inspect.signature(model.forward).parameters
+    generates: Any = getattr(model, "can_generate", bool)  # those that only pass the option on
+    if "use_cache" in parameters or ("kwargs" in parameters and generates()):
         inputs.setdefault("use_cache", False)
     return model(**inputs)
 

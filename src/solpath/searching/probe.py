@@ -207,7 +207,7 @@ class Probe:
         along = linear.outputs if side.axis == 0 else 1 - linear.outputs
         unit = pair.unit_of_channel(side)
         channels = linear.weight.detach().double().cpu().square().sum(1 - along)
-        channels = channels[side.offset : side.offset + len(unit)]
+        channels = channels[pair.channels_of(side)]
         return torch.zeros(pair.units, dtype=torch.float64).index_add(0, unit, channels)
 
     def count_costs(self) -> CostTable:
