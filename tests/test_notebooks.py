@@ -1,6 +1,5 @@
 """Every notebook runs from top to bottom, offline."""
 
-import os
 import re
 from pathlib import Path
 
@@ -17,7 +16,7 @@ def test_a_notebook_runs(name, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(FOLDER / name, as_version=4)
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", env=dict(os.environ))
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3")
     client.execute(cwd=str(tmp_path))
 
 

@@ -58,7 +58,7 @@ def linear_map(model: nn.Module, path: str) -> LinearMap:
 
     layer: Any = model.get_submodule(path)
     kind = type(layer)
-    if kind in (nn.Linear, NonDynamicallyQuantizableLinear) or _is_falcon(kind):
+    if kind in (nn.Linear, NonDynamicallyQuantizableLinear) or is_falcon(kind):
         return LinearMap(layer.weight, layer.bias)
     if isinstance(layer, Conv1D):
         return LinearMap(layer.weight, layer.bias, outputs=1)
@@ -70,7 +70,7 @@ def linear_map(model: nn.Module, path: str) -> LinearMap:
     )
 
 
-def _is_falcon(kind: type) -> bool:
+def is_falcon(kind: type) -> bool:
     """Return whether a class is Falcon's linear layer, which rounds in another place."""
     return (kind.__module__, kind.__name__) == (
         "transformers.models.falcon.modeling_falcon",

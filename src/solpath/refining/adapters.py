@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from solpath.errors import ConfigError, UnsupportedModelError
+from solpath.model.linear import is_falcon
 from solpath.nn.conv1d import CutConv1D
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def adaptable(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D, CutConv1D)
+        if (type(module) in (nn.Linear, Conv1D, CutConv1D) or is_falcon(type(module)))
         and module.weight.numel()
         and module.weight.requires_grad
         and owners[id(module.weight)] == 1
