@@ -28,7 +28,7 @@ from solpath.errors import (
     UnsupportedModelError,
 )
 from solpath.model.discovery import find_pairs
-from solpath.planning.path import flatten
+from solpath.pair import flatten
 from solpath.running.forward import forward
 
 QUICK = SearchConfig(steps=8, scale_batches=2)

@@ -26,6 +26,7 @@ from solpath.model.extraction import extract
 from solpath.model.fingerprint import fingerprint
 from solpath.planning.budget import Budget, Constraints
 from solpath.planning.plan import make_plan
+from solpath.reading import sealed
 from solpath.storing import manifest
 from solpath.storing import writing as store
 from solpath.storing.skeleton import state_of
@@ -331,7 +332,7 @@ def reseal(folder):
             if manifest.SHARD.fullmatch(name) or name.endswith(".json"):
                 data = (folder / name).read_bytes() if (folder / name).is_file() else b""
                 head["digests"][name] = hashlib.sha256(data).hexdigest()
-    (folder / "solpath.json").write_text(json.dumps({**head, "checksum": manifest.checksum(head)}))
+    (folder / "solpath.json").write_text(json.dumps(sealed(head)))
 
 
 def refused(folder, *words):

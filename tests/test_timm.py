@@ -22,7 +22,6 @@ from solpath.errors import ConfigError, SolpathError, UnsupportedModelError
 from solpath.model.discovery import find_pairs
 from solpath.model.masks import mask_hooks
 from solpath.running.forward import forward
-from solpath.storing.skeleton import check_sizes
 
 # These run here on the `model` of this module.
 from test_basis import test_the_dense_model_is_the_same_function  # noqa: F401
@@ -266,13 +265,6 @@ def test_a_gate_is_refused():
 def test_settings_of_a_file_only_build(architecture, options, message):
     with pytest.raises(ConfigError, match=message):
         check_settings({"architecture": architecture, "model_args": options})
-
-
-@pytest.mark.parametrize("options", [{"depth": 9}, {"depths": [2, 9]}])
-def test_more_blocks_than_tensors_are_refused(options):
-    header = {str(i): ("F32", (4, 4)) for i in range(8)}
-    with pytest.raises(SolpathError, match="is 9, but the weight files hold 8 tensors"):
-        check_sizes({"model_args": options}, [header], TimmWrapperModel)
 
 
 def test_search_of_a_bare_model_with_a_loss_is_that_of_its_wrapper():

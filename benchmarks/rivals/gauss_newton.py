@@ -11,7 +11,8 @@ from torch import nn
 
 from solpath import baselines
 from solpath.model.basis import rotated
-from solpath.planning.path import SolutionPath, unflatten
+from solpath.pair import unflatten
+from solpath.planning.path import SolutionPath
 from solpath.searching.probe import probing
 
 SCALE_BATCHES = 16

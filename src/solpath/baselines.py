@@ -12,8 +12,8 @@ from solpath.config import check_count, check_number
 from solpath.model.discovery import find_pairs
 from solpath.model.fingerprint import fingerprint
 from solpath.objective import Loss
-from solpath.pair import Fingerprint, Pair
-from solpath.planning.path import SolutionPath, unflatten
+from solpath.pair import Fingerprint, Pair, unflatten
+from solpath.planning.path import SolutionPath
 from solpath.planning.removal import groups_by_rank, removal_order
 from solpath.pretrained import Name, for_batches
 from solpath.searching.dynamics import sparse_copy

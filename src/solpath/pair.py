@@ -1,11 +1,13 @@
 """Pairs: what can be pruned. In a pair, two linear maps meet in an inner dimension."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from solpath.reading import whole
 
 Kind = Literal["qk", "vo", "mlp"]
 
@@ -166,10 +168,73 @@ class Pair:
         Raises:
             KeyError: A layer or the norms are missing.
             TypeError: Another field is missing or unknown, or a layer is not a mapping.
+            ValueError: A field has a value that no pair can have. The message names it.
         """
-        left = tuple(Side(**side) for side in value["left"])
-        right, norms = Side(**value["right"]), tuple(Norm(**norm) for norm in value["norms"])
-        return cls(**{**value, "left": left, "right": right, "norms": norms})
+        left = tuple(_side(side) for side in value["left"])
+        right, norms = _side(value["right"]), tuple(_norm(norm) for norm in value["norms"])
+        pair = cls(**{**value, "left": left, "right": right, "norms": norms})
+        if not left or len(norms) not in (0, 2) or pair.kind not in get_args(Kind):
+            raise ValueError("pairs: a pair needs a kind, layers on its left, and no norm or two")
+        if not isinstance(pair.name, str) or type(pair.interleaved) is not bool:
+            raise ValueError(f"pairs: {pair.name!r} has a name or interleaved of a wrong type")
+        for number, least in ((pair.cache, 0), *((n, 1) for n in (pair.heads, pair.width))):
+            whole(number, least)
+        for number in (pair.cost, pair.channels):
+            whole(number, 1)
+        return pair
+
+
+def pairs_from(values: Sequence[Mapping[str, Any]]) -> tuple[Pair, ...]:
+    """Return the pairs that `Pair.to_dict` described.
+
+    Args:
+        values: What `Pair.to_dict` returned, for every pair.
+
+    Raises:
+        KeyError, TypeError, ValueError: See `Pair.from_dict`; also if two have one name, or there
+            are none.
+    """
+    pairs = tuple(Pair.from_dict(value) for value in values)
+    if not pairs or len({pair.name for pair in pairs}) < len(pairs):
+        raise ValueError("pairs: there are none, or two have one name")
+    return pairs
+
+
+def flatten(pairs: Sequence[Pair], values: Mapping[str, Tensor]) -> Tensor:
+    """Lay the values of all pairs end to end: ``{name: [heads, width]}`` to ``[units]``.
+
+    Args:
+        pairs: Every pair, in the order of the units.
+        values: Pair name to a value for every unit.
+    """
+    return torch.cat([values[pair.name].flatten() for pair in pairs])
+
+
+def unflatten(pairs: Sequence[Pair], values: Tensor) -> dict[str, Tensor]:
+    """Split the values of all units by pair: ``[units]`` to ``{name: [heads, width]}``.
+
+    Args:
+        pairs: Every pair, in the order of the units.
+        values: A value for every unit.
+    """
+    parts = torch.split(values, [pair.units for pair in pairs])
+    return {p.name: part.view(p.heads, p.width) for p, part in zip(pairs, parts, strict=True)}
+
+
+def _side(value: Mapping[str, Any]) -> Side:
+    side = Side(**value)
+    for number, least in ((side.repeat, 1), (side.offset, 0), (side.step, 0), (side.pitch, 0)):
+        whole(number, least)
+    if not isinstance(side.module, str) or whole(side.axis) > 1:
+        raise ValueError(f"pairs: {side.module!r} is no name of a layer, or its axis not 0 or 1")
+    return side
+
+
+def _norm(value: Mapping[str, Any]) -> Norm:
+    norm = Norm(**value)
+    if not isinstance(norm.module, str) or norm.heads_dim not in (-2, -3):
+        raise ValueError(f"pairs: {norm.module!r} is no name of a norm, or heads_dim not -2 or -3")
+    return norm
 
 
 @dataclass(frozen=True)
@@ -184,6 +249,22 @@ class Fingerprint:
 
     architecture: str
     digests: Mapping[str, str]
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> "Fingerprint":
+        """Return the fingerprint that `dataclasses.asdict` described.
+
+        Args:
+            value: The dict, also after a round trip through JSON.
+
+        Raises:
+            TypeError: A field is missing or unknown, or not of its type.
+        """
+        found = cls(**value)
+        texts = [found.architecture, *found.digests, *dict(found.digests).values()]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("fingerprint: the class and all digests must be texts")
+        return found
 
     def differences(self, other: "Fingerprint") -> str:
         """Return in words how `other` differs, or an empty string when it does not.

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from solpath.arch import TIMM_WRAPPER, lookup, timm
+from solpath.dense_folder import INDEX, check_files, check_index, check_settings
 from solpath.errors import FileError, SolpathError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -56,8 +57,9 @@ def from_pretrained(
     Raises:
         UnsupportedModelError: The ``model_type`` is unknown (the message lists the known ones), or
             the folder holds an extracted model. Both are raised before any weights are read.
-        FileError: There is no such model, it has no safetensors, or some of its weights are
-            missing.
+        FileError: There is no such model, it has no safetensors, some of its weights are missing,
+            a file of the folder leads out of it, or the folder asks transformers for code, adapters
+            or other weights.
         ConfigError: timm is needed and cannot be used, or the folder asks timm for more than to
             build a model.
 
@@ -72,11 +74,14 @@ def from_pretrained(
             f"{name} was already extracted; plan every size from the dense model, and read "
             "this one with solpath.load."
         )
+    if local:
+        check_files(folder)
     import transformers
 
     try:
         options: dict[str, Any] = {"local_files_only": local}
         found = transformers.PreTrainedConfig.get_config_dict(str(name), **options)[0]
+        check_settings(name, found)
         model_type = found.get("model_type")
         if model_type == TIMM_WRAPPER:
             timm.check_settings(found)
@@ -88,6 +93,8 @@ def from_pretrained(
         kind = _class_of(config)
         if torch.device(device).type == "meta":
             return _without_weights(kind, config, dtype)
+        if not local and (index := _cached_index(str(name))):
+            check_index(index)
         model, report = kind.from_pretrained(
             str(name),
             config=config,
@@ -115,7 +122,8 @@ def load_processor(name: Name) -> Any:
         name: A folder, or the id of a Hub repository if there is no such folder.
 
     Raises:
-        FileError: There is no processor, or transformers cannot read it.
+        FileError: There is no processor, transformers cannot read it, or a file of the folder
+            leads out of it.
 
     Example:
         >>> from transformers import ByT5Tokenizer
@@ -125,7 +133,9 @@ def load_processor(name: Name) -> Any:
     """
     import transformers
 
-    _, local = _locate(name)
+    folder, local = _locate(name)
+    if local:
+        check_files(folder)
     loader: Any = transformers.AutoProcessor
     try:
         return loader.from_pretrained(str(name), local_files_only=local, trust_remote_code=False)
@@ -179,6 +189,14 @@ def _locate(name: Name) -> tuple[Path, bool]:
     if not folder.is_dir() and (folder.exists() or not _HUB_ID.fullmatch(os.fspath(name))):
         raise FileError(f"{name}: no such folder, and not a hub id such as owner/name.")
     return folder, folder.is_dir()
+
+
+def _cached_index(name: str) -> Path | None:
+    """Download the index of the weight files of a Hub repository. Return None if it has none."""
+    from transformers.utils.hub import cached_file
+
+    found = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
 
 
 def _class_of(config: Any) -> Any:

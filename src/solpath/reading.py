@@ -6,23 +6,27 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as tensors_of
 from torch import Tensor
 
 from solpath.errors import FileError
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_HEADER_BYTES = 16 * 2**20
+_LARGEST = 2**62  # of whole numbers that are read, so that sums of some fit in 64 bits
+_TRIES = 100
 
 Header = Mapping[str, tuple[str, tuple[int, ...]]]
 Expected = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+Result = TypeVar("Result")
 
 DTYPES = {
     torch.float64: "F64",
@@ -57,6 +61,71 @@ def check_format(
             f"{file}: expected format {name} version {version}, got {found[0]!r} version "
             f"{found[1]!r}{advice and '; '}{advice}."
         )
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with one more field, ``checksum``: the SHA-256 of all others.
+
+    Args:
+        value: The object. A checksum that it has already is replaced.
+    """
+    rest = {name: field for name, field in value.items() if name != "checksum"}
+    text = json.dumps(rest, sort_keys=True).encode()
+    return {**rest, "checksum": hashlib.sha256(text).hexdigest()}
+
+
+def check_seal(file: Path, value: Mapping[str, Any]) -> None:
+    """Raise `FileError` unless the checksum of a JSON object is that of its other fields.
+
+    Args:
+        file: The object's file, for the message.
+        value: The object.
+    """
+    if value.get("checksum") != sealed(value)["checksum"]:
+        raise FileError(f"{file}: checksum does not fit the other fields; the file was changed.")
+
+
+def whole(value: Any, least: int = 0) -> int:
+    """Return a whole number that was read from a file. Raise `ValueError` for anything else.
+
+    Args:
+        value: What was read.
+        least: The smallest number that is accepted; the largest is 2**62.
+    """
+    if type(value) is not int or not least <= value <= _LARGEST:
+        raise ValueError(f"{value!r} is not a whole number of at least {least}")
+    return value
+
+
+def one_version(file: Path, read: Callable[[], Result]) -> Result:
+    """Return what `read` returns, once a folder was not replaced while it was read.
+
+    Args:
+        file: A file of the folder, which every writer replaces.
+        read: Reads files of the folder. It is called again if the folder was replaced meanwhile.
+
+    Raises:
+        FileError: `read` raised it for a folder that stays as it is, or the folder never does.
+    """
+    for _ in range(_TRIES):
+        before = _version(file)
+        try:
+            result = read()
+        except FileError:
+            if _version(file) == before:
+                raise
+        else:
+            if _version(file) == before:
+                return result
+    raise FileError(f"{file.parent} was replaced {_TRIES} times while it was read.")
+
+
+def _version(file: Path) -> tuple[int, ...] | None:
+    try:
+        status = file.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_json(path: Path, *, sha256: str | None = None) -> dict[str, Any]:
@@ -217,6 +286,48 @@ def read_data(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
             return {name: stream.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise FileError(f"cannot read {path}: {error}.") from error
+
+
+def read_sealed(path: Path, sha256: str, expected: Expected) -> dict[str, Tensor]:
+    """Read a small safetensors file whole, and check its digest before its content.
+
+    Args:
+        path: The file.
+        sha256: The hex digest that its bytes must have.
+        expected: Name to (dtype, shape), exactly.
+
+    Raises:
+        FileError: It cannot be read, was changed, or holds something else.
+    """
+    check_header(path, read_header(path), expected)
+    with opened(path) as stream:
+        data = stream.read()
+    check_digest(path, hashlib.sha256(data).hexdigest(), sha256)
+    try:
+        tensors = tensors_of(data)
+    except (SafetensorError, ValueError) as error:
+        raise FileError(f"cannot read {path}: {error}.") from error
+    found = {n: (dtype_name(tensor.dtype), tuple(tensor.shape)) for n, tensor in tensors.items()}
+    check_header(path, found, expected)
+    return tensors
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 of names, dtypes, shapes and values, in their order, in hexadecimal.
+
+    Args:
+        tensors: Name to tensor, on any device.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(values_as_bytes(tensor))
+    return digest.hexdigest()
+
+
+def values_as_bytes(tensor: Tensor) -> Any:
+    """Return the values of a tensor as an array of bytes, for a digest."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def file_digest(path: Path) -> str:

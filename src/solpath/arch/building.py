@@ -12,6 +12,3 @@ NOT_A_SIZE = frozenset(
     {"rope_theta", "max_position_embeddings", "original_max_position_embeddings"}
 )
 """Whole numbers of a configuration that may be large: nothing that is built has their size."""
-
-DEPTHS = frozenset({"depth", "depths"})
-"""Settings that count layers, in addition to ``num_hidden_layers``."""

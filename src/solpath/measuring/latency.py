@@ -222,7 +222,7 @@ def check_request(
     if not isinstance(latency_ms, int | float) or not 0 < latency_ms < math.inf:
         raise BudgetError(f"latency_ms must be a positive number, got {latency_ms!r}.")
     path.plan(sparsity=0, multiple_of=multiple_of, min_width=min_width, protect=protect)
-    check_fingerprint(path.fingerprint, model, survey(model)[0])
+    check_fingerprint(path.fingerprint, path.pairs, model, survey(model)[0])
     check_device(batch, device_of(model))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from solpath.model.basis import rotated
 from solpath.model.discovery import Site, survey
-from solpath.model.fingerprint import check_fingerprint
+from solpath.model.fingerprint import check_fingerprint, check_pairs
 from solpath.model.linear import linear_map
 from solpath.model.slicing import cut_linear, resize_
 from solpath.nn.attention import slim_class
@@ -63,7 +63,9 @@ def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Mo
     model = as_model(model)
     pairs, sites = survey(model)
     if check:
-        check_fingerprint(plan.fingerprint, model, pairs)
+        check_fingerprint(plan.fingerprint, plan.pairs, model, pairs)
+    else:
+        check_pairs(plan.pairs, pairs)
 
     # deepcopy finds the cut parameters in `memo`, so a matrix that is cut is never copied whole.
     cut = {pair.name for pair in pairs if plan.units_of(pair).shape[1] < pair.width}

@@ -1,15 +1,16 @@
 """Tell which model a path belongs to, by a digest of the weights that can be cut."""
 
 import hashlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from solpath.errors import FingerprintError
 from solpath.model.linear import LinearMap, linear_map
 from solpath.pair import Fingerprint, Pair
+from solpath.reading import tensors_digest, values_as_bytes
 
 
 def fingerprint(model: nn.Module, pairs: tuple[Pair, ...]) -> Fingerprint:
@@ -41,11 +42,17 @@ def fingerprint(model: nn.Module, pairs: tuple[Pair, ...]) -> Fingerprint:
         )
 
 
-def check_fingerprint(expected: Fingerprint, model: nn.Module, pairs: tuple[Pair, ...]) -> None:
+def check_fingerprint(
+    expected: Fingerprint,
+    known_pairs: Sequence[Pair],
+    model: nn.Module,
+    pairs: tuple[Pair, ...],
+) -> None:
     """Raise `FingerprintError` unless `model` is the one that a path or plan was made for.
 
     Args:
         expected: The fingerprint in the path or plan.
+        known_pairs: The pairs in it.
         model: The model at hand.
         pairs: The pairs of `model`.
 
@@ -55,21 +62,32 @@ def check_fingerprint(expected: Fingerprint, model: nn.Module, pairs: tuple[Pair
     difference = expected.differences(fingerprint(model, pairs))
     if difference:
         raise FingerprintError(f"the plan is for another model: {difference}.")
+    check_pairs(known_pairs, pairs)
+
+
+def check_pairs(known_pairs: Sequence[Pair], pairs: Sequence[Pair]) -> None:
+    """Raise `FingerprintError` unless every pair of a path or plan is one of the model at hand.
+
+    Args:
+        known_pairs: The pairs in the path or plan. Those that no batch reached are not among them.
+        pairs: The pairs of the model.
+
+    Raises:
+        FingerprintError: A pair is missing or described otherwise; the message says which.
+    """
+    found = {pair.name: pair for pair in pairs}
+    for pair in known_pairs:
+        if found.get(pair.name) != pair:
+            state = "described otherwise" if pair.name in found else "missing"
+            raise FingerprintError(
+                f"the plan is for another model: its pair {pair.name} is {state} in this one."
+            )
 
 
 def weights_digest(model: nn.Module) -> str:
     """Return the first 16 hexadecimal digits of a SHA-256 of all weights and saved buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(values_as_bytes(tensor))
-    return digest.hexdigest()[:16]
+    return tensors_digest(model.state_dict())[:16]
 
 
 def _layers(model: nn.Module, pair: Pair) -> list[LinearMap]:
     return [linear_map(model, path) for path in dict.fromkeys(s.module for s in pair.sides)]
-
-
-def values_as_bytes(tensor: Tensor) -> Any:
-    """Return the values of a tensor as an array of bytes, for a digest."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from solpath.errors import BatchError, FingerprintError
 from solpath.model.basis import rotated
+from solpath.model.discovery import find_pairs
+from solpath.model.fingerprint import check_pairs
 from solpath.model.hooks import Hook, hooked
 from solpath.pair import Norm, Pair
 from solpath.planning.plan import Plan, norm_gain
@@ -81,8 +83,8 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
         `model` itself.
 
     Raises:
-        FingerprintError: The plan is for a model of another class, or it was read from a saved
-            model and lacks the basis of a pair that it cuts.
+        FingerprintError: The plan is for a model of another class or with other pairs, or it was
+            read from a saved model and lacks the basis of a pair that it cuts.
 
     Example:
         >>> with solpath.masked(model, path.plan(sparsity=0.5)):
@@ -95,6 +97,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
             f"the plan is for another model: the class is {type(model).__name__}, "
             f"not {plan.fingerprint.architecture}."
         )
+    check_pairs(plan.pairs, find_pairs(model))
     device = device_of(model)
     with rotated(model, plan.pairs, plan.rotations()), mask_hooks(model, plan.pairs) as masks:
         masks.units.update({name: mask.to(device) for name, mask in plan.masks().items()})

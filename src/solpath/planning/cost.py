@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from solpath.pair import Pair
+from solpath.reading import whole
 
 
 @dataclass(frozen=True)
@@ -139,21 +140,33 @@ class CostTable:
         return {**self.dense, "sample": dict(self.sample), **unit}
 
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "CostTable":
+    def from_dict(cls, value: Mapping[str, Any], pairs: Sequence[Pair]) -> "CostTable":
         """Return the costs that `to_dict` described.
 
         Args:
             value: What `to_dict` returned, also after a round trip through JSON.
+            pairs: Every pair that has units in it.
 
         Raises:
             KeyError: A measure or the sample is missing.
             TypeError: A field is not of its type.
+            ValueError: A number cannot be what it is said to be. The message names the measure.
         """
         measures = [name for name in value if f"unit_{name}" in value]
         if missing := {"params", "bytes", "macs", "cache"} - set(measures):
             raise KeyError(min(missing))
+        names = {pair.name for pair in pairs}
+        for measure in measures:
+            unit, dense = value[f"unit_{measure}"], value[measure]
+            if set(unit) != names:
+                raise ValueError(f"costs.unit_{measure}: must name every pair")
+            units = sum(pair.units * whole(unit[pair.name]) for pair in pairs)
+            if units > whole(dense) or (measure in ("params", "macs") and not dense):
+                raise ValueError(f"costs.{measure}: {dense} is less than all units together, or 0")
+        if not sum(value["unit_params"].values()):
+            raise ValueError("costs.unit_params: no unit has any")
         return cls(
             dense={name: value[name] for name in measures},
             unit={name: dict(value[f"unit_{name}"]) for name in measures},
-            sample={name: tuple(shape) for name, shape in value["sample"].items()},
+            sample={n: tuple(whole(size) for size in s) for n, s in value["sample"].items()},
         )

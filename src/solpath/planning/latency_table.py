@@ -16,9 +16,9 @@ from torch import Tensor
 from solpath.errors import FileError, FingerprintError
 from solpath.files import json_bytes, write_file
 from solpath.pair import Pair
-from solpath.reading import check_format, read_json
+from solpath.reading import check_format, check_seal, read_json, sealed
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class LatencyTable:
             FileError: The file cannot be written.
         """
         head = {"format": "solpath.latency", "version": FORMAT_VERSION}
-        write_file(Path(file), json_bytes(head | asdict(self)))
+        write_file(Path(file), json_bytes(sealed(head | asdict(self))))
 
     @classmethod
     def load(cls, file: str | os.PathLike[str]) -> "LatencyTable":
@@ -186,7 +186,9 @@ class LatencyTable:
         """
         path = Path(file)
         value = read_json(path)
-        check_format(path, value, "solpath.latency", FORMAT_VERSION)
+        advice = "a table of another version has to be measured again"
+        check_format(path, value, "solpath.latency", FORMAT_VERSION, advice)
+        check_seal(path, value)
         try:
             return cls(
                 architecture=str(value["architecture"]),

@@ -2,28 +2,24 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from solpath.config import check_count
-from solpath.errors import BudgetError, ConfigError, FileError
-from solpath.files import json_bytes, new_folder
-from solpath.pair import Fingerprint, Pair
+from solpath.errors import BudgetError, ConfigError
+from solpath.pair import Fingerprint, Pair, flatten
 from solpath.planning.budget import Budget, Constraints
 from solpath.planning.cost import Achieved, CostTable
 from solpath.planning.latency_table import LatencyTable
+from solpath.planning.path_files import read_path, write_path
 from solpath.planning.plan import Plan, make_plan
-from solpath.reading import check_format, read_json, read_tensors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -248,29 +244,7 @@ class SolutionPath:
         Example:
             >>> path.save("saved")
         """
-        tensors = {
-            "score": flatten(self.pairs, self.score),
-            "entry_time": flatten(self.pairs, self.entry_time),
-            "history": self.history.contiguous(),
-        }
-        tensors |= {f"energy.{name}": value.contiguous() for name, value in self.energy.items()}
-        tensors |= {f"basis.{name}": value.contiguous() for name, value in self.basis.items()}
-        header = {
-            "format": "solpath.path",
-            "version": FORMAT_VERSION,
-            "method": self.method,
-            "config": dict(self.config),
-            "pairs": [pair.to_dict() for pair in self.pairs],
-            "costs": self.costs.to_dict(),
-            "fingerprint": asdict(self.fingerprint),
-            "steps_recorded": self.history.shape[1],
-            "basis": list(self.basis),
-        }
-        if self.unreached:
-            header["unreached"] = list(self.unreached)
-        with new_folder(path, overwrite=overwrite) as folder:
-            save_file(tensors, folder / "path.safetensors")
-            (folder / "path.json").write_bytes(json_bytes(header))
+        write_path(path, vars(self), overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SolutionPath":
@@ -287,73 +261,4 @@ class SolutionPath:
             >>> solpath.SolutionPath.load("found").order().equal(path.order())
             True
         """
-        file = Path(path) / "path.json"
-        header = read_json(file)
-        advice = "a path of another version has to be searched again"
-        check_format(file, header, "solpath.path", FORMAT_VERSION, advice)
-        try:
-            pairs = tuple(Pair.from_dict(pair) for pair in header["pairs"])
-            costs = CostTable.from_dict(header["costs"])
-            fingerprint = Fingerprint(**header["fingerprint"])
-            units = sum(pair.units for pair in pairs)
-            steps = int(header["steps_recorded"])
-            method, config = str(header["method"]), dict(header["config"])
-            rotated = [str(name) for name in header["basis"]]
-            unreached = tuple(str(name) for name in header.get("unreached", ()))
-            costs.achieved(pairs, {pair.name: pair.width for pair in pairs})
-            dict(fingerprint.digests)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise FileError(f"{file}: {type(error).__name__} in field {error}.") from error
-        expected = {
-            "score": (torch.float64, (units,)),
-            "entry_time": (torch.float64, (units,)),
-            "history": (torch.float64, (2, steps)),
-        }
-        normed = [pair for pair in pairs if pair.norms]
-        for pair in normed:
-            shape = (pair.heads, pair.left[0].repeat + 1, pair.width)
-            expected[f"energy.{pair.name}"] = (torch.float64, shape)
-        named = {pair.name: pair for pair in pairs}
-        for name in rotated:
-            if name not in named:
-                raise FileError(f"{file}: basis names {name!r}, which is no pair.")
-            pair = named[name]
-            expected[f"basis.{name}"] = (torch.float64, (pair.heads, pair.width, pair.width))
-        tensors = read_tensors(Path(path) / "path.safetensors", expected)
-        for name in expected.keys() - {"history"}:
-            if not torch.isfinite(tensors[name]).all():
-                raise FileError(f"{Path(path) / 'path.safetensors'}: {name} is not finite.")
-        return cls(
-            pairs,
-            unflatten(pairs, tensors["score"]),
-            unflatten(pairs, tensors["entry_time"]),
-            costs,
-            method,
-            config,
-            fingerprint,
-            tensors["history"],
-            {pair.name: tensors[f"energy.{pair.name}"] for pair in normed},
-            {name: tensors[f"basis.{name}"] for name in rotated},
-            unreached,
-        )
-
-
-def flatten(pairs: Sequence[Pair], values: Mapping[str, Tensor]) -> Tensor:
-    """Lay the values of all pairs end to end: ``{name: [heads, width]}`` to ``[units]``.
-
-    Args:
-        pairs: Every pair, in the order of the units.
-        values: Pair name to a value for every unit.
-    """
-    return torch.cat([values[pair.name].flatten() for pair in pairs])
-
-
-def unflatten(pairs: Sequence[Pair], values: Tensor) -> dict[str, Tensor]:
-    """Split the values of all units by pair: ``[units]`` to ``{name: [heads, width]}``.
-
-    Args:
-        pairs: Every pair, in the order of the units.
-        values: A value for every unit.
-    """
-    parts = torch.split(values, [pair.units for pair in pairs])
-    return {p.name: part.view(p.heads, p.width) for p, part in zip(pairs, parts, strict=True)}
+        return cls(**read_path(Path(path)))

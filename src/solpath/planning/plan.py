@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from solpath.errors import FingerprintError
-from solpath.pair import Fingerprint, Pair
+from solpath.pair import Fingerprint, Pair, pairs_from
 from solpath.planning.budget import Budget, Constraints, blocks_to_remove
 from solpath.planning.cost import Achieved, CostTable
 from solpath.planning.removal import groups_by_rank, removal_order
@@ -127,7 +127,7 @@ class Plan:
             ValueError: A field is missing or wrong. The message names it.
         """
         try:
-            pairs = tuple(Pair.from_dict(pair) for pair in value["pairs"])
+            pairs = pairs_from(value["pairs"])
             kept = {pair.name: _index(pair, value["kept"][pair.name]) for pair in pairs}
             if set(value["kept"]) != set(kept):
                 raise ValueError("kept: names a pair that is not in pairs")
@@ -136,7 +136,7 @@ class Plan:
                 kept=kept,
                 asked=dict(value["asked"]),
                 achieved=Achieved.from_dict(value["achieved"]),
-                fingerprint=Fingerprint(**value["fingerprint"]),
+                fingerprint=Fingerprint.from_dict(value["fingerprint"]),
                 gains={pair.name: _gain(pair, value["gains"]) for pair in pairs if pair.norms},
                 dropped_rotations=tuple(str(name) for name in value["turned"]),
                 latency_ms={str(n): float(ms) for n, ms in value["latency_ms"].items()},

@@ -14,7 +14,7 @@ from solpath.config import TuneConfig
 from solpath.errors import FileError, NonFiniteLossError
 from solpath.refining.distillation import Distillation
 from solpath.refining.distributed import gather, shard_like
-from solpath.running.checkpoint import State, resume_hint, write_checkpoint
+from solpath.running.checkpoint import State, check_state, resume_hint, write_checkpoint
 from solpath.running.progress import Report
 
 # The default peak of the learning rate is `_RATE` times the root of the held-out loss, divided by
@@ -159,22 +159,41 @@ class Training:
             file: Where the state was read from, for the message of the error.
 
         Raises:
-            FileError: A tensor is missing or has another shape.
+            FileError: The state cannot be one of this training; the message says why.
         """
-        try:
-            self.losses = state["losses"].tolist()
-            self.checks = [(int(step), value) for step, value in state["checks"].tolist()]
-            self.best = {name: state[f"best/{name}"] for name in self._trained}
-            for name, parameter in self._trained.items():
-                with torch.no_grad():
-                    parameter.copy_(shard_like(state[f"weights/{name}"], parameter))
-                if f"step/{name}" in state:
-                    moments = {key: state[f"{key}/{name}"] for key in _MOMENTS}
-                    self._optimizer.state[parameter] = {
-                        key: shard_like(value, parameter) for key, value in moments.items()
-                    }
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise FileError(f"{file} does not fit the model: {error}.") from error
+        self._check_(state, file)
+        self.losses = state["losses"].tolist()
+        self.checks = [(int(step), value) for step, value in state["checks"].tolist()]
+        self.best = {name: state[f"best/{name}"] for name in self._trained}
+        for name, parameter in self._trained.items():
+            with torch.no_grad():
+                parameter.copy_(shard_like(state[f"weights/{name}"], parameter))
+            if f"step/{name}" in state:
+                moments = {key: state[f"{key}/{name}"] for key in _MOMENTS}
+                self._optimizer.state[parameter] = {
+                    key: shard_like(value, parameter) for key, value in moments.items()
+                }
+
+    def _check_(self, state: State, file: Path) -> None:
+        """Raise `FileError` unless a state can be one of this training."""
+        done, checked = (state.get(name, torch.empty(0)) for name in ("losses", "checks"))
+        expected = {
+            "losses": (torch.float64, (done.numel(),)),
+            "checks": (torch.float64, (checked.numel() // 2, 2)),
+        }
+        for name, parameter in self._trained.items():
+            like = parameter.dtype, tuple(parameter.shape)
+            expected |= {f"weights/{name}": like, f"best/{name}": like}
+            if f"step/{name}" in state:  # not for a parameter that no gradient reached
+                expected |= {f"{key}/{name}": like for key in _MOMENTS}
+                expected[f"step/{name}"] = (torch.float32, ())
+        check_state(file, state, expected)
+        steps, count = checked[:, 0].tolist(), len(done)
+        ascending = sorted({float(int(step)) for step in steps if 0 <= step <= count})
+        if count > self._config.steps or not done.isfinite().all() or steps != ascending:
+            raise FileError(f"{file}: losses and checks are not of {self._config.steps} steps.")
+        if (steps or count) and steps[:1] != [0.0]:
+            raise FileError(f"{file}: there is no check before the first step.")
 
 
 def train_(

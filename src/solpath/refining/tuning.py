@@ -100,7 +100,7 @@ def tune(
     config = config or TuneConfig()
     device = _check_model(small, config)
     file = None if checkpoint is None else Path(checkpoint) / "tune.safetensors"
-    header: dict[str, Any] = {"kind": "TuneConfig", "version": 2, "config": config.to_dict()}
+    header: dict[str, Any] = {"kind": "TuneConfig", "version": 3, "config": config.to_dict()}
     header["fingerprint"] = {}
     if loss is not None:
         header["loss"] = "user"

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
-from solpath.planning.path import SolutionPath, flatten, unflatten
+from solpath.pair import flatten, unflatten
+from solpath.planning.path import SolutionPath
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

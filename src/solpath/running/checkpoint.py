@@ -1,6 +1,8 @@
 """Keep the state of a search or a tuning in one safetensors file that is replaced atomically."""
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,20 @@ from torch import Tensor
 
 from solpath.errors import FileError, FingerprintError
 from solpath.files import write_file
+from solpath.reading import (
+    Expected,
+    check_digest,
+    check_header,
+    dtype_name,
+    file_in,
+    read_header,
+    tensors_digest,
+)
 
 State = dict[str, Tensor]
 """The tensors of a run that is under way, by name."""
 
-_KEY = "solpath.checkpoint"
+_KEY, _DIGEST = "solpath.checkpoint", "solpath.sha256"
 
 
 def write_checkpoint(file: Path, header: Mapping[str, Any], state: State) -> None:
@@ -30,7 +41,8 @@ def write_checkpoint(file: Path, header: Mapping[str, Any], state: State) -> Non
         FileError: The file cannot be written; the old one is left untouched.
     """
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    write_file(file, save(tensors, {_KEY: json.dumps(header)}))
+    text = json.dumps(header)
+    write_file(file, save(tensors, {_KEY: text, _DIGEST: _digest(text, tensors)}))
 
 
 def read_checkpoint(file: Path, header: Mapping[str, Any]) -> State | None:
@@ -41,19 +53,26 @@ def read_checkpoint(file: Path, header: Mapping[str, Any]) -> State | None:
         header: Says which run is to be resumed. The header in the file must agree with it.
 
     Raises:
-        FileError: The file is damaged or not a checkpoint.
+        FileError: The file is damaged, was changed, or is not a checkpoint.
         FingerprintError: The file belongs to another model or to other settings; the message says
             which.
     """
-    if not file.exists():
+    if not os.path.lexists(file):
         return None
+    read_header(file_in(file.parent, file.name))
     try:
-        with safe_open(file, framework="pt") as stream:
-            found = _fields(json.loads(stream.metadata()[_KEY]))
-            state = {name: stream.get_tensor(name) for name in stream.offset_keys()}
+        with safe_open(file, framework="pt", backend="pread") as stream:
+            metadata = stream.metadata() or {}
+            state = {name: stream.get_tensor(name) for name in sorted(stream.keys())}
+        text = metadata[_KEY]
+        found = _fields(json.loads(text))
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise FileError(f"{file} is not a checkpoint: {error}.") from error
+    except RecursionError as error:
+        raise FileError(f"{file} is not a checkpoint: it is nested too deeply.") from error
     wanted = _fields(header)
+    if found.get("version") == wanted.get("version"):
+        check_digest(file, _digest(text, state), metadata.get(_DIGEST, "missing"))
     for name in wanted | found:
         if found.get(name) != wanted.get(name):
             detail = f": {found.get(name)!r}, not {wanted.get(name)!r}"
@@ -65,6 +84,21 @@ def read_checkpoint(file: Path, header: Mapping[str, Any]) -> State | None:
     return state
 
 
+def check_state(file: Path, state: State, expected: Expected) -> None:
+    """Raise `FileError` unless a state holds these tensors, all of them finite or infinite.
+
+    Args:
+        file: The checkpoint, for the message.
+        state: What was read from it.
+        expected: Name to (dtype, shape), exactly.
+    """
+    found = {name: (dtype_name(value.dtype), tuple(value.shape)) for name, value in state.items()}
+    check_header(file, found, expected)
+    for name, value in state.items():
+        if value.isnan().any():
+            raise FileError(f"{file}: {name} is not a number.")
+
+
 def resume_hint(file: Path | None, step: int) -> str:
     """Return the end of an error message that says which checkpoint is kept, if there is one.
 
@@ -73,6 +107,12 @@ def resume_hint(file: Path | None, step: int) -> str:
         step: The step that it holds; 0 if none was written yet.
     """
     return f"; the checkpoint of step {step} is kept in {file.parent}" if file and step else ""
+
+
+def _digest(text: str, state: State) -> str:
+    """Return a SHA-256 of the header and of all tensors, in the order of their names."""
+    tensors = tensors_digest({name: state[name] for name in sorted(state)})
+    return hashlib.sha256(f"{text} {tensors}".encode()).hexdigest()
 
 
 def _fields(header: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from solpath.config import SearchConfig
+from solpath.reading import Expected
 from solpath.running.checkpoint import State
 from solpath.searching.dynamics import Equilibrium, equilibrium_step, read_order
 from solpath.searching.engine import Engine
@@ -54,6 +55,16 @@ class EquilibriumSearch:
             "noise": torch.zeros_like(scale),
             "masks": torch.zeros(0, engine.units, dtype=torch.float16),
         }
+
+    def expected(self, units: int, steps: int) -> Expected:
+        """Return the dtype and shape of every entry of a state by name, to check a file against.
+
+        Args:
+            units: Number of units.
+            steps: Number of steps that are done.
+        """
+        each = dict.fromkeys(("scale", "mask", "marginal", "noise"), (torch.float64, (units,)))
+        return each | {"masks": (torch.float16, (steps, units))}
 
     def step(self, engine: Engine, state: State, k: int) -> tuple[State, float, float]:
         """Return the state after step `k`, its loss, and the share of the cost that it aimed at.

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from solpath.config import InclusionConfig
+from solpath.reading import Expected
 from solpath.running.checkpoint import State
 from solpath.searching.dynamics import Inclusion, extrapolated_entry, inclusion_step
 from solpath.searching.engine import Engine
@@ -47,6 +48,15 @@ class InclusionSearch:
             "dual": zeros,
             "entry": torch.full_like(zeros, torch.inf),
         }
+
+    def expected(self, units: int, steps: int) -> Expected:
+        """Return the dtype and shape of every entry of a state by name, to check a file against.
+
+        Args:
+            units: Number of units.
+            steps: Not used.
+        """
+        return dict.fromkeys(("scale", "mask", "dual", "entry"), (torch.float64, (units,)))
 
     def step(self, engine: Engine, state: State, k: int) -> tuple[State, float, float]:
         """Return the state after step `k`, its loss, and the share of the cost under the new mask.

@@ -10,14 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from solpath.config import InclusionConfig, SearchConfig, check_count
-from solpath.errors import NonFiniteLossError
+from solpath.errors import FileError, NonFiniteLossError
+from solpath.model.basis import obstacle
 from solpath.model.discovery import find_pairs
 from solpath.model.fingerprint import fingerprint
 from solpath.objective import Loss
-from solpath.pair import Pair
-from solpath.planning.path import SolutionPath, unflatten
+from solpath.pair import Pair, unflatten
+from solpath.planning.path import SolutionPath
+from solpath.planning.path_files import check_axes
 from solpath.pretrained import Name, for_batches
-from solpath.running.checkpoint import State, read_checkpoint, resume_hint, write_checkpoint
+from solpath.reading import Expected
+from solpath.running.checkpoint import (
+    State,
+    check_state,
+    read_checkpoint,
+    resume_hint,
+    write_checkpoint,
+)
 from solpath.running.processes import process
 from solpath.running.progress import Report, progress_bar
 from solpath.searching.engine import Engine, open_engine
@@ -54,6 +63,14 @@ class Method(Protocol):
 
         Args:
             engine: Answers for the model.
+        """
+
+    def expected(self, units: int, steps: int) -> Expected:
+        """Return the dtype and shape of every entry of a state by name, to check a file against.
+
+        Args:
+            units: Number of units.
+            steps: Number of steps that are done.
         """
 
     def step(self, engine: Engine, state: State, k: int) -> tuple[State, float, float]:
@@ -135,7 +152,7 @@ def search(
     identity = fingerprint(model, find_pairs(model))
     file = None if checkpoint is None else Path(checkpoint) / "search.safetensors"
     header = {
-        "version": 1,
+        "version": 2,
         "kind": type(config).__name__,
         "config": config.to_dict(),
         "loss": "divergence" if loss is None else "user",
@@ -145,9 +162,12 @@ def search(
     method = _method(config)
     with open_engine(model, batches, loss=loss, seed=config.seed) as engine:
         costs, every = engine.count_costs(), engine.pairs
-        basis = method.basis(engine) if state is None else _basis_of(state)
-        if state is not None and _REACHED in state:
-            keep_pairs(engine, state[_REACHED])
+        if state is None or file is None:
+            basis = method.basis(engine)
+        else:
+            basis = _check(file, state, model, engine, method, config)
+            if _REACHED in state:
+                keep_pairs(engine, state[_REACHED])
         with engine.rotated(basis):
             if state is None:
                 state = method.start(engine)
@@ -189,6 +209,42 @@ def _method(config: SearchConfig | InclusionConfig) -> Method:
 def _unreached(every: Sequence[Pair], reached: Sequence[Pair]) -> tuple[str, ...]:
     names = {pair.name for pair in reached}
     return tuple(pair.name for pair in every if pair.name not in names)
+
+
+def _check(
+    file: Path,
+    state: State,
+    model: nn.Module,
+    engine: Engine,
+    method: Method,
+    config: SearchConfig | InclusionConfig,
+) -> dict[str, Tensor]:
+    """Raise `FileError` unless a state can be one of this search; return the axes in it."""
+    steps = state.get("history", torch.zeros(2, 0)).shape[-1:].numel()
+    if steps > config.steps:
+        raise FileError(f"{file}: {steps} steps are done in a search of {config.steps}.")
+    pairs: Sequence[Pair] = engine.pairs
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    expected["history"] = (torch.float64, (2, steps))
+    if _REACHED in state:
+        reached = state[_REACHED]
+        expected[_REACHED] = (torch.bool, (len(pairs),))
+        if reached.shape == (len(pairs),):
+            pairs = [pair for pair, kept in zip(pairs, reached.tolist(), strict=True) if kept]
+    if isinstance(config, SearchConfig) and config.basis == "principal":
+        for pair in pairs:
+            if obstacle(model, pair) is None:
+                expected[_BASIS + pair.name] = (torch.float64, (pair.heads, *2 * (pair.width,)))
+    expected |= method.expected(sum(pair.units for pair in pairs), steps)
+    check_state(file, state, expected)
+    for name in {"mask", "masks"} & state.keys():
+        if not ((state[name] >= 0) & (state[name] <= 1)).all():
+            raise FileError(f"{file}: {name} is not between 0 and 1.")
+    if not pairs:
+        raise FileError(f"{file}: no pair is reached.")
+    basis = _basis_of(state)
+    check_axes(file, basis)
+    return basis
 
 
 def _basis_of(state: State) -> dict[str, Tensor]:

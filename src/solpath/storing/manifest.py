@@ -3,8 +3,6 @@
 The fields of `solpath.json` are described in docs/file-formats.md.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +11,15 @@ from typing import Any
 from solpath.arch.building import CONSTRUCTOR_OPTIONS
 from solpath.errors import FileError
 from solpath.planning.plan import Plan
-from solpath.reading import DTYPES, Header, check_format, file_in, read_header, read_json
+from solpath.reading import (
+    DTYPES,
+    Header,
+    check_format,
+    check_seal,
+    file_in,
+    read_header,
+    read_json,
+)
 
 FORMAT, FORMAT_VERSION = "solpath.model", 2
 HEADER, CONFIG, GENERATION = "solpath.json", "config.json", "generation_config.json"
@@ -23,12 +29,6 @@ ATTENTION = ("sdpa", "eager")
 """The attention implementations that can be stored. Any other is stored as the first."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FLOATS = {str(dtype).removeprefix("torch.") for dtype in DTYPES if dtype.is_floating_point}
-
-
-def checksum(head: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of all other fields of `solpath.json`, in a canonical form."""
-    rest = {name: value for name, value in head.items() if name != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def check_manifest(file: Path, head: Mapping[str, Any]) -> Plan:
@@ -47,8 +47,7 @@ def check_manifest(file: Path, head: Mapping[str, Any]) -> Plan:
         for name in names:
             if not isinstance(head.get(name), kind):
                 raise FileError(f"{file}: {name} is missing or not a {kind.__name__}.")
-    if head.get("checksum") != checksum(head):
-        raise FileError(f"{file}: checksum does not fit the other fields; the file was changed.")
+    check_seal(file, head)
     for name, allowed in (("dtype", _FLOATS), ("attention", ATTENTION)):
         if head[name] not in allowed:
             raise FileError(f"{file}: {name} is {head[name]!r}, not one of {sorted(allowed)}.")

@@ -11,10 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from solpath.errors import FileError
-from solpath.reading import check_digest, check_header, digests, file_in, read_data, read_json
+from solpath.reading import (
+    check_digest,
+    check_header,
+    digests,
+    file_in,
+    one_version,
+    read_data,
+    read_json,
+)
 from solpath.storing.manifest import CONFIG, GENERATION, HEADER, INDEX, check_manifest, read_headers
 from solpath.storing.skeleton import assign_, build_skeleton, check_sizes, expect_buffers, resolve
 
@@ -58,6 +66,14 @@ def load(
         True
     """
     folder = _locate(path, revision, token)
+    model = one_version(folder / HEADER, lambda: _read(folder, verify))
+    if torch.device(device).type != "cpu":
+        model.to(device)
+    return cast("PreTrainedModel", model)
+
+
+def _read(folder: Path, verify: bool) -> nn.Module:
+    """Return the model in a folder, on the CPU and in eval mode."""
     file = file_in(folder, HEADER)
     head = read_json(file)
     plan = check_manifest(file, head)
@@ -65,9 +81,10 @@ def load(
     config = read_json(file_in(folder, CONFIG), sha256=known[CONFIG])
     headers = read_headers(folder, known)
     model_class = _named(folder, resolve, head["class"], head["model_type"])
-    _named(folder, check_sizes, config, headers.values(), model_class)
+    _named(folder, check_sizes, config, headers.values())
+    count = sum(len(header) for header in headers.values())
     with digests([folder / name for name in headers] if verify else ()) as found:
-        model, expected = _named(folder, build_skeleton, model_class, config, head, plan)
+        model, expected = _named(folder, build_skeleton, model_class, config, head, plan, count)
         wanted = expect_buffers(expected, headers, getattr(torch, head["dtype"]))
         for name, header in headers.items():  # check all headers before any data is read
             check_header(folder / name, header, wanted, exact=len(headers) == 1)
@@ -81,10 +98,7 @@ def load(
     assign_(model, tensors)
     if GENERATION in known:
         _set_generation_(model, folder, known[GENERATION])
-    model.eval()
-    if torch.device(device).type != "cpu":
-        model.to(device)
-    return cast("PreTrainedModel", model)
+    return model.eval()
 
 
 def _named(folder: Path, function: Callable[..., Result], *values: Any) -> Result:

@@ -1,16 +1,19 @@
 """Rebuild an extracted model without data from its configuration and plan, then give it data."""
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Collection, Mapping
+import threading
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from solpath.arch import TIMM_WRAPPER, known_model_types, timm
-from solpath.arch.building import CONSTRUCTOR_OPTIONS, DEPTHS, NOT_A_SIZE
+from solpath.arch.building import CONSTRUCTOR_OPTIONS, NOT_A_SIZE
 from solpath.errors import SolpathError
 from solpath.model.discovery import find_pairs
 from solpath.model.extraction import extract
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SMALL = 2**20
+_MODULES, _MODULES_PER_TENSOR = 1000, 10  # most of them hold no tensor, at most this many
 
 
 def resolve(name: str, model_type: str) -> type["PreTrainedModel"]:
@@ -43,29 +47,22 @@ def resolve(name: str, model_type: str) -> type["PreTrainedModel"]:
     return found
 
 
-def check_sizes(config: Mapping[str, Any], headers: Collection[Header], model_class: Any) -> None:
+def check_sizes(config: Mapping[str, Any], headers: Collection[Header]) -> None:
     """Refuse a configuration with whole numbers that the weight files cannot account for.
 
-    This keeps a forged configuration from allocating memory without limit. No size may be above the
-    largest dimension of any tensor, or above 2**20 where that is larger, and no count of layers
-    above the number of tensors.
+    This keeps a forged configuration from allocating memory without limit. No number may be above
+    the largest dimension of any tensor, or above 2**20 where that is larger. How many layers the
+    numbers may stand for is checked while they are built, see `build_skeleton`.
 
     Args:
         config: The configuration, as read.
         headers: The headers of all weight files.
-        model_class: The class that is to be built.
 
     Raises:
         SolpathError: A number is too large.
     """
     shapes = [shape for header in headers for _, shape in header.values()]
     largest = max(_SMALL, max((size for shape in shapes for size in shape), default=0))
-    names = model_class.config_class.attribute_map
-    layers = names.get("num_hidden_layers", "num_hidden_layers")
-    if isinstance(config.get(layers), int) and config[layers] > len(shapes):
-        raise SolpathError(
-            f"{layers} is {config[layers]}, but the weight files hold {len(shapes)} tensors."
-        )
     left: list[tuple[str, Any]] = list(config.items())
     while left:
         name, value = left.pop()
@@ -73,18 +70,39 @@ def check_sizes(config: Mapping[str, Any], headers: Collection[Header], model_cl
             left += value.items()
         elif isinstance(value, list):
             left += [(name, item) for item in value]
-        elif isinstance(value, int) and name in DEPTHS and value > len(shapes):
-            raise SolpathError(
-                f"{name} is {value}, but the weight files hold {len(shapes)} tensors."
-            )
         elif isinstance(value, int) and abs(value) > largest and name not in NOT_A_SIZE:
             raise SolpathError(
                 f"{name} is {value}, but no tensor in the weight files has a size above {largest}."
             )
 
 
+@contextlib.contextmanager
+def _modules_for(tensors: int) -> Iterator[None]:
+    """Refuse to build many more modules than some tensors can be spread over.
+
+    However a configuration counts its layers, each of them is built, and asks here first.
+    """
+    thread, most, built = threading.get_ident(), _MODULES + _MODULES_PER_TENSOR * tensors, 0
+
+    def count(module: nn.Module, name: str, part: nn.Module | None) -> None:
+        nonlocal built
+        if threading.get_ident() == thread:
+            built += 1
+            if built > most:
+                raise SolpathError(
+                    f"the configuration asks for more than {most} modules, but the weight files "
+                    f"hold {tensors} tensors."
+                )
+
+    handle = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def build_skeleton(
-    model_class: Any, config: Mapping[str, Any], head: Mapping[str, Any], plan: Plan
+    model_class: Any, config: Mapping[str, Any], head: Mapping[str, Any], plan: Plan, tensors: int
 ) -> tuple[nn.Module, Expected]:
     """Build the extracted model on the meta device, without data.
 
@@ -93,12 +111,14 @@ def build_skeleton(
         config: The configuration, from `config.json`.
         head: The fields of `solpath.json`.
         plan: The plan that the model was cut to.
+        tensors: The number of tensors in the weight files.
 
     Returns:
         The model, and the name, dtype and shape of every tensor that the weight files must hold.
 
     Raises:
-        SolpathError: Configuration, options and plan do not describe one model of this class.
+        SolpathError: Configuration, options and plan do not describe one model of this class, or
+            one with far more layers than there are tensors.
     """
     from transformers.initialization import no_init_weights
 
@@ -114,7 +134,7 @@ def build_skeleton(
     settings = model_class.config_class.from_dict(copy.deepcopy(dict(config)))
     parts = [settings, *(getattr(settings, name) for name in settings.sub_configs)]
     dtypes = [(part, part.dtype) for part in parts if part is not None]
-    with torch.device("meta"), no_init_weights():
+    with torch.device("meta"), no_init_weights(), _modules_for(tensors):
         dense = model_class._from_config(
             settings,
             dtype=getattr(torch, head["dtype"]),

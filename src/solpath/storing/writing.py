@@ -22,7 +22,7 @@ from torch import nn
 from solpath.errors import ConfigError, FileError, SolpathError
 from solpath.files import check_output, json_bytes, new_folder, sync
 from solpath.planning.plan import Plan, plan_of
-from solpath.reading import digests, dtype_name
+from solpath.reading import digests, dtype_name, sealed
 from solpath.running.provenance import version_of
 from solpath.storing.manifest import (
     ATTENTION,
@@ -32,7 +32,6 @@ from solpath.storing.manifest import (
     GENERATION,
     HEADER,
     INDEX,
-    checksum,
 )
 from solpath.storing.skeleton import (
     build_skeleton,
@@ -187,12 +186,12 @@ class _Contents:
                 f"{type(model).__module__}.{name} is not the class of that name in transformers; "
                 "load could not rebuild it."
             )
-        skeleton, expected = build_skeleton(model_class, self.config, self.head, plan)
         state = state_of(model)
+        skeleton, expected = build_skeleton(model_class, self.config, self.head, plan, len(state))
         check_same(name, state, state_of(skeleton), dtype)
         self.tensors = unshared({key: state[key] for key in expected})
         header = {key: (dtype_name(t.dtype), tuple(t.shape)) for key, t in self.tensors.items()}
-        check_sizes(self.config, [header], model_class)
+        check_sizes(self.config, [header])
 
 
 def _contents(model: nn.Module) -> _Contents:
@@ -246,4 +245,4 @@ def _write(
             (folder / name).write_bytes(text)
             known[name] = hashlib.sha256(text).hexdigest()
     head = {**contents.head, "digests": known}
-    (folder / HEADER).write_bytes(json_bytes({**head, "checksum": checksum(head)}))
+    (folder / HEADER).write_bytes(json_bytes(sealed(head)))
