@@ -359,6 +359,18 @@ TIMM_CASES: dict[str, tuple[str, dict[str, object]]] = {
 }  # fmt: skip
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, help="how long all attacks take together")
+
+
+@pytest.fixture
+def seconds(request: pytest.FixtureRequest) -> float:
+    """How long one attack may take: its share of ``--minutes``, or what suits the whole suite."""
+    minutes = request.config.getoption("--minutes")
+    attacks = sum("seconds" in item.fixturenames for item in request.session.items)
+    return 3.0 if minutes is None else 60 * minutes / attacks
+
+
 def build(label: str, *, seed: int = 0, **changes: object) -> nn.Module:
     """A tiny random model in eval mode. All weights, biases too, are of order one."""
     name, sizes = CASES[label]

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from solpath.arch import TIMM_WRAPPER, lookup, timm
+from solpath.arch.building import without_weights
 from solpath.dense_folder import INDEX, check_files, check_index, check_settings
 from solpath.errors import FileError, SolpathError, UnsupportedModelError
 
@@ -23,17 +22,6 @@ Name: TypeAlias = str | os.PathLike[str]
 """A folder, or the id of a Hub repository."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
-_LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    ImportError,
-    RuntimeError,
-    AttributeError,
-    TypeError,
-    SafetensorError,
-    StrictDataclassError,
-)
 
 
 def from_pretrained(
@@ -105,7 +93,7 @@ def from_pretrained(
         )
     except SolpathError:
         raise
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # forged settings can make transformers raise anything
         raise _unreadable(name, error) from error
     if missing := sorted(report["missing_keys"]):
         raise FileError(
@@ -139,7 +127,7 @@ def load_processor(name: Name) -> Any:
     loader: Any = transformers.AutoProcessor
     try:
         return loader.from_pretrained(str(name), local_files_only=local, trust_remote_code=False)
-    except _LOADING_ERRORS as error:
+    except Exception as error:  # forged settings can make transformers raise anything
         raise _unreadable(name, error) from error
 
 
@@ -219,9 +207,7 @@ def _class_of(config: Any) -> Any:
 
 def _without_weights(kind: Any, config: Any, dtype: torch.dtype | None) -> "PreTrainedModel":
     """Build a model on the meta device from its configuration."""
-    from transformers.initialization import no_init_weights
-
-    with torch.device("meta"), no_init_weights():
+    with without_weights():
         model = kind._from_config(config, dtype=dtype or config.dtype or torch.float32)
     model.tie_weights()
     return cast("PreTrainedModel", model.eval())

@@ -1,4 +1,22 @@
-"""What a configuration leaves out about a model, and which of its numbers are no sizes."""
+"""Build models without weights: what a configuration leaves out, and which numbers are no sizes."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+
+_building = threading.Lock()  # transformers puts its own functions into torch.nn.init meanwhile
+
+
+@contextlib.contextmanager
+def without_weights() -> Iterator[None]:
+    """Build models on the meta device, without drawing weights, in one thread at a time."""
+    from transformers.initialization import no_init_weights
+
+    with _building, torch.device("meta"), no_init_weights():
+        yield
+
 
 CONSTRUCTOR_OPTIONS = {
     "add_pooling_layer": ("pooler",),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from solpath.arch import TIMM_WRAPPER, known_model_types, timm
-from solpath.arch.building import CONSTRUCTOR_OPTIONS, NOT_A_SIZE
+from solpath.arch.building import CONSTRUCTOR_OPTIONS, NOT_A_SIZE, without_weights
 from solpath.errors import SolpathError
 from solpath.model.discovery import find_pairs
 from solpath.model.extraction import extract
@@ -120,8 +120,6 @@ def build_skeleton(
         SolpathError: Configuration, options and plan do not describe one model of this class, or
             one with far more layers than there are tensors.
     """
-    from transformers.initialization import no_init_weights
-
     if config.get("model_type") != head["model_type"]:
         raise SolpathError(
             f"model_type is {config.get('model_type')!r}, not {head['model_type']!r}."
@@ -134,7 +132,7 @@ def build_skeleton(
     settings = model_class.config_class.from_dict(copy.deepcopy(dict(config)))
     parts = [settings, *(getattr(settings, name) for name in settings.sub_configs)]
     dtypes = [(part, part.dtype) for part in parts if part is not None]
-    with torch.device("meta"), no_init_weights(), _modules_for(tensors):
+    with without_weights(), _modules_for(tensors):
         dense = model_class._from_config(
             settings,
             dtype=getattr(torch, head["dtype"]),
