@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from solpath.arch import TIMM_WRAPPER, lookup, timm
 from solpath.arch.building import without_weights
-from solpath.dense_folder import INDEX, check_files, check_index, check_settings
 from solpath.errors import FileError, SolpathError, UnsupportedModelError
+from solpath.vetting import INDEX, check_files, check_index, check_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

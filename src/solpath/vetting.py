@@ -1,4 +1,4 @@
-"""What a folder of a dense model may hold: checks before transformers reads it.
+"""Vet the folder of a dense model before transformers reads it.
 
 transformers follows links, unpickles weights that an index names, and fetches kernels and base
 models that a configuration names. A folder from elsewhere must not make it do so.
