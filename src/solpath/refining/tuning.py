@@ -110,7 +110,7 @@ def tune(
 
     with (
         accelerating(device, config.mixed_precision) as accelerator,
-        keeping_random_state(small),
+        keeping_random_state(),
         torch.enable_grad(),
         evaluating(dense),
     ):
