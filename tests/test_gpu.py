@@ -1,6 +1,7 @@
 """On a GPU everything is what it is on a CPU; without one, these tests are skipped."""
 
 import copy
+import os
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -28,6 +29,8 @@ from test_generation import GENERATORS, PLANS, assert_same, generate, prompts, p
 from test_search import assert_equal, everything, same
 from test_tune import Stops
 
+# Without it torch's deterministic algorithms refuse cuBLAS; it counts before the first product.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 DEVICE, OTHER = "cuda", "cpu"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -177,7 +180,7 @@ def test_the_order_is_that_of_the_cpu(label, config):
         assert there.costs == here.costs
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "sdpa, deterministic algorithms"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("label", ["bert", "llama"])
 def test_a_search_on_long_texts_is_repeatable(label, dtype, attention):
@@ -185,11 +188,15 @@ def test_a_search_on_long_texts_is_repeatable(label, dtype, attention):
     sizes = {"hidden_size": 256, "num_attention_heads": 8, "max_position_embeddings": 600}
     sizes |= {"num_key_value_heads": 1} if label == "llama" else {}
     model = on_gpu(label, **sizes).to(dtype)
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation(attention.partition(",")[0])
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, 57, (4, 512), generator=generator).to(DEVICE)
     given = [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}]
-    paths = [run(model, given=given) for _ in range(3)]
+    torch.use_deterministic_algorithms("deterministic" in attention)
+    try:
+        paths = [run(model, given=given) for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert all(same(paths[0], path) for path in paths)
 
 
