@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -14,9 +15,17 @@ from solpath.running.provenance import provenance
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def save(out: Path, settings: Mapping[str, Any], results: Any, **extra: Any) -> None:
+def save(
+    out: Path,
+    settings: Mapping[str, Any],
+    results: Any,
+    *,
+    device: torch.device | str = "cpu",
+    **extra: Any,
+) -> None:
     """Write settings, results and provenance, atomically."""
-    value = {"settings": dict(settings), "results": results, **extra, "provenance": provenance()}
+    value = {"settings": dict(settings), "results": results, **extra}
+    value["provenance"] = provenance(device)
     write_file(out, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
     Console().print(f"wrote {out}", soft_wrap=True)
 

@@ -73,8 +73,8 @@ def table(name: str) -> str:
     closed-form method (``short_<model>``: of the best), ``parts_<model>`` one per part of the best
     that is switched off, ``speed_<model>`` one per member that was timed, ``tuning`` one per member
     that was tuned, ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision,
-    ``latency_budget`` one per asked latency. ``tutorial`` is what the tutorial prints about its
-    sizes, as text.
+    ``latency_budget`` one per asked latency, ``gpu`` one per model. ``tutorial`` is what the
+    tutorial prints about its sizes, as text.
     """
     if name == "tutorial":
         lines = [line for line in _results("tutorial") if "parameters" in line]
@@ -83,6 +83,8 @@ def table(name: str) -> str:
         return _markdown([("what", "measured", "against", "aim", "script"), *costs()])
     if name == "checkpoints":
         return _markdown([*checkpoints()])
+    if name == "gpu":
+        return _markdown([*gpu()])
     if name == "latency_budget":
         return _markdown([*latency_budget()])
     if name == "exactness":
@@ -227,6 +229,22 @@ def latency_budget() -> Iterator[list[str]]:
         row = [name, f"{entry['asked_ms']:.1f}"]
         for kind in ("verified", "table_alone"):
             row += [f"{entry[kind]['side_by_side_ms']:.1f}", f"{entry[kind]['error']:+.1%}"]
+        yield row
+
+
+def gpu() -> Iterator[list[str]]:
+    """Models on a GPU: a step of the search, and members, against the dense model."""
+    shares = ("0.2", "0.4", "0.6")
+    members = [f"{float(share):.0%} removed: latency, MACs" for share in shares]
+    yield ["model", "step, ms", "÷ forward and backward", "memory ÷ theirs", *members]
+    for name, parts in _results("gpu").items():
+        found = parts["search"]["results"]
+        row = [name, f"{found['step_ms']:.0f}", _x(found["ratio"]), _x(found["memory_ratio"])]
+        latency = parts.get("latency", {}).get("results", {})
+        for share in shares:
+            member = latency.get(f"sparsity {share}, multiples of 16")
+            times = member and f"{_x(member['latency_ratio'])}, {_x(member['macs_ratio'])}"
+            row.append(times or "")
         yield row
 
 

@@ -1,5 +1,6 @@
 """`evaluate` against plain formulas, on tiny random models."""
 
+import copy
 import json
 import math
 
@@ -184,6 +185,12 @@ def test_single_batches_and_other_devices_are_refused(llama):
     there = [{key: value.to("meta") for key, value in text(1)[0].items()}]
     with pytest.raises(BatchError, match="input_ids is on meta, the model on cpu"):
         evaluate(llama, reference_outputs(llama, text(1)), there)
+    with pytest.raises(BatchError, match="input_ids is on meta, the model on cpu"):
+        evaluate(llama, llama, there)
+    with pytest.raises(BatchError, match="input_ids is on meta, the model on cpu"):
+        reference_outputs(llama, there)
+    with pytest.raises(BatchError, match="input_ids is on cpu, the model on meta"):
+        evaluate(llama, copy.deepcopy(llama).to("meta"), text(1))
 
 
 def test_empty_batches_are_refused(llama):

@@ -493,6 +493,8 @@ def test_models_that_cannot_be_tuned(bert, monkeypatch):
     other = build("bert", hidden_size=16)
     with pytest.raises(BatchError, match=r"gives \[4, 9, 32\] and the dense one \[4, 9, 16\]"):
         run(small, other, data=batches(bert), heldout=batches(bert))
+    with pytest.raises(BatchError, match="is on cpu, the model on meta"):
+        run(small, other.to("meta"), data=batches(bert), heldout=batches(bert))
     with pytest.raises(UnsupportedModelError, match="no linear layer for an adapter"):
         solpath.tune(nn.Embedding(5, 3), nn.Embedding(5, 3), [torch.ones(2, 2).long()] * 10, LORA)
     with pytest.raises(UnsupportedModelError, match="no parameter of this BertModel"):

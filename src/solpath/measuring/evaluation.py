@@ -85,8 +85,8 @@ def evaluate(
         The metrics, with the size of the model and where the figures come from.
 
     Raises:
-        BatchError: There are no batches, a batch is on another device than `model`, or an output is
-            not finite or does not fit the reference.
+        BatchError: There are no batches, a batch is on another device than `model` or than
+            the dense `reference`, or an output is not finite or does not fit the reference.
 
     Example:
         >>> result = solpath.evaluate(small, model, batches)
@@ -152,7 +152,8 @@ def reference_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
         What `forward` gives for every batch, in the order of the batches.
 
     Raises:
-        BatchError: There are no batches, or a single one in place of several.
+        BatchError: There are no batches, a single one in place of several, or one that is on
+            another device.
 
     Example:
         >>> targets = reference_outputs(model, batches)
@@ -162,7 +163,10 @@ def reference_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
     """
     check_batches(batches)
     with inferring(model):
-        outputs = [forward(model, batch).cpu() for batch in batches]
+        outputs = []
+        for batch in batches:
+            check_device(batch, device_of(model))
+            outputs.append(forward(model, batch).cpu())
     if not outputs:
         raise BatchError("batches is empty; give at least one held-out batch.")
     return outputs
@@ -178,6 +182,7 @@ def _with_targets(
     """
     if isinstance(reference, nn.Module):
         for batch in batches:
+            check_device(batch, device_of(reference))
             outputs = run(reference, batch, labels=False)
             try:
                 compared: Tensor | None = output_tensor(outputs)

@@ -120,7 +120,7 @@ def latencies(
     Returns:
         Name to the seconds of every timed call, in order.
     """
-    names = list(functions)
+    names, gpus = list(functions), _gpus_in_use()
     times: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.collect()
@@ -129,10 +129,10 @@ def latencies(
         for round_ in range(warm_up + repeats):
             first = round_ % len(names)
             for name in names[first:] + names[:first]:
-                _synchronize()
+                _synchronize(gpus)
                 start = time.perf_counter()
                 functions[name]()
-                _synchronize()
+                _synchronize(gpus)
                 if round_ >= warm_up:
                     times[name].append(time.perf_counter() - start)
     finally:
@@ -153,6 +153,11 @@ def _pass(model: nn.Module, batch: Any) -> Callable[[], Any]:
     return lambda: run(model, batch, labels=False)
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.synchronize()
+def _gpus_in_use() -> list[int]:
+    """Return the GPUs that hold tensors; models may be on another one than the current GPU."""
+    return [gpu for gpu in range(torch.cuda.device_count()) if torch.cuda.memory_allocated(gpu)]
+
+
+def _synchronize(gpus: list[int]) -> None:
+    for gpu in gpus:
+        torch.cuda.synchronize(gpu)

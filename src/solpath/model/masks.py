@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -258,12 +259,15 @@ def _expansion(pair: Pair) -> Callable[[Tensor, Tensor], Tensor]:
     unit = torch.full((int(position.max()) + 1,), pair.units)  # of other pairs' channels
     unit[position] = pair.unit_of_channel(side)
     whole, gaps = torch.equal(unit, torch.arange(pair.units)), len(position) < len(unit)
+    unit_on = cache(unit.to)
 
     def expand(mask: Tensor, inner: Tensor) -> Tensor:
         mask = mask.to(inner.dtype)
         if not whole:
             mask = nn.functional.pad(mask, (0, 1), value=1.0) if gaps else mask
-            mask = mask.index_select(-1, unit.to(mask.device))
+            index = unit_on(mask.device)
+            # On CUDA the gradient of `index_select` is added up in any order, that of `[]` in one.
+            mask = mask[..., index] if mask.is_cuda else mask.index_select(-1, index)
         after = inner.shape[-1] - mask.shape[-1]
         return nn.functional.pad(mask, (0, after), value=1.0) if after else mask
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+_ALIGNED = 8  # elements: what fused kernels of GPUs want the width of a head to be a multiple of
+
 Forward = Callable[..., Any]
 """The `forward` of an attention module, as a function whose first argument is the module."""
 
@@ -79,8 +81,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Run the attention function that the model is configured for.
 
-    Queries and keys, or values, are padded with zeros to one width. This changes no result and lets
-    fused kernels run.
+    Queries and keys, or values, are padded with zeros to one width, on a GPU to a multiple of 8.
+    This changes no result and lets fused kernels run.
 
     Args:
         module: The attention module, with the attributes of its stock class.
@@ -103,7 +105,9 @@ def attend(
     )
     width = value.shape[-1]
     common = max(key.shape[-1], width, 1)
-    query, key, value = (pad_to(states, common) for states in (query, key, value))
+    if query.is_cuda:
+        common = -(-common // _ALIGNED) * _ALIGNED
+    query, key, value = (_aligned(pad_to(states, common)) for states in (query, key, value))
     output, weights = function(
         module,
         query,
@@ -115,6 +119,17 @@ def attend(
         **kwargs,
     )
     return output[..., :width].flatten(2), weights
+
+
+def _aligned(states: Tensor) -> Tensor:
+    """Return states whose rows start where the kernels of a GPU can read them, copied if need be.
+
+    Views of a fused projection that was cut may start anywhere.
+    """
+    starts = (*states.stride()[:-1], states.storage_offset())
+    if states.is_cuda and any(start % _ALIGNED for start in starts):
+        return states.contiguous()
+    return states
 
 
 def pad_to(states: Tensor, width: int) -> Tensor:

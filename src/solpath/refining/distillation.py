@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from solpath.data.source import BatchSource, check_device, local_samples
 from solpath.errors import BatchError
 from solpath.objective import Loss, Objective, Targets
-from solpath.running.forward import Batch, output_tensor, run
+from solpath.running.forward import Batch, device_of, output_tensor, run
 from solpath.running.processes import sum_over_processes
 
 
@@ -71,6 +71,7 @@ class Distillation:
         return batch
 
     def _target(self, inputs: Batch) -> Tensor:
+        check_device(inputs, device_of(self._dense))
         with self.autocast():
             return self._compared.target(self._dense, inputs)
 

@@ -52,8 +52,9 @@ def tune(
     compete: on the held-out batches the result is never worse than `small`. Both models are left as
     they were found.
 
-    On one machine with one number of threads the result is the same bit for bit in every run. It
-    does not depend on `checkpoint_every`, on `progress`, or on being interrupted and resumed.
+    On one machine with one number of threads the result is the same bit for bit in every run, but
+    for kernels of a GPU that add up in any order (see docs/large-models.md). It does not depend on
+    `checkpoint_every`, on `progress`, or on being interrupted and resumed.
     Several processes (``accelerate launch``, ``torchrun``) must see the same batches. Each takes
     some samples of every batch, which gives the updates of a single process up to the rounding of
     sums.
@@ -110,7 +111,7 @@ def tune(
 
     with (
         accelerating(device, config.mixed_precision) as accelerator,
-        keeping_random_state(small),
+        keeping_random_state(),
         torch.enable_grad(),
         evaluating(dense),
     ):

@@ -43,7 +43,7 @@ def inferring(*models: nn.Module) -> Iterator[None]:
         ...     print(model(**batch).logits.requires_grad)
         False
     """
-    with evaluating(*models), keeping_random_state(*models), torch.no_grad():
+    with evaluating(*models), keeping_random_state(), torch.no_grad():
         yield
 
 
@@ -54,7 +54,7 @@ def differentiating(model: nn.Module) -> Iterator[None]:
     Flags and torch's random state come back.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with evaluating(model), keeping_random_state(model), torch.enable_grad():
+    with evaluating(model), keeping_random_state(), torch.enable_grad():
         try:
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
@@ -65,8 +65,11 @@ def differentiating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def keeping_random_state(*models: nn.Module) -> Iterator[None]:
-    """Restore torch's random state, on the CPU and on the models' GPUs, after the block."""
-    devices = {p.device for model in models for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(sorted(devices, key=str)):
+def keeping_random_state() -> Iterator[None]:
+    """Restore torch's random state, on the CPU and on the GPUs, after the block.
+
+    Seeding torch seeds every GPU, so all of them are restored once CUDA is in use.
+    """
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if used else ()):
         yield

@@ -108,7 +108,8 @@ def search(
     bit. The path depends on the model, the batches, `config` and `loss` alone: not on
     `checkpoint_every`, on `progress`, or on being interrupted and resumed. On one machine with one
     number of threads it is the same to the last bit; another number of threads or processes changes
-    the last bits of sums.
+    the last bits of sums. So do kernels of a GPU that add up in any order; docs/large-models.md
+    says how to turn them off.
 
     Args:
         model: A model of transformers or timm, searched on the device that it is on. A folder or a
