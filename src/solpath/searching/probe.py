@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from solpath.data.preparation import Preparation, preparing
 from solpath.data.source import (
     BatchSource,
     batch_size,
-    check_device,
     derive_seed,
     local_samples,
     slice_samples,
@@ -28,7 +28,7 @@ from solpath.objective import (
 )
 from solpath.pair import Pair, Side
 from solpath.planning.cost import CostTable
-from solpath.running.forward import Batch, device_of, output_tensor, run
+from solpath.running.forward import Batch, device_of, output_tensor, row_not_finite, run
 from solpath.running.modes import differentiating
 from solpath.running.processes import process, sum_over_processes
 from solpath.searching.redundancy import Inputs, input_hooks, unexplained_variances
@@ -52,6 +52,7 @@ class Probe:
         model: The dense model.
         pairs: Its pairs.
         source: The batches, by step.
+        prepare: What the batches pass through; it names them in errors.
         masks: The masks that the hooked pairs obey.
         loss: Loss of the user, or None for the divergence from the dense model.
         seed: Seeds the mask draws and all other noise.
@@ -62,15 +63,17 @@ class Probe:
         model: nn.Module,
         pairs: Sequence[Pair],
         source: BatchSource,
+        prepare: Preparation,
         masks: Masks,
         loss: Loss | None,
         seed: int,
     ) -> None:
         self._model, self._source, self._masks = model, source, masks
+        self._prepare = prepare
         self._loss, self._seed = loss, seed
         self._device = device_of(model)
         self._rank, self._world = process()
-        self._targets, self._compared = Targets(source.length), Objective(self._first)
+        self._targets, self._compared = Targets(), Objective(self._first)
         self.restrict(pairs)
 
     def restrict(self, pairs: Sequence[Pair]) -> None:
@@ -99,12 +102,14 @@ class Probe:
             rows = (torch.stack(draws) < rows).float()
         leaves = self._set(rows)
         outputs = run(self._model, batch, labels=self._loss is not None)
-        loss = self._objective(outputs, batch, target)
+        errors = self._errors(outputs, batch, target)
+        loss = errors if target is None else errors.mean()
         gradients = _slopes(loss * (high - low), leaves)
         self._masks.units.clear()
         value = self._sum(loss.detach().double().cpu().view(1) * ((high - low) / size)).item()
         if not torch.isfinite(torch.tensor(value)):
-            raise NonFiniteLossError(f"the loss is {value} at step {step}.")
+            where = self._where(step, low, errors, target)
+            raise NonFiniteLossError(f"the loss of {where} is {value} at step {step}.")
         return value, rows.double(), torch.cat([g.double().cpu() for g in gradients], 1)
 
     def mean(self, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -126,9 +131,11 @@ class Probe:
             target = self._target(step, batch)
             leaves = self._set(dense.repeat(high - low, 1))
             outputs = run(self._model, batch, labels=self._loss is not None)
-            loss = self._objective(outputs, batch, target) * (high - low)
+            errors = self._errors(outputs, batch, target)
+            loss = (errors if target is None else errors.mean()) * (high - low)
             if not torch.isfinite(loss):
-                raise NonFiniteLossError(f"the loss is {loss.item()} on batch {step}.")
+                where = self._where(step, low, errors, target)
+                raise NonFiniteLossError(f"the loss of {where} is {loss.item()}.")
             if target is None:
                 slope = _slopes(loss, leaves)
                 jacobian = slope
@@ -219,7 +226,7 @@ class Probe:
         return batch_size(self._source[step])
 
     def _local(self, step: int) -> tuple[Batch, int, int, int]:
-        return local_samples(self._source, step, self._device, self._rank, self._world)
+        return local_samples(self._source, step, self._rank, self._world)
 
     def _set(self, rows: Tensor) -> list[Tensor]:
         """Mask each sample by its row of `rows`, ``[samples, units]``; return the masks by pair."""
@@ -229,21 +236,30 @@ class Probe:
         return leaves
 
     def _first(self) -> Batch:
-        batch = self._source[0]
-        check_device(batch, self._device)
-        return batch
+        return self._source[0]
 
     def _target(self, step: int, batch: Batch) -> Tensor | None:
         """The dense model's output; None where a user's loss takes its place."""
         if self._loss is not None:
             return None
-        return self._targets.get(step, lambda: self._compared.target(self._model, batch))
+        index = self._source.index(step)
+        return self._targets.get(index, lambda: self._compared.target(self._model, batch))
 
-    def _objective(self, outputs: Any, batch: Batch, target: Tensor | None) -> Tensor:
+    def _errors(self, outputs: Any, batch: Batch, target: Tensor | None) -> Tensor:
+        """The divergence of every sample; a user's loss is one number for all of them."""
         if target is None:
             assert self._loss is not None
             return self._loss(outputs, batch)
-        return self._compared.divergence(target, outputs, batch).mean()
+        return self._compared.divergence(target, outputs, batch)
+
+    def _where(self, step: int, low: int, errors: Tensor, target: Tensor | None) -> str:
+        """The words for the batch, and the row if it is one of this process, that is not finite."""
+        index, row = self._source.index(step), row_not_finite(errors)
+        place = self._prepare.place(
+            step if index is None else index, None if row is None else row + low
+        )
+        dense = target is not None and row_not_finite(target) is not None
+        return f"{place}, on which the dense model itself is not finite," if dense else place
 
     def _sum(self, values: Tensor) -> Tensor:
         return sum_over_processes(values, self._device)
@@ -280,9 +296,13 @@ def probing(
             f"the model is in {parameter.dtype} on the CPU, where masks lose their gradients to "
             "rounding; use model.float(), or a GPU."
         )
-    source = BatchSource(batches, seed)
-    with differentiating(model), mask_hooks(model, pairs) as masks:
-        probe = Probe(model, pairs, source, masks, loss, seed)
+    with (
+        preparing(model, parameter.device) as prepare,
+        differentiating(model),
+        mask_hooks(model, pairs) as masks,
+    ):
+        source = BatchSource(batches, seed, prepare)
+        probe = Probe(model, pairs, source, prepare, masks, loss, seed)
         probe.measure_energy(_ENERGY_BATCHES)
         yield probe
 
