@@ -7,6 +7,7 @@ from collections import defaultdict
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 from torch.nn import utils
 from torch.nn.utils import prune
@@ -224,7 +225,7 @@ class OtherAttention(BertSelfAttention):
 
 
 def _own_forward(module):
-    module.forward = module.forward
+    module.forward = lambda x: 2 * type(module).forward(module, x)
 
 
 # What people put on a layer, and how the error says to take it off; None if it cannot be.
@@ -300,6 +301,23 @@ def test_subclasses_with_another_forward_are_refused():
     attention.forward = attention.forward
     with pytest.raises(UnsupportedModelError, match=r"attention\.self has a forward of its own"):
         find_pairs(bert)
+    del attention.forward
+    attention.__class__ = type(
+        "JinaSelfAttention", (nn.Module,), {"forward": OtherAttention.forward}
+    )
+    with pytest.raises(
+        UnsupportedModelError, match="JinaSelfAttention, not a class of transformers"
+    ):
+        find_pairs(bert)
+    for path in (INNER, "encoder.layer.0.attention.self"):
+        bert = build("bert")
+        add_hook_to_module(bert.get_submodule(path), ModelHook())
+        with pytest.raises(UnsupportedModelError, match=rf"{path} has .*remove_hook_from_module"):
+            find_pairs(bert)
+        remove_hook_from_module(bert, recurse=True)
+        if path != INNER:  # what is left there would be in the way of the forward of a cut one
+            del bert.get_submodule(path).forward
+        assert len(find_pairs(bert)) == 6
     peft = pytest.importorskip("peft")
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["value"]), bert := build("bert"))
     with pytest.raises(UnsupportedModelError, match=r"value is a peft.*merge adapters first"):

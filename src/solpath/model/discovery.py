@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from solpath.arch import UNSUITED, Attention, Mlp, Stack, lookup, type_of
+from solpath.arch import UNSUITED, Attention, Mlp, Stack, is_registered, lookup, type_of
 from solpath.errors import UnsupportedModelError
 from solpath.model.linear import linear_map
 from solpath.model.plain import check_forward, check_plain
@@ -141,7 +141,7 @@ def _site(model: nn.Module, block: str, table: Attention) -> Site:
     if table.kind not in ("", type(module).__name__):
         raise UnsupportedModelError(f"{path} is a {type(module).__name__}, not a {table.kind}.")
     if table.forward is not None:
-        check_forward(module, path)
+        check_forward(module, path, registered=is_registered(type_of(model)))
     _check_identity(model, path, table.identity)
     _check_unset(module, path, table.unset)
     heads = attrgetter(table.heads)(module)

@@ -62,32 +62,53 @@ _REMOVALS = {
 }
 
 
-def check_forward(module: nn.Module, path: str) -> None:
-    """Raise `UnsupportedModelError` if an attention is a subclass with another `forward`.
+def check_forward(module: nn.Module, path: str, *, registered: bool) -> None:
+    """Raise `UnsupportedModelError` if an attention runs another `forward` than its table knows.
 
     A cut attention gets a `forward` that does what that of transformers or timm does.
 
     Args:
-        module: The attention. One of a class of the user's own, with a table of its own, passes.
+        module: The attention.
         path: Dotted path of the attention, for the message.
+        registered: Whether its table comes from `register`. A class of any origin then passes, but
+            for a subclass of one of transformers or timm that has another `forward`.
     """
     kinds = type(module).__mro__
     stock = [
-        kind for kind in kinds if kind.__module__.partition(".")[0] in ("transformers", "timm")
+        kind
+        for kind in kinds
+        if kind.__module__.partition(".")[0] in ("transformers", "timm")
+        or kind is nn.MultiheadAttention
     ]
-    if not stock:
-        return
-    for kind in kinds[: kinds.index(stock[0])]:
+    if not stock and not registered:
+        raise UnsupportedModelError(
+            f"{path} is a {kinds[0].__module__}.{kinds[0].__name__}, not a class of transformers "
+            "or timm; register a table for it with solpath.arch.register."
+        )
+    for kind in kinds[: kinds.index(stock[0])] if stock else ():
         if "forward" in vars(kind):
             raise UnsupportedModelError(
                 f"{path} is a {kind.__module__}.{kind.__name__} with another forward than "
                 f"{stock[0].__name__}, which a cut would put in its place."
             )
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+    _check_own_forward(module, path)
+    if "forward" in vars(module):  # it would stay in the way of the one that a cut puts in place
         raise UnsupportedModelError(f"{path} {_OWN_FORWARD}")
 
 
 _OWN_FORWARD = "has a forward of its own, beside that of its class; del module.forward first."
+
+
+def _check_own_forward(module: nn.Module, path: str) -> None:
+    """Raise `UnsupportedModelError` if a module does not run the `forward` of its class."""
+    if hasattr(module, "_hf_hook"):
+        raise UnsupportedModelError(
+            f"{path} has a hook of accelerate; call "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True) first."
+        )
+    own: Any = vars(module).get("forward")  # accelerate's hooks, once removed, leave the same one
+    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
+        raise UnsupportedModelError(f"{path} {_OWN_FORWARD}")
 
 
 def _inside(model: nn.Module, pair: Pair) -> Iterator[str]:
@@ -113,5 +134,4 @@ def _check_calls(module: nn.Module, path: str) -> None:
                 f"{path} has a hook ({name} of {home}), which would see other channels once it is "
                 "cut; remove it first, with the handle that registering it returned."
             )
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):  # accelerate's move tensors
-        raise UnsupportedModelError(f"{path} {_OWN_FORWARD}")
+    _check_own_forward(module, path)
