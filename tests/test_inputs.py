@@ -9,7 +9,9 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import PreTrainedTokenizerFast, T5Model
 
 import solpath
 from conftest import CASES, batches, build, inputs
@@ -127,6 +129,12 @@ def test_rows_of_padding_alone_are_skipped_everywhere_and_counted(bert, small):
     assert ends == ["1 of batch 0.", "1 of held-out batch 0."]
     with pytest.warns(UserWarning, match="skipped 2 rows"):
         assert solpath.measure({"dense": bert}, holed[0], repeats=1)["dense"].samples == 4
+    made = Tokenizer(models.WordLevel({"-": 0, "?": 1, "cat": 2}, unk_token="?"))
+    made.normalizer = normalizers.Replace("#", "")  # a text that is not blank, and has no token
+    made = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="-")
+    texts = solpath.text_batches(["cat", "#", "cat"], made, length=4, seed=None)
+    with pytest.warns(UserWarning, match="skipped 1 row of padding alone.*row 1 of batch 0"):
+        assert solpath.evaluate(small, bert, texts).samples == 2
     nothing = {name: torch.zeros_like(value) for name, value in whole[0].items()}
     with pytest.raises(BatchError, match="all 4 rows of batch 1 are padding alone"):
         search(bert, [whole[0], nothing])
@@ -204,8 +212,28 @@ def test_labels_become_decoder_inputs_as_in_the_model_itself(label):
     if label in ("bart", "mbart", "plbart"):  # these take the inputs of the encoder themselves
         forward(model, batch)
         return
-    with pytest.raises(BatchError, match=r"decoder of .* gets no inputs; add labels"):
+    with pytest.raises(BatchError, match=r"decoder of .* gets no inputs; add labels, which"):
         solpath.measure({"dense": model}, batch, repeats=1)
+
+
+def test_a_decoder_without_a_head_wants_its_inputs():
+    t5 = build("t5")
+    base = T5Model(t5.config).eval()
+    batch = inputs(t5)
+    batch["labels"] = batch.pop("decoder_input_ids")
+    with pytest.raises(
+        BatchError, match="decoder of T5Model gets no inputs; add decoder_input_ids"
+    ):
+        search(base, [batch])
+
+
+def test_rows_whose_labels_all_do_not_count_are_skipped():
+    t5 = build("t5")
+    batch = inputs(t5)
+    batch["labels"] = batch.pop("decoder_input_ids")
+    batch["labels"][2] = -100
+    with pytest.warns(UserWarning, match=r"labels are all -100.*row 2 of batch 0"):
+        assert solpath.evaluate(t5, t5, [batch]).samples == 3
 
 
 # Other things than batches

@@ -46,8 +46,9 @@ def preparing(
         rows = sum(len(numbers) for numbers in prepare.skipped.values())
         index, numbers = next(iter(prepare.skipped.items()))
         warnings.warn(
-            f"skipped {rows} {'row' if rows == 1 else 'rows'} of padding alone, whose attention "
-            f"mask is all 0; the first is row {numbers[0]} of {name} {index}.",
+            f"skipped {rows} {'row' if rows == 1 else 'rows'} of padding alone (the attention mask "
+            f"is all 0, or the labels are all -100); the first is row {numbers[0]} of {name} "
+            f"{index}.",
             stacklevel=4,
         )
 
@@ -56,8 +57,8 @@ class Preparation:
     """Checks and completes the batches of one model, called as ``prepare(index, batch)``.
 
     - A batch that no model takes is refused by its number, with what to give instead.
-    - Rows of padding alone, whose attention mask is all 0, are left out: attention over no token
-      means nothing, and is NaN in many models. `skipped` says which.
+    - Rows of padding alone, whose attention mask is all 0 or whose labels are all -100, are left
+      out: attention over no token means nothing, and is NaN in many models. `skipped` says which.
     - A model with encoder and decoder gets its decoder inputs from ``labels``, if a batch has
       labels and no decoder inputs, by the model's own shift to the right. Labels of -100 at the end
       of a row do not count. The labels stay.
@@ -101,8 +102,8 @@ class Preparation:
             return batch
         if not keep.any():
             raise BatchError(
-                f"all {len(keep)} rows of {name} are padding alone: their attention mask is all 0; "
-                "leave the batch out."
+                f"all {len(keep)} rows of {name} are padding alone (the attention mask is all 0, "
+                "or the labels are all -100); leave the batch out."
             )
         self.skipped[index] = (~keep).nonzero().flatten().tolist()
         batched = {

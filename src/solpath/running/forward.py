@@ -48,9 +48,10 @@ def run(model: nn.Module, batch: Batch, *, labels: bool) -> Any:
             inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")
         ):
             raise
+        shifted = "labels, which are shifted to decoder inputs, or " if generates() else ""
         raise BatchError(
-            f"the decoder of {type(model).__name__} gets no inputs; add labels to every batch, "
-            "which are shifted to decoder inputs, or decoder_input_ids."
+            f"the decoder of {type(model).__name__} gets no inputs; add {shifted}decoder_input_ids "
+            "to every batch."
         ) from error
 
 
