@@ -160,6 +160,9 @@ def test_what_is_not_finite_is_named_by_batch_and_row(bert, small):
             search(bert, data)
         with pytest.raises(NonFiniteLossError, match=where):
             baseline(bert, data)
+        config = solpath.SearchConfig(steps=4, scale_batches=4, basis="principal")
+        with pytest.raises(NonFiniteLossError, match="on row 3 of batch 3 the dense model itself"):
+            solpath.search(bert, data, config, progress=False)
         for loss in (None, lambda outputs, batch: outputs.last_hidden_state.sum()):
             with pytest.raises(NonFiniteLossError, match=r"(row 3 of )?batch 3"):
                 solpath.compensate(small, bert, data, loss=loss, progress=False)

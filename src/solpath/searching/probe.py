@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from solpath.data.preparation import Preparation, preparing
 from solpath.data.source import (
@@ -188,9 +189,13 @@ class Probe:
         """Return what `hooks` add up on the dense model, over batches and all processes."""
         totals: dict[str, Tensor] = {}
         for step in range(batches if pairs else 0):
-            batch = self._local(step)[0]
+            batch, low = self._local(step)[:2]
             with torch.no_grad(), hooks(self._model, pairs, batch) as seen:
-                run(self._model, batch, labels=False)
+                outputs = run(self._model, batch, labels=False)
+            if not all(value.isfinite().all() for value in seen.values()):
+                first = next(part for part in tree_leaves(outputs) if isinstance(part, Tensor))
+                where = self._place(step, low, row_not_finite(first))
+                raise NonFiniteLossError(f"on {where} the dense model itself is not finite.")
             for name, value in seen.items():
                 totals[name] = totals[name] + value if name in totals else value
         return {name: self._sum(total) for name, total in totals.items()}
@@ -254,12 +259,15 @@ class Probe:
 
     def _where(self, step: int, low: int, errors: Tensor, target: Tensor | None) -> str:
         """The words for the batch, and the row if it is one of this process, that is not finite."""
-        index, row = self._source.index(step), row_not_finite(errors)
-        place = self._prepare.place(
-            step if index is None else index, None if row is None else row + low
-        )
+        place = self._place(step, low, row_not_finite(errors))
         dense = target is not None and row_not_finite(target) is not None
         return f"{place}, on which the dense model itself is not finite," if dense else place
+
+    def _place(self, step: int, low: int, row: int | None) -> str:
+        """The words for a row of this process in the batch of a step."""
+        index = self._source.index(step)
+        index = step if index is None else index
+        return self._prepare.place(index, None if row is None else row + low)
 
     def _sum(self, values: Tensor) -> Tensor:
         return sum_over_processes(values, self._device)
