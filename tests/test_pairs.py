@@ -7,7 +7,11 @@ from collections import defaultdict
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
+from torch.nn import utils
+from torch.nn.utils import prune
+from transformers.models.bert.modeling_bert import BertSelfAttention
 from transformers.pytorch_utils import Conv1D
 
 from conftest import CASES, TIMM_CASES, build, inputs
@@ -200,6 +204,158 @@ def test_classes_whose_logits_are_no_classes_are_refused(name):
         model = getattr(transformers, f"{name}ForPreTraining")(config)
     with pytest.raises(UnsupportedModelError, match=f"pixels.*{name}Model"):
         find_pairs(model)
+
+
+INNER = "encoder.layer.0.intermediate.dense"
+
+
+class Scaled(nn.Module):
+    def forward(self, weight):
+        return 1.5 * weight
+
+
+class OtherConv1D(Conv1D):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class OtherAttention(BertSelfAttention):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def _own_forward(module):
+    module.forward = lambda x: 2 * type(module).forward(module, x)
+
+
+# What people put on a layer, and how the error says to take it off; None if it cannot be.
+PUT_ON = {
+    "prune": (lambda m: prune.l1_unstructured(m, "weight", 0.3), "prune.remove(layer, 'weight')"),
+    "prune bias": (lambda m: prune.random_unstructured(m, "bias", 0.3), "remove(layer, 'bias')"),
+    "prune twice": (
+        lambda m: [prune.l1_unstructured(m, "weight", 0.3) for _ in range(2)],
+        "prune.remove(layer, 'weight')",
+    ),
+    "weight_norm": (utils.weight_norm, "torch.nn.utils.remove_weight_norm(layer, 'weight')"),
+    "spectral_norm": (utils.spectral_norm, "utils.remove_spectral_norm(layer, 'weight')"),
+    "new weight_norm": (
+        utils.parametrizations.weight_norm,
+        "remove_parametrizations(layer, 'weight')",
+    ),
+    "new spectral_norm": (
+        utils.parametrizations.spectral_norm,
+        "remove_parametrizations(layer, 'weight')",
+    ),
+    "parametrize": (
+        lambda m: utils.parametrize.register_parametrization(m, "bias", Scaled()),
+        "remove_parametrizations(layer, 'bias')",
+    ),
+    "hook": (lambda m: m.register_forward_hook(lambda *args: None), "remove it first"),
+    "pre-hook": (lambda m: m.register_forward_pre_hook(lambda *args: None), "remove it first"),
+    "forward": (_own_forward, "del module.forward first"),
+}
+
+
+@pytest.mark.parametrize("layer", [INNER, "encoder.layer.1.output.dense"])
+@pytest.mark.parametrize("name", PUT_ON)
+def test_what_is_put_on_a_layer_is_refused_and_the_way_out_works(name, layer):
+    model, (put_on, way_out) = build("bert"), PUT_ON[name]
+    module = model.get_submodule(layer)
+    handle = put_on(module)
+    with pytest.raises(UnsupportedModelError, match=re.escape(layer)) as caught:
+        find_pairs(model)
+    assert way_out in str(caught.value)
+    call = re.search(r"call (torch\.nn\.utils\.\S+\(layer, '\w+'\))", str(caught.value))
+    if call:
+        assert call[1].startswith("torch.nn.utils.")
+        eval(call[1], {"torch": torch, "layer": module})  # noqa: S307
+    elif name == "forward":
+        del module.forward
+    else:
+        handle.remove()
+    assert len(find_pairs(model)) == 6
+
+
+def test_a_hook_between_the_layers_of_an_mlp_is_refused():
+    model = build("bert")
+    path = "encoder.layer.0.intermediate.intermediate_act_fn"
+    handle = model.get_submodule(path).register_forward_hook(lambda *args: None)
+    with pytest.raises(UnsupportedModelError, match=f"{path} has a hook .*<lambda>.*remove it"):
+        find_pairs(model)
+    handle.remove()
+    model.encoder.layer[0].register_forward_hook(lambda *args: None)  # it sees no inner dimension
+    assert len(find_pairs(model)) == 6
+
+
+def test_subclasses_with_another_forward_are_refused():
+    gpt = build("gpt2")
+    gpt.transformer.h[0].mlp.c_fc.__class__ = OtherConv1D
+    with pytest.raises(UnsupportedModelError, match=r"mlp\.c_fc is a test_pairs\.OtherConv1D"):
+        find_pairs(gpt)
+    bert = build("bert")
+    attention = bert.encoder.layer[0].attention.self
+    attention.__class__ = OtherAttention
+    with pytest.raises(UnsupportedModelError, match="OtherAttention with another forward than Ber"):
+        find_pairs(bert)
+    attention.__class__ = BertSelfAttention
+    attention.forward = attention.forward
+    with pytest.raises(UnsupportedModelError, match=r"attention\.self has a forward of its own"):
+        find_pairs(bert)
+    del attention.forward
+    attention.__class__ = type(
+        "JinaSelfAttention", (nn.Module,), {"forward": OtherAttention.forward}
+    )
+    with pytest.raises(
+        UnsupportedModelError, match="JinaSelfAttention, not a class of transformers"
+    ):
+        find_pairs(bert)
+    for path in (INNER, "encoder.layer.0.attention.self"):
+        bert = build("bert")
+        add_hook_to_module(bert.get_submodule(path), ModelHook())
+        with pytest.raises(UnsupportedModelError, match=rf"{path} has .*remove_hook_from_module"):
+            find_pairs(bert)
+        remove_hook_from_module(bert, recurse=True)
+        if path != INNER:  # what is left there would be in the way of the forward of a cut one
+            del bert.get_submodule(path).forward
+        assert len(find_pairs(bert)) == 6
+    peft = pytest.importorskip("peft")
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["value"]), bert := build("bert"))
+    with pytest.raises(UnsupportedModelError, match=r"value is a peft.*merge adapters first"):
+        find_pairs(bert)
+
+
+def test_weights_of_another_class_are_refused():
+    class Quantised(torch.Tensor):
+        pass
+
+    model = build("bert")
+    weight = model.get_submodule(INNER).weight
+    model.get_submodule(INNER).weight = nn.Parameter(weight.detach().as_subclass(Quantised))
+    with pytest.raises(UnsupportedModelError, match=rf"{INNER}\.weight is a Quantised"):
+        find_pairs(model)
+    whole = nn.Parameter(weight.detach().to(torch.int8), requires_grad=False)
+    model.get_submodule(INNER).weight = whole
+    with pytest.raises(UnsupportedModelError, match=r"of torch\.int8.*before quantising"):
+        find_pairs(model)
+
+
+def test_tied_layers_are_refused():
+    model = build("bert")
+    model.encoder.layer[1].intermediate.dense.weight = model.get_submodule(INNER).weight
+    with pytest.raises(UnsupportedModelError, match="is shared with another module"):
+        find_pairs(model)
+    model = build("bert")  # two parameters on one memory: the copy is cut, and memory is not shared
+    other = nn.Parameter(model.get_submodule(INNER).weight.data)
+    model.encoder.layer[1].intermediate.dense.weight = other
+    assert len(find_pairs(model)) == 6
+
+
+@pytest.mark.parametrize("label", ["llava", "clip", "gpt2", "siglip"])
+def test_hooks_that_transformers_leaves_are_let_be(label):
+    model = build(label)
+    with torch.no_grad():
+        model(**inputs(model), output_hidden_states=True, output_attentions=True)
+    assert find_pairs(model) == find_pairs(build(label))
 
 
 def test_pairs_survive_json():

@@ -461,9 +461,11 @@ def test_a_loss_that_is_not_finite_stops_tuning(bert, tmp_path):
     data = [{"inputs_embeds": bert.embeddings.word_embeddings(t).detach()} for t in tokens]
     data[2] = {"inputs_embeds": data[2]["inputs_embeds"] * torch.nan}
     options = {"checkpoint": tmp_path, "checkpoint_every": 1, "heldout": data[:1]}
-    with pytest.raises(NonFiniteLossError, match="nan at step 2; the checkpoint of step 2 is kept"):
+    with pytest.raises(
+        NonFiniteLossError, match="row 0 of batch 2 is nan at step 2; the checkpoint of step 2"
+    ):
         run(small, bert, data=data, **options)
-    with pytest.raises(NonFiniteLossError, match="the held-out loss is nan at step 0"):
+    with pytest.raises(NonFiniteLossError, match="row 0 of held-out batch 0 is nan at step 0"):
         run(small, bert, data=data, heldout=data[2:])
     options = {"checkpoint": tmp_path / "none", "heldout": data[2:]}
     with pytest.raises(NonFiniteLossError, match=r"nan at step 0\.$"):  # and no checkpoint to go on

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from solpath.config import check_count, check_number
+from solpath.data.source import check_batches
 from solpath.model.discovery import find_pairs
 from solpath.model.fingerprint import fingerprint
 from solpath.objective import Loss
@@ -320,6 +321,7 @@ def _opened(
     model: nn.Module | Name, batches: Iterable[Any], loss: Loss | None, seed: int
 ) -> Iterator[tuple[Engine, Fingerprint]]:
     """Yield an engine for `model`, loaded if it is a name, and the fingerprint of the model."""
+    check_batches(batches)
     model, batches = for_batches(model, batches)
     identity = fingerprint(model, find_pairs(model))
     with open_engine(model, batches, loss=loss, seed=seed) as engine:

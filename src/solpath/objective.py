@@ -133,33 +133,28 @@ def _spread(values: Tensor) -> float:
 
 
 class Targets:
-    """A memory for the targets of batches that come again, of at most 256 MiB.
+    """A memory for the targets of batches that come again, of at most 256 MiB."""
 
-    Args:
-        length: Number of batches before they repeat. None, where it is not known, remembers none.
-    """
-
-    def __init__(self, length: int | None) -> None:
-        self._length = length
+    def __init__(self) -> None:
         self._known: dict[int, Tensor] = {}
         self._bytes = 0
 
-    def get(self, step: int, compute: Callable[[], Tensor]) -> Tensor:
-        """Return the target of batch `step`, computed unless it is remembered.
+    def get(self, index: int | None, compute: Callable[[], Tensor]) -> Tensor:
+        """Return the target of a batch, computed unless it is remembered.
 
         Args:
-            step: Batch number, counted on over repetitions.
+            index: Number of the batch among those that repeat. None, where it is not known,
+                remembers nothing.
             compute: Called to compute the target.
         """
-        if not self._length:
+        if index is None:
             return compute()
-        key = step % self._length
-        if key in self._known:
-            return self._known[key]
+        if index in self._known:
+            return self._known[index]
         target = compute()
         if self._bytes + target.nbytes <= _TARGET_CACHE_BYTES:
             self._bytes += target.nbytes
-            self._known[key] = target
+            self._known[index] = target
         return target
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -156,13 +157,16 @@ def for_batches(model: nn.Module | Name, batches: Iterable[Any]) -> tuple[nn.Mod
 
     Args:
         model: A model, which is returned as it is, or a name for `from_pretrained`.
-        batches: The batches. For a name, an iterator that runs only once is read into a list.
+        batches: The batches. Of an iterator that runs only once, the first one is read and put
+            back.
     """
     if isinstance(model, nn.Module):
         return model, batches
     if isinstance(batches, Iterator):
-        batches = list(batches)
-    first = next(iter(batches), None)
+        first = next(batches, None)
+        batches = () if first is None else chain([first], batches)
+    else:
+        first = next(iter(batches), None)
     values = first.values() if isinstance(first, Mapping) else (first,)
     device = next((value.device for value in values if isinstance(value, Tensor)), "cpu")
     return from_pretrained(model, device=device), batches

@@ -231,6 +231,11 @@ def known_model_types() -> list[str]:
     return sorted({*_MODULES, *_REGISTERED})
 
 
+def is_registered(model_type: str | None) -> bool:
+    """Return whether the table of a type of model comes from `register`."""
+    return model_type in _REGISTERED
+
+
 def type_of(model: nn.Module) -> Any:
     """Return the type under which the table of a model is listed, or None if it has no type.
 

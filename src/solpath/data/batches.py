@@ -1,20 +1,28 @@
 """Sequences of batches, which are read from lists, data sets and streams only when asked for."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
-from typing import Any, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
 from solpath.config import check_count
-from solpath.errors import BatchError, ConfigError
+from solpath.data.foreign import batching_hint, foreign_kind
+from solpath.errors import BatchError, ConfigError, FileError, SolpathError
 
 Tensors: TypeAlias = dict[str, Tensor]
 """A batch: argument of the model to tensor."""
 Source: TypeAlias = str | os.PathLike[str] | Iterable[Any]
 """A folder or file, or an iterable of samples: a list, a data set, a stream."""
+
+
+OnError: TypeAlias = Literal["raise", "skip"]
+"""What happens to a sample that cannot be read: its error is raised, or it is left out."""
+_NAMED = 3  # samples that a warning names
+_UNREADABLE = (OSError, ValueError, SyntaxError)  # what decoders raise on damaged data
 
 
 class Batches(Sequence[Tensors]):
@@ -50,22 +58,85 @@ class Batches(Sequence[Tensors]):
         return Batches(self._make, part, self._size)
 
 
+class Broken:
+    """The samples of one source that cannot be read: raised, or left out, counted and reported.
+
+    Args:
+        on_error: ``"raise"`` or ``"skip"``.
+
+    Raises:
+        ConfigError: `on_error` is something else.
+    """
+
+    def __init__(self, on_error: OnError) -> None:
+        if on_error not in ("raise", "skip"):
+            raise ConfigError(f"on_error must be 'raise' or 'skip', got {on_error!r}.")
+        self._skip = on_error == "skip"
+        self._reasons: dict[str, str] = {}
+        self._reported = 0
+
+    def note(self, name: str, error: SolpathError) -> None:
+        """Raise `error`, or remember it under the name of the sample."""
+        if not self._skip:
+            raise error
+        self._reasons.setdefault(name, str(error))
+
+    def report(self) -> None:
+        """Warn if more samples were left out since the last report."""
+        count = len(self._reasons)
+        if count == self._reported:
+            return
+        self._reported = count
+        names = ", ".join(list(self._reasons)[:_NAMED]) + (", …" if count > _NAMED else "")
+        warnings.warn(
+            f"left out {count} {'sample' if count == 1 else 'samples'} so far that cannot be read: "
+            f"{names}. The first: {next(iter(self._reasons.values()))}",
+            stacklevel=3,
+        )
+
+    def rows(self, rows: Any, places: Sequence[int]) -> Iterator[tuple[str, Any]]:
+        """Yield name and row of the samples at `places`; a data set may decode them here.
+
+        Raises:
+            FileError: A row cannot be read and is not to be left out.
+        """
+        for place in places:
+            try:
+                yield f"row {place}", rows[place]
+            except _UNREADABLE as error:
+                self.note(f"row {place}", FileError(f"cannot read row {place}: {error}."))
+
+
 def rows_in_order(
     source: Iterable[Any], limit: int | None, seed: int | None
 ) -> tuple[Any, Sequence[int]]:
     """Return the samples as something that can be indexed, and the indices to take, in order.
 
     Args:
-        source: Anything with a length is returned as it is and shuffled by its indices. Anything
-            else is a stream, of which the first `limit` samples are read and kept, in their own
-            order.
+        source: Anything with a length is returned as it is and shuffled by its indices; of pandas,
+            as a list of values or of rows. Anything else is a stream, of which the first `limit`
+            samples are read and kept, in their own order.
         limit: The largest number of samples. None takes all, which a stream does not allow.
         seed: Seeds the order of the samples. None keeps the order of the source.
 
     Raises:
         ConfigError: The source is a stream and there is no `limit`.
-        BatchError: The source is empty.
+        BatchError: The source is empty, or holds several data sets or columns, of which one must be
+            chosen.
     """
+    kind = foreign_kind(source)
+    if kind == "DatasetDict":
+        raise BatchError(f"source is a {type(source).__name__}; {batching_hint(source)}.")
+    if isinstance(source, Mapping):
+        raise BatchError(
+            f"source is a {type(source).__name__}, not an iterable of samples; give a list of "
+            f"rows, or one of its values ({', '.join(map(str, source))})."
+        )
+    table: Any = source
+    if kind == "Series":
+        source = table.tolist()
+    elif kind == "DataFrame":
+        source = table.to_dict("records")
     if isinstance(source, Sized):
         count = len(source)
         order: Sequence[int] = range(count)

@@ -1,8 +1,8 @@
 """Batches of images, and of images with texts, from folders, lists and data sets."""
 
+import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 
 from solpath.data.batches import (
     Batches,
+    Broken,
+    OnError,
     Source,
     Tensors,
     check_columns,
@@ -17,6 +19,7 @@ from solpath.data.batches import (
     move,
     rows_in_order,
 )
+from solpath.data.decoding import pillow, read_images
 from solpath.errors import BatchError, ConfigError, FileError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -32,14 +35,16 @@ def image_batches(
     seed: int | None = 0,
     image_column: str = "image",
     label_column: str | None = None,
+    on_error: OnError = "raise",
     device: str | torch.device = "cpu",
 ) -> Batches:
     """Return batches of images, which are read and processed only when a batch is asked for.
 
     Args:
         source: A folder, which is searched with all its subfolders; or an iterable (a list, a data
-            set of `datasets`, a stream) of images, of image files, or of rows with an
-            `image_column`. Every image is converted to RGB.
+            set of `datasets`, a table of pandas, a stream) of images, of image files, or of rows
+            with an `image_column`. Every image is converted to RGB as a viewer shows it: upright,
+            on white where it is transparent, and 16-bit grays scaled to 8 bits.
         processor: The image processor of the model.
         batch_size: The number of images per batch.
         limit: The largest number of images: the first ones in the order that `seed` gives. None
@@ -50,6 +55,8 @@ def image_batches(
         label_column: The column of the labels, which are added as ``labels``. None adds no labels.
             For a folder, any name does: an image is labelled with the index of its top-level
             subfolder among all of them in sorted order, as in ImageNet.
+        on_error: What happens to an image that cannot be read: ``"raise"`` raises the error
+            below. ``"skip"`` leaves it out of its batch, and a warning counts and names it.
         device: The device that the batches are moved to.
 
     Returns:
@@ -59,8 +66,9 @@ def image_batches(
     Raises:
         FileError: There is no such folder, it holds no images, or an image in it has no subfolder
             to give it a label. An image that cannot be read raises it when its batch is read.
-        BatchError: The source is empty. A sample that is neither an image nor a file raises it when
-            its batch is read.
+        BatchError: The source is empty. A sample that is neither an image nor a file, a label that
+            is no whole number, or a batch of which nothing can be read raises it when its batch is
+            read.
         ConfigError: A column is missing, a stream has no limit, a setting is out of its range, or
             Pillow is not installed.
 
@@ -74,20 +82,31 @@ def image_batches(
         [(4, 3, 32, 32), (1, 3, 32, 32)]
     """
     check_counts(batch_size=batch_size, limit=limit)
-    _pillow()
+    broken = Broken(on_error)
+    pillow()
     if isinstance(source, str | os.PathLike):
         source = _image_files(Path(source), image_column, label_column)
     rows, order = rows_in_order(source, limit, seed)
     columns = [image_column] if label_column is None else [image_column, label_column]
-    if label_column is not None or isinstance(rows[order[0]], Mapping):
-        check_columns(rows[order[0]], columns)
+    for _, row in broken.rows(rows, order[:1]):
+        if label_column is not None or isinstance(row, Mapping):
+            check_columns(row, columns)
 
     def make(places: Sequence[int]) -> Tensors:
-        part = [rows[i] for i in places]
-        images = [row[image_column] if isinstance(row, Mapping) else row for row in part]
-        batch = dict(processor(images=_read_images(images), return_tensors="pt"))
+        part = list(broken.rows(rows, places))
+        named = [
+            _named(name, row[image_column] if isinstance(row, Mapping) else row)
+            for name, row in part
+        ]
+        images = read_images(named, broken)
+        part = [known for known, image in zip(part, images, strict=True) if image is not None]
+        broken.report()
+        _check_any(part, places)
+        batch = dict(
+            processor(images=[image for image in images if image is not None], return_tensors="pt")
+        )
         if label_column is not None:
-            batch["labels"] = torch.tensor([int(row[label_column]) for row in part])
+            batch["labels"] = torch.tensor([_label(*known, label_column) for known in part])
         return move(batch, device)
 
     return Batches(make, order, batch_size)
@@ -103,6 +122,7 @@ def image_text_batches(
     seed: int | None = 0,
     image_column: str = "image",
     text_column: str = "text",
+    on_error: OnError = "raise",
     device: str | torch.device = "cpu",
 ) -> Batches:
     """Return batches of images with one text each, for models with two towers such as CLIP.
@@ -111,8 +131,8 @@ def image_text_batches(
 
     Args:
         source: An iterable of tuples (image or image file, text), or of rows with an `image_column`
-            and a `text_column`: a list, a data set of `datasets`, a stream. Every image is
-            converted to RGB.
+            and a `text_column`: a list, a data set of `datasets`, a table of pandas, a stream.
+            Every image is converted to RGB as in `image_batches`.
         processor: The processor of the model, for images and text.
         batch_size: The number of images per batch.
         length: The number of tokens per text; texts are truncated or padded to it. None takes the
@@ -123,6 +143,8 @@ def image_text_batches(
             keeps its order.
         image_column: The column of the images, if the source has rows.
         text_column: The column of the texts, if the source has rows.
+        on_error: What happens to a sample that cannot be read: ``"raise"`` raises the error
+            below. ``"skip"`` leaves it out of its batch, and a warning counts and names it.
         device: The device that the batches are moved to.
 
     Returns:
@@ -132,7 +154,8 @@ def image_text_batches(
 
     Raises:
         FileError: An image cannot be read. This is raised when its batch is read.
-        BatchError: The source is empty, or a sample is no tuple of an image and a text.
+        BatchError: The source is empty, a sample is no tuple of an image and a text, or nothing of
+            a batch can be read.
         ConfigError: A column is missing, a stream has no limit, a setting is out of its range,
             there is no `length` and the tokenizer knows none, or Pillow is not installed.
 
@@ -146,7 +169,8 @@ def image_text_batches(
         {'attention_mask': (1, 8), 'input_ids': (1, 8), 'pixel_values': (1, 3, 32, 32)}
     """
     check_counts(batch_size=batch_size, limit=limit)
-    _pillow()
+    broken = Broken(on_error)
+    pillow()
     if length is None:
         length = processor.tokenizer.model_max_length
         if length > _NO_LIMIT:
@@ -154,21 +178,32 @@ def image_text_batches(
     check_counts(length=length)
     rows, order = rows_in_order(source, limit, seed)
 
-    def pair(row: Any) -> tuple[Any, str]:
-        if isinstance(row, Mapping):
-            check_columns(row, (image_column, text_column))
-            row = row[image_column], row[text_column]
-        if not isinstance(row, Sequence) or len(row) != 2 or not isinstance(row[1], str):
-            raise BatchError(f"a sample must be an image and a text, got {row!r:.100}.")
-        return row[0], row[1]
+    def pairs(places: Sequence[int]) -> Iterator[tuple[str, Any, str]]:
+        for name, row in broken.rows(rows, places):
+            if isinstance(row, Mapping):
+                check_columns(row, (image_column, text_column))
+                row = row[image_column], row[text_column]
+            if isinstance(row, Sequence) and len(row) == 2 and isinstance(row[1], str):
+                yield *_named(name, row[0]), row[1]
+            else:
+                text = f"{name}: a sample must be an image and a text, got {row!r:.100}."
+                broken.note(name, BatchError(text))
 
-    pair(rows[order[0]])
+    list(pairs(order[:1]))
 
     def make(places: Sequence[int]) -> Tensors:
-        images, texts = zip(*(pair(rows[i]) for i in places), strict=True)
+        part = list(pairs(places))
+        images = read_images([(name, image) for name, image, _ in part], broken)
+        known = [
+            (image, text)
+            for image, (*_, text) in zip(images, part, strict=True)
+            if image is not None
+        ]
+        broken.report()
+        _check_any(known, places)
         encoded = processor(
-            images=_read_images(images),
-            text=list(texts),
+            images=[image for image, _ in known],
+            text=[text for _, text in known],
             truncation=True,
             max_length=length,
             padding="max_length",
@@ -197,30 +232,24 @@ def _image_files(folder: Path, image_column: str, label_column: str | None) -> l
     return rows
 
 
-def _pillow() -> Any:
+def _named(name: str, image: Any) -> tuple[str, Any]:
+    """Return an image with its file, if it is one, or else its row, for messages."""
+    return (os.fspath(image) if isinstance(image, str | os.PathLike) else name), image
+
+
+def _label(name: str, row: Any, column: str) -> int:
     try:
-        from PIL import Image
-    except ImportError as error:
-        raise ConfigError(
-            "images need Pillow; install it with: pip install 'solpath[data]'."
+        return operator.index(row[column])
+    except TypeError as error:
+        raise BatchError(
+            f"{name}: {column} is {row[column]!r:.60}, not a whole number; number the labels "
+            f"first, for example with data.class_encode_column({column!r}) of datasets."
         ) from error
-    return Image
 
 
-def _read_images(images: Sequence[Any]) -> list[Any]:
-    """Return RGB images in memory, decoded in threads because decoding releases the GIL."""
-    image_module = _pillow()
-
-    def read(image: Any) -> Any:
-        if isinstance(image, image_module.Image):
-            return image.convert("RGB")
-        if not isinstance(image, str | os.PathLike):
-            raise BatchError(f"an image or a path is needed, got a {type(image).__name__}.")
-        try:
-            with image_module.open(image) as opened:
-                return opened.convert("RGB")
-        except (OSError, ValueError, SyntaxError, image_module.DecompressionBombError) as error:
-            raise FileError(f"cannot read the image {os.fspath(image)}: {error}.") from error
-
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(read, images))
+def _check_any(known: Sequence[Any], places: Sequence[int]) -> None:
+    """Raise `BatchError` if nothing of a batch could be read."""
+    if not known:
+        raise BatchError(
+            f"none of the {len(places)} samples of a batch can be read, row {places[0]} the first."
+        )

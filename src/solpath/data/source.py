@@ -1,12 +1,15 @@
 """Batches addressed by step, from any iterable of batches, repeated when it is short."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import operator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from solpath.data.foreign import batching_hint, foreign_kind
 from solpath.errors import BatchError
 
 
@@ -16,75 +19,138 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def check_batches(batches: Iterable[Any]) -> None:
-    """Raise `BatchError` if `batches` is a single batch instead of an iterable of batches."""
-    if isinstance(batches, Mapping | Tensor | str):
+def check_batches(batches: Any) -> None:
+    """Raise `BatchError` unless `batches` can be an iterable of batches. Nothing is read.
+
+    Args:
+        batches: What a user gave. A single batch, a data set or table of another library, and what
+            cannot be iterated are refused by name, with what to give instead.
+    """
+    if foreign_kind(batches):
+        raise BatchError(f"batches is a {type(batches).__name__}; {batching_hint(batches)}.")
+    if isinstance(batches, str | bytes | os.PathLike):
+        raise BatchError(
+            f"batches must be an iterable of batches, got a single {type(batches).__name__}; make "
+            "batches of a file of texts with solpath.text_batches(file, tokenizer)."
+        )
+    if isinstance(batches, Mapping | Tensor):
         raise BatchError(
             f"batches must be an iterable of batches, got a single {type(batches).__name__}; "
             "wrap it in a list."
+        )
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise BatchError(f"batches must be an iterable of batches, got a {type(batches).__name__}.")
+
+
+def check_ends(batches: Any, name: str = "batches") -> None:
+    """Raise `BatchError` unless `batches` is known to end, for work that needs all of it.
+
+    Args:
+        batches: What a user gave. It is known to end if it, or what it runs over, has a length. A
+            generator has none, and nobody can tell an endless one from a long one.
+        name: The name of the argument, for the message.
+    """
+    check_batches(batches)
+    if operator.length_hint(batches, -1) < 0:
+        raise BatchError(
+            f"{name} is a {type(batches).__name__} without a length, which may never end, and all "
+            f"of it is needed; give list({name}) if it ends, or "
+            f"list(itertools.islice({name}, 100)) for the first 100."
         )
 
 
 class BatchSource:
     """Batches by step number: ``source[k]`` is batch k of the endless repetition of `batches`.
 
-    Only the batch of the last step is kept. A sequence is indexed. Another iterable that can be
-    repeated, such as a `DataLoader`, is iterated once per epoch, and torch's global generator is
-    seeded from `seed` and the epoch before each, so that its shuffling is reproducible; going back
-    to an earlier step starts again from the first epoch. An iterator that runs only once is read
-    into memory.
+    A sequence is indexed. Another iterable that can be repeated, such as a `DataLoader`, is
+    iterated once per epoch, and torch's global generator is seeded from `seed` and the epoch before
+    each, so that its shuffling is reproducible; going back to an earlier step starts again from the
+    first epoch. Of both, only the batch of the last step is kept. An iterator that runs only once
+    is read as far as the steps need, and never further, so it may be endless. What was read of it
+    is kept, and repeated if it ends.
 
     Args:
         batches: The iterable of batches.
         seed: Seeds the epochs.
-
-    Attributes:
-        length: The number of batches in a sequence; None if it is not known.
+        prepare: Called with the number of a batch among `batches` (or the step, where that is not
+            known) and the batch. What it returns is the batch.
 
     Raises:
-        BatchError: There are no batches, or `batches` is a single batch.
+        BatchError: There are no batches, or `batches` is a single batch. An iterator without
+            batches raises it at the first step.
     """
 
-    def __init__(self, batches: Iterable[Any], seed: int) -> None:
+    def __init__(
+        self, batches: Iterable[Any], seed: int, prepare: Callable[[int, Any], Any] | None = None
+    ) -> None:
         check_batches(batches)
-        if isinstance(batches, Iterator):
-            batches = list(batches)
-        self._batches = batches
-        self._seed = seed
+        self._stream = batches if isinstance(batches, Iterator) else None
+        self._batches: Any = [] if self._stream is not None else batches
+        self._seed, self._prepare = seed, prepare
         self._epoch, self._position = -1, 0
         self._iterator: Iterator[Any] = iter(())
-        self._last: Any = None  # batch number `_position` - 1
-        self.length: int | None = len(batches) if isinstance(batches, Sequence) else None
+        self._read_last: Any = None  # batch number `_position` - 1 of an iterable
+        self._last: Any = None
+        self._step = -1  # whose batch `_last` is
         if self.length == 0:
-            raise BatchError("batches is empty; give at least one batch.")
+            raise BatchError(_EMPTY)
+
+    @property
+    def length(self) -> int | None:
+        """The number of batches before they repeat; None if it is not known, or not yet."""
+        known = self._stream is None and isinstance(self._batches, Sequence)
+        return len(self._batches) if known else None
 
     def __getitem__(self, step: int) -> Any:
         """Return the batch of this step."""
-        if step == self._position - 1:
-            return self._last
+        if step != self._step:
+            batch = self._read(step)
+            if self._prepare is not None:
+                index = self.index(step)
+                batch = self._prepare(step if index is None else index, batch)
+            self._last, self._step = batch, step
+        return self._last
+
+    def index(self, step: int) -> int | None:
+        """Return the number of a step's batch among those that repeat, once it has been read.
+
+        None is returned if that is not known, because every epoch may have other batches.
+        """
+        return step % len(self._batches) if isinstance(self._batches, Sequence) else None
+
+    def _read(self, step: int) -> Any:
+        while self._stream is not None and step >= len(self._batches):
+            batch = next(self._stream, _END)
+            if batch is _END:
+                self._stream = None
+            else:
+                self._batches.append(batch)
         if isinstance(self._batches, Sequence):
-            self._last = self._batches[step % len(self._batches)]
-            self._position = step + 1
-            return self._last
-        if step < self._position:
+            if not self._batches:
+                raise BatchError(_EMPTY)
+            return self._batches[step % len(self._batches)]
+        if step < self._position - 1:
             self._epoch, self._position, self._iterator = -1, 0, iter(())
         while self._position <= step:
             self._advance()
-        return self._last
+        return self._read_last
 
     def _advance(self) -> None:
         """Read the next batch; start the next epoch if this one is over."""
-        end = object()
-        batch = next(self._iterator, end)
-        if batch is end:
+        batch = next(self._iterator, _END)
+        if batch is _END:
             self._epoch += 1
             torch.manual_seed(derive_seed(self._seed, "epoch", self._epoch))
             self._iterator = iter(self._batches)
-            batch = next(self._iterator, end)
-            if batch is end:
-                raise BatchError("batches is empty; give at least one batch.")
-        self._last = batch
+            batch = next(self._iterator, _END)
+            if batch is _END:
+                raise BatchError(_EMPTY)
+        self._read_last = batch
         self._position += 1
+
+
+_END = object()
+_EMPTY = "batches is empty; give at least one batch."
 
 
 def batch_size(batch: Any) -> int:
@@ -137,14 +203,13 @@ def slice_samples(batch: Any, low: int, high: int) -> Any:
 
 
 def local_samples(
-    source: BatchSource, step: int, device: torch.device, rank: int, world: int
+    source: BatchSource, step: int, rank: int, world: int
 ) -> tuple[Any, int, int, int]:
     """Return the samples of a batch that belong to one of several processes.
 
     Args:
         source: The batches.
         step: The number of the batch.
-        device: The device that the batch must be on.
         rank: The number of this process, from 0.
         world: The number of processes.
 
@@ -153,10 +218,9 @@ def local_samples(
         and the number of samples in the whole batch.
 
     Raises:
-        BatchError: A tensor is on another device, or the batch has fewer samples than processes.
+        BatchError: The batch has fewer samples than processes.
     """
     batch = source[step]
-    check_device(batch, device)
     size = batch_size(batch)
     if size < world:
         raise BatchError(f"batch {step} has {size} samples for {world} processes.")

@@ -1,6 +1,7 @@
 """Batches of text: one text per row, or texts packed into full blocks."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from pathlib import Path
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from solpath.data.batches import (
     Batches,
+    Broken,
+    OnError,
     Source,
     Tensors,
     check_columns,
@@ -21,6 +24,8 @@ from solpath.data.batches import (
 from solpath.errors import BatchError, ConfigError, FileError
 
 _TOKENISED_AT_ONCE = 256
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_LINE_END = re.compile(rb"\r\n|\n|\r")  # not form feeds and the like, which texts may hold
 
 
 def text_batches(
@@ -33,13 +38,15 @@ def text_batches(
     seed: int | None = 0,
     pack: bool = False,
     text_column: str = "text",
+    on_error: OnError = "raise",
     device: str | torch.device = "cpu",
 ) -> Batches:
     """Return batches of text, all of one length. Blank texts are skipped.
 
     Args:
-        source: A file with one text per line; or an iterable (a list, a data set of `datasets`, a
-            stream) of texts or of rows with a `text_column`.
+        source: A file in UTF-8 with one text per line; or an iterable (a list, a data set of
+            `datasets` or a column of it, a table of pandas, a stream) of texts or of rows with a
+            `text_column`.
         tokenizer: The tokenizer of the model.
         batch_size: The number of texts per batch, or of blocks with `pack`.
         length: The number of tokens per text or block.
@@ -52,6 +59,8 @@ def text_batches(
             into full blocks without padding, which suits decoders; tokens left over at the end are
             dropped.
         text_column: The column of the texts, if the source has rows.
+        on_error: What happens to a line or a row that cannot be read: ``"raise"`` raises the error
+            below. ``"skip"`` leaves it out of its batch, and a warning counts and names it.
         device: The device that the batches are moved to.
 
     Returns:
@@ -74,14 +83,16 @@ def text_batches(
                 [100,  35, 103, 114, 106,   1]])
     """
     check_counts(batch_size=batch_size, length=length, limit=limit)
+    broken = Broken(on_error)
     if not pack and tokenizer.pad_token_id is None:
         raise ConfigError(
             "this tokenizer has no padding token; give pack=True for blocks without padding, or "
             "set tokenizer.pad_token."
         )
-    texts = _texts(source, limit, seed, text_column)
+    texts = _texts(source, limit, seed, text_column, broken)
     if pack:
         blocks = _blocks(texts, tokenizer, length, limit)
+        broken.report()
         ones = torch.ones_like(blocks)
         return Batches(
             lambda places: move(
@@ -91,6 +102,7 @@ def text_batches(
             batch_size,
         )
     known = list(islice(texts, limit))
+    broken.report()
     if not known:
         raise BatchError("source has no text; give at least one.")
 
@@ -107,37 +119,56 @@ def text_batches(
     return Batches(make, range(len(known)), batch_size)
 
 
-def _texts(source: Source, limit: int | None, seed: int | None, text_column: str) -> Iterator[str]:
+def _texts(
+    source: Source, limit: int | None, seed: int | None, text_column: str, broken: Broken
+) -> Iterator[str]:
     """Yield the texts that are not blank, in order."""
     if isinstance(source, str | os.PathLike):
-        source = _lines(Path(source))
+        source = _lines(Path(source), broken)
     if isinstance(source, Sized):
         rows, order = rows_in_order(source, None, seed)
-        samples: Iterable[Any] = (rows[i] for i in order)
+        samples: Iterable[tuple[str, Any]] = broken.rows(rows, order)
     else:
         if limit is None:
             raise ConfigError("limit: a stream needs one.")
-        samples = source
-    return (text for text in (_text(row, text_column) for row in samples) if text.strip())
+        samples = ((f"row {i}", row) for i, row in enumerate(source))
+    return _not_blank(samples, text_column, broken)
 
 
-def _text(row: Any, column: str) -> str:
-    if isinstance(row, Mapping):
-        check_columns(row, (column,))
-        row = row[column]
-    if not isinstance(row, str):
-        raise BatchError(f"a text is needed, got a {type(row).__name__}.")
-    return row
+def _not_blank(samples: Iterable[tuple[str, Any]], column: str, broken: Broken) -> Iterator[str]:
+    for name, row in samples:
+        if isinstance(row, Mapping):
+            check_columns(row, (column,))
+            row = row[column]
+        if not isinstance(row, str):
+            broken.note(
+                name,
+                BatchError(
+                    f"{name}: a text is needed, got a {type(row).__name__}; drop such rows first, "
+                    "or leave them out with on_error='skip'."
+                ),
+            )
+        elif row.strip():
+            yield row
 
 
-def _lines(file: Path) -> list[str]:
+def _lines(file: Path, broken: Broken) -> list[str]:
+    """Return the lines of a file, one that is not UTF-8 as a blank."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        content = file.read_bytes()
+    except OSError as error:
         raise FileError(f"cannot read {file}: {error}.") from error
-    if not any(line.strip() for line in lines):
+    lines = []
+    for i, line in enumerate(_LINE_END.split(content.removeprefix(_BYTE_ORDER_MARK))):
+        try:
+            lines.append(line.decode("utf-8").strip())
+        except UnicodeDecodeError as error:
+            name = f"line {i + 1} of {file}"
+            broken.note(name, FileError(f"cannot read {name}: {error}."))
+            lines.append("")
+    if not any(lines):
         raise FileError(f"{file} has no text; give one text per line.")
-    return [line.strip() for line in lines]
+    return lines
 
 
 def _blocks(texts: Iterator[str], tokenizer: Any, length: int, limit: int | None) -> Tensor:

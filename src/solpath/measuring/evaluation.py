@@ -1,6 +1,7 @@
 """Measure how close a smaller model stays to the dense model on held-out batches."""
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,13 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from solpath.data.source import batch_size, check_batches, check_device
-from solpath.errors import BatchError
+from solpath.data.preparation import Preparation, preparing
+from solpath.data.source import batch_size, check_device, check_ends
+from solpath.errors import BatchError, NonFiniteLossError
 from solpath.measuring.metrics import compare, relative_to_spread
 from solpath.objective import Loss, kind_of
 from solpath.planning.cost import Achieved
 from solpath.planning.plan import plan_of
-from solpath.running.forward import attended, device_of, forward, output_mask, output_tensor, run
+from solpath.running.forward import (
+    attended,
+    device_of,
+    forward,
+    output_mask,
+    output_tensor,
+    row_not_finite,
+    run,
+)
 from solpath.running.modes import inferring
 from solpath.running.provenance import provenance
 
@@ -75,7 +85,9 @@ def evaluate(
         model: The smaller model, or the dense model inside ``with masked(model, plan):``.
         reference: The dense model, or its outputs on these batches from `reference_outputs`. Inside
             ``with masked(...)`` the outputs are needed, because there the dense model is masked.
-        batches: The held-out batches. Each is run once.
+        batches: The held-out batches. Each is run once, so they must have a length: of a generator,
+            which may never end, give a list. Rows of padding alone are skipped, with one warning;
+            labels become the inputs of a decoder that is given none.
         task: A function that is called with `model`. Its value is reported as ``metrics["task"]``.
         loss: ``loss(outputs, batch)``, a mean over samples, that gets the labels. Its means over
             all samples are reported as ``"loss"`` and, for a dense model as reference,
@@ -85,8 +97,10 @@ def evaluate(
         The metrics, with the size of the model and where the figures come from.
 
     Raises:
-        BatchError: There are no batches, a batch is on another device than `model` or than
-            the dense `reference`, or an output is not finite or does not fit the reference.
+        BatchError: There are no batches, a batch is on another device than `model` or than the
+            dense `reference`, or an output is not finite or does not fit the reference. The message
+            names the batch, and the row.
+        NonFiniteLossError: `loss` is NaN or infinite on a batch.
 
     Example:
         >>> result = solpath.evaluate(small, model, batches)
@@ -95,28 +109,29 @@ def evaluate(
         >>> solpath.evaluate(model, model, batches).metrics["relative_error"]
         0.0
     """
-    check_batches(batches)
+    check_ends(batches)
     device = device_of(model)
     totals: dict[str, float] = defaultdict(float)
     own: dict[str, float] = defaultdict(float)
     samples = 0
     values: list[tuple[Tensor, Tensor]] = []  # of a regression, whose spread is that of all
     dense = reference if isinstance(reference, nn.Module) else None
-    with inferring(*filter(None, (model, dense))):
-        for i, (batch, target) in enumerate(_with_targets(reference, batches, loss)):
-            check_device(batch, device)
+    with inferring(*filter(None, (model, dense))), preparing(model, device) as prepare:
+        for i, (batch, target) in enumerate(_with_targets(reference, prepare, batches, loss)):
             samples += batch_size(batch)
             if loss is not None:
                 for name, judged in (("loss", model), ("reference_loss", dense)):
                     if judged is not None:
                         value = float(loss(run(judged, batch, labels=True), batch))
+                        if not math.isfinite(value):
+                            raise NonFiniteLossError(f"the {name} of batch {i} is {value}.")
                         own[name] += value * batch_size(batch)
             if target is None:
                 continue
             outputs = run(model, batch, labels=False)
             output, kind = output_tensor(outputs), kind_of(model, outputs)
             target = target.to(output.device)
-            _check(i, output, target)
+            _check(prepare, i, output, target)
             if kind == "regression":
                 values.append((output, target))
                 continue
@@ -146,7 +161,8 @@ def reference_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
 
     Args:
         model: The dense model, which is left as it was found.
-        batches: The batches, on the device of the model. Each is run once.
+        batches: The batches, on the device of the model. Each is run once, so they must have a
+            length. They are skipped and completed as in `evaluate`.
 
     Returns:
         What `forward` gives for every batch, in the order of the batches.
@@ -161,19 +177,19 @@ def reference_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
         ...     solpath.evaluate(model, targets, batches).samples
         96
     """
-    check_batches(batches)
-    with inferring(model):
-        outputs = []
-        for batch in batches:
-            check_device(batch, device_of(model))
-            outputs.append(forward(model, batch).cpu())
+    check_ends(batches)
+    with inferring(model), preparing(model, device_of(model)) as prepare:
+        outputs = [forward(model, prepare(i, batch)).cpu() for i, batch in enumerate(batches)]
     if not outputs:
         raise BatchError("batches is empty; give at least one held-out batch.")
     return outputs
 
 
 def _with_targets(
-    reference: nn.Module | Sequence[Tensor], batches: Iterable[Any], loss: Loss | None
+    reference: nn.Module | Sequence[Tensor],
+    prepare: Preparation,
+    batches: Iterable[Any],
+    loss: Loss | None,
 ) -> Iterator[tuple[Any, Tensor | None]]:
     """Yield every batch with the output of the reference for it.
 
@@ -181,7 +197,8 @@ def _with_targets(
     batches than outputs, or the other way round.
     """
     if isinstance(reference, nn.Module):
-        for batch in batches:
+        for i, given in enumerate(batches):
+            batch = prepare(i, given)
             check_device(batch, device_of(reference))
             outputs = run(reference, batch, labels=False)
             try:
@@ -199,10 +216,10 @@ def _with_targets(
             if batch is not end:
                 state = f"batch {i} has no reference output"
             raise BatchError(f"{state}; take reference_outputs(dense, batches) of these batches.")
-        yield batch, target
+        yield prepare(i, batch), target
 
 
-def _check(index: int, output: Tensor, target: Tensor) -> None:
+def _check(prepare: Preparation, index: int, output: Tensor, target: Tensor) -> None:
     if output.shape != target.shape:
         raise BatchError(
             f"batch {index}: the model gives {list(output.shape)} and the reference "
@@ -210,4 +227,5 @@ def _check(index: int, output: Tensor, target: Tensor) -> None:
         )
     for name, value in (("model", output), ("reference", target)):
         if not torch.isfinite(value).all():
-            raise BatchError(f"batch {index}: the output of the {name} has NaN or infinite values.")
+            where = prepare.place(index, row_not_finite(value))
+            raise BatchError(f"{where}: the output of the {name} has NaN or infinite values.")

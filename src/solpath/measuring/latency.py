@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from solpath.config import check_count
-from solpath.data.source import batch_size, check_device, shapes_of, slice_samples
+from solpath.data.preparation import preparing
+from solpath.data.source import shapes_of, slice_samples
 from solpath.errors import BudgetError, ConfigError
 from solpath.measuring.measurement import latencies
 from solpath.model.counting import count_costs
@@ -69,8 +70,7 @@ def measure_latency(model: nn.Module, batch: Any, *, repeats: int = 7) -> Latenc
         [2, 2]
     """
     check_count("repeats", repeats, 1)
-    batch_size(batch)
-    check_device(batch, device_of(model))
+    batch = prepared(model, batch)
     pairs, sites = survey(model)
     attentions = [site.pairs for site in sites]
     own = {pair.name for pair in chain.from_iterable(attentions)}
@@ -158,6 +158,7 @@ def plan_for_latency(
     """
     if not 0 < tolerance < 1:
         raise ConfigError(f"tolerance must be in (0, 1), got {tolerance!r}.")
+    batch = prepared(model, batch)
     if latency is not None:
         _check_conditions(latency, _conditions(model, batch))
     options: dict[str, Any] = {"multiple_of": multiple_of, "min_width": min_width}
@@ -223,7 +224,13 @@ def check_request(
         raise BudgetError(f"latency_ms must be a positive number, got {latency_ms!r}.")
     path.plan(sparsity=0, multiple_of=multiple_of, min_width=min_width, protect=protect)
     check_fingerprint(path.fingerprint, path.pairs, model, survey(model)[0])
-    check_device(batch, device_of(model))
+    prepared(model, batch)
+
+
+def prepared(model: nn.Module, batch: Any) -> Any:
+    """Return a batch checked and completed for a model; see `Preparation`."""
+    with preparing(model, device_of(model)) as prepare:
+        return prepare(0, batch)
 
 
 def _alike(blocks: Sequence[Block]) -> list[list[Block]]:

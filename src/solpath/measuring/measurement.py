@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from solpath.config import check_count
-from solpath.data.source import batch_size, check_device
+from solpath.data.preparation import preparing
+from solpath.data.source import batch_size
 from solpath.errors import ConfigError
 from solpath.measuring.memory import bytes_on_disk, peak_memory, resident_bytes
 from solpath.model.counting import count_macs
@@ -83,9 +84,10 @@ def measure(
     if not models:
         raise ConfigError("models is empty; give at least one, for example {'dense': model}.")
     check_count("repeats", repeats, 1)
+    first, *_ = models.values()
+    with preparing(first, *map(device_of, models.values())) as prepare:
+        batch = prepare(0, batch)
     samples = batch_size(batch)
-    for model in models.values():
-        check_device(batch, device_of(model))
     with inferring(*models.values()):
         times = latencies({n: _pass(m, batch) for n, m in models.items()}, repeats=repeats)
         result = {}

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from solpath.arch import UNSUITED, Attention, Mlp, Stack, lookup, type_of
+from solpath.arch import UNSUITED, Attention, Mlp, Stack, is_registered, lookup, type_of
 from solpath.errors import UnsupportedModelError
 from solpath.model.linear import linear_map
+from solpath.model.plain import check_forward, check_plain
 from solpath.pair import Norm, Pair, Side
 from solpath.planning.plan import plan_of
 from solpath.pretrained import Name, as_model
@@ -53,7 +54,8 @@ def find_pairs(model: nn.Module | Name) -> tuple[Pair, ...]:
     Raises:
         UnsupportedModelError: The type of model is unknown (the message lists the known ones), the
             blocks are not as the table of the architecture says, the model was already extracted,
-            or a layer is quantised, wrapped, or shares its weights with another module.
+            or a layer is quantised, wrapped, pruned or normed by torch, hooked, or shares its
+            weights with another module (the message says what to call first).
         FileError: A folder or id was given and cannot be read; see `from_pretrained`.
         ConfigError: The model needs timm, which is not installed, or asks timm for more than a
             model; see `from_pretrained`.
@@ -98,6 +100,7 @@ def _find(model: nn.Module) -> list[Site | Pair]:
     if not found:
         paths = ", ".join(stack.blocks for stack in stacks)
         raise UnsupportedModelError(f"{type(model).__name__} has no blocks at {paths}.")
+    check_plain(model, _pairs(found))
     _check_not_shared(model, _pairs(found))
     return found
 
@@ -137,6 +140,8 @@ def _site(model: nn.Module, block: str, table: Attention) -> Site:
     module: Any = model.get_submodule(path)
     if table.kind not in ("", type(module).__name__):
         raise UnsupportedModelError(f"{path} is a {type(module).__name__}, not a {table.kind}.")
+    if table.forward is not None:
+        check_forward(module, path, registered=is_registered(type_of(model)))
     _check_identity(model, path, table.identity)
     _check_unset(module, path, table.unset)
     heads = attrgetter(table.heads)(module)

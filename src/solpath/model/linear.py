@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
 
 from solpath.errors import UnsupportedModelError
 
@@ -56,18 +57,34 @@ def linear_map(model: nn.Module, path: str) -> LinearMap:
     """
     from transformers.pytorch_utils import Conv1D
 
+    from solpath.nn.conv1d import CutConv1D
+
     layer: Any = model.get_submodule(path)
     kind = type(layer)
     if kind in (nn.Linear, NonDynamicallyQuantizableLinear) or is_falcon(kind):
         return LinearMap(layer.weight, layer.bias)
-    if isinstance(layer, Conv1D):
+    if kind in (Conv1D, CutConv1D):
         return LinearMap(layer.weight, layer.bias, outputs=1)
-    if isinstance(layer, nn.MultiheadAttention) and layer.in_proj_weight is not None:
+    if (
+        isinstance(layer, nn.MultiheadAttention)
+        and kind.forward.__module__ in _MULTIHEAD
+        and layer.in_proj_weight is not None
+    ):
         return LinearMap(layer.in_proj_weight, layer.in_proj_bias)
+    if parametrize.is_parametrized(layer):
+        name = next(iter(layer.parametrizations))
+        raise UnsupportedModelError(
+            f"{path}.{name} is parametrised; call torch.nn.utils.parametrize."
+            f"remove_parametrizations(layer, {name!r}) on it first."
+        )
     raise UnsupportedModelError(
         f"{path} is a {kind.__module__}.{kind.__name__}, not a plain nn.Linear; "
         "prune before quantising, and merge adapters first."
     )
+
+
+# Where `forward` of an `nn.MultiheadAttention` comes from: its own, or that of a cut or masked one.
+_MULTIHEAD = (nn.MultiheadAttention.forward.__module__, "solpath.nn.attention")
 
 
 def is_falcon(kind: type) -> bool:

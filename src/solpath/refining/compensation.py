@@ -1,5 +1,6 @@
 """Refit what is left of a cut model to the dense model, layer by layer, in closed form."""
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from solpath.data.source import batch_size, check_batches, check_device, slice_samples
-from solpath.errors import BatchError, ConfigError, UnsupportedModelError
+from solpath.data.preparation import Preparation, preparing
+from solpath.data.source import batch_size, check_ends, slice_samples
+from solpath.errors import BatchError, ConfigError, NonFiniteLossError, UnsupportedModelError
 from solpath.model.extraction import copy_extracted
 from solpath.model.linear import LinearMap, linear_map
 from solpath.objective import Loss, Objective
@@ -21,7 +23,7 @@ from solpath.pair import Pair
 from solpath.planning.plan import plan_of
 from solpath.refining.layerwise import LayerCall, Stream, layers_run, lockstep, residual_streams
 from solpath.refining.least_squares import Moments
-from solpath.running.forward import Batch, activation_mask, device_of, run
+from solpath.running.forward import Batch, activation_mask, device_of, row_not_finite, run
 from solpath.running.modes import inferring
 from solpath.running.progress import progress_bar
 
@@ -85,8 +87,10 @@ def compensate(
             side, each as it would be alone, while the dense model runs once for all of them.
         dense: The dense model that they were cut from, on the same device.
         batches: An iterable of what the models take, without labels. All batches stay in memory,
-            with the activations of all of them at one layer of every model. Tens of thousands of
-            tokens are well spent: the more there are, the better the fit.
+            with the activations of all of them at one layer of every model, so they must have a
+            length: of a generator, which may never end, give a list. Tens of thousands of tokens
+            are well spent: the more there are, the better the fit. Rows of padding alone are
+            skipped, with one warning; labels become the inputs of a decoder that is given none.
         ridge: Pull towards the present weights, as a share of each input's own energy.
         loss: ``loss(outputs, batch)``, a mean over samples, that decides whether a refitted model
             is nearer, in place of the divergence from `dense`.
@@ -101,6 +105,7 @@ def compensate(
         ConfigError: `ridge` is not positive.
         BatchError: There are fewer than four batches, a batch is on another device, or two batches
             run layers in different orders.
+        NonFiniteLossError: A model gives NaN or infinite values on a batch, or `loss` does.
 
     Example:
         >>> refitted = solpath.compensate(small, model, batches, progress=False)
@@ -113,21 +118,18 @@ def compensate(
     pairs = [_pairs_of(model) for model in models]
     if not ridge > 0:
         raise ConfigError(f"ridge must be positive, got {ridge!r}.")
-    check_batches(batches)
-    batches = list(batches)
-    if len(batches) < _CHECKED:
-        raise BatchError(f"compensate needs at least {_CHECKED} batches, got {len(batches)}.")
-    given: list[nn.Module] = [dense, *models]
-    for device in {device_of(model) for model in given}:
-        for batch in batches:
-            check_device(batch, device)
-
+    check_ends(batches)
     refitted = [copy_extracted(model) for model in models]
-    everyone: list[nn.Module] = [*given, *refitted]
-    with inferring(*everyone):
-        _refit_(refitted, dense, pairs[0], batches, ridge, progress)
-        held = batches[_CHECKED - 1 :: _CHECKED]
-        errors = _losses(dense, (*models, *refitted), held, loss)
+    everyone: list[nn.Module] = [dense, *models, *refitted]
+    with (
+        preparing(dense, *{device_of(model) for model in everyone}) as prepare,
+        inferring(*everyone),
+    ):
+        known = [prepare(i, batch) for i, batch in enumerate(batches)]
+        if len(known) < _CHECKED:
+            raise BatchError(f"compensate needs at least {_CHECKED} batches, got {len(known)}.")
+        _refit_(refitted, dense, pairs[0], known, prepare, ridge, progress)
+        errors = _losses(dense, models, refitted, known, prepare, loss)
     results = [
         after if better < worse else copy_extracted(before)
         for before, after, worse, better in zip(
@@ -151,6 +153,7 @@ def _refit_(
     dense: nn.Module,
     pairs: Sequence[Pair],
     batches: Sequence[Batch],
+    prepare: Preparation,
     ridge: float,
     progress: bool,
 ) -> None:
@@ -169,7 +172,8 @@ def _refit_(
         refits = []
         for model in models:
             given = stack.enter_context(closing(lockstep(model, batches, layers, streams)))
-            refits.append(_refit_layers_(model, given, targets, batches, streams, last, ridge))
+            fitting = _refit_layers_(model, given, targets, batches, prepare, streams, last, ridge)
+            refits.append(fitting)
         for _ in zip_longest(*refits):
             report()
 
@@ -197,6 +201,7 @@ def _refit_layers_(
     given: Iterable[tuple[str, list[LayerCall]]],
     targets: _DenseTargets,
     batches: Sequence[Batch],
+    prepare: Preparation,
     streams: Mapping[str, Stream],
     last: Container[str],
     ridge: float,
@@ -214,11 +219,14 @@ def _refit_layers_(
         present = _affine(linear)
         if name in last:
             rows = partial(_output_rows, streams.get(name))
-            fit, check = (m.lacking(present) for m in _moments(rows, batches, known, calls))
+            sums = _moments(rows, batches, known, calls)
+            _check_finite(sums, known, calls, prepare, name)
+            fit, check = (m.lacking(present) for m in sums)
         else:
             inputs = [call.hidden for call in calls]
             if moments is None or not all(map(operator.is_, inputs, seen)):
                 moments, seen = _moments(_input_rows, batches, known, calls), inputs
+                _check_finite(moments, known, calls, prepare, name)
             fit, check = (m.mapped(present[:, :-1]) for m in moments)
         change = fit.solve(ridge, linear.bias is not None)
         if check.gain(change) > 0:
@@ -285,6 +293,25 @@ def _add_up(
     return reduce(Moments.plus, (sums(triples[start : start + _AT_ONCE]) for start in starts))
 
 
+def _check_finite(
+    moments: Iterable[Moments],
+    targets: Sequence[LayerCall],
+    calls: Sequence[LayerCall],
+    prepare: Preparation,
+    name: str,
+) -> None:
+    """Raise `NonFiniteLossError` with batch and row if a layer gets or gives what is not finite."""
+    if all(sums.square.isfinite().all() and sums.cross.isfinite().all() for sums in moments):
+        return
+    for i, pair in enumerate(zip(targets, calls, strict=True)):
+        for value in (v for call in pair for v in (call.hidden, call.output) if v is not None):
+            row = row_not_finite(value)
+            if row is not None:
+                raise NonFiniteLossError(
+                    f"{prepare.place(i, row)} gives NaN or infinite values at {name}; leave it out."
+                )
+
+
 def _affine(linear: LinearMap) -> Tensor:
     """Return the weight and the bias of a layer side by side, float64 ``[out, in + 1]``."""
     weight = linear.weight if linear.outputs == 0 else linear.weight.T
@@ -300,20 +327,34 @@ def _tokens(hidden: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def _losses(
-    dense: nn.Module, models: Sequence[nn.Module], batches: Sequence[Batch], loss: Loss | None
+    dense: nn.Module,
+    models: Sequence[nn.Module],
+    refitted: Sequence[nn.Module],
+    batches: Sequence[Batch],
+    prepare: Preparation,
+    loss: Loss | None,
 ) -> list[float]:
-    """Return the mean loss of each model, or divergence from the dense one, over all samples."""
-    totals = [0.0 for _ in models]
-    if loss is not None:
-        for batch in batches:
-            for i, model in enumerate(models):
-                value = loss(run(model, batch, labels=True), batch)
-                totals[i] += float(value) * batch_size(batch)
-    else:
-        compared = Objective(lambda: batches[0])
-        for batch in batches:
-            target = compared.target(dense, batch)
-            for i, model in enumerate(models):
-                outputs = run(model, batch, labels=False)
-                totals[i] += float(compared.divergence(target, outputs, batch).double().sum())
-    return [total / sum(map(batch_size, batches)) for total in totals]
+    """Return the mean loss of each model, or divergence from the dense one, on held-out batches.
+
+    Raise `NonFiniteLossError` if that of one of `models`, which are not refitted, is not finite.
+    """
+    held = range(_CHECKED - 1, len(batches), _CHECKED)
+    compared = Objective(lambda: batches[held[0]])
+    totals = [0.0 for _ in (*models, *refitted)]
+    for index in held:
+        batch = batches[index]
+        target = compared.target(dense, batch) if loss is None else None
+        for i, model in enumerate((*models, *refitted)):
+            outputs = run(model, batch, labels=loss is not None)
+            if target is None:
+                assert loss is not None
+                errors = loss(outputs, batch)
+                value = float(errors) * batch_size(batch)
+            else:
+                errors = compared.divergence(target, outputs, batch)
+                value = float(errors.double().sum())
+            if i < len(models) and not math.isfinite(value):
+                where = prepare.place(index, row_not_finite(errors) if loss is None else None)
+                raise NonFiniteLossError(f"the loss of {where} is {value} before any refit.")
+            totals[i] += value
+    return [total / sum(batch_size(batches[index]) for index in held) for total in totals]

@@ -6,10 +6,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from solpath.data.preparation import Preparation
 from solpath.data.source import BatchSource, check_device, local_samples
 from solpath.errors import BatchError
 from solpath.objective import Loss, Objective, Targets
-from solpath.running.forward import Batch, device_of, output_tensor, run
+from solpath.running.forward import Batch, device_of, output_tensor, row_not_finite, run
 from solpath.running.processes import sum_over_processes
 
 
@@ -19,12 +20,16 @@ class DistillationBatch(NamedTuple):
     Attributes:
         inputs: The samples, as the models take them.
         target: The dense targets, ``[samples, ...]``; None where a loss takes their place.
+        step: The number of the batch.
+        low: The number of the first sample of `inputs` in the batch.
         samples: Number of samples in `inputs`.
         total: Number of samples of the batch over all processes.
     """
 
     inputs: Batch
     target: Tensor | None
+    step: int
+    low: int
     samples: int
     total: int
 
@@ -37,6 +42,7 @@ class Distillation:
     Args:
         dense: The dense model.
         source: The batches.
+        prepare: What the batches pass through; it names them in errors.
         device: The device of the models and the batches.
         accelerator: Knows which samples of a batch this process takes.
         bf16: Whether forward passes run in bfloat16 autocast.
@@ -47,6 +53,7 @@ class Distillation:
         self,
         dense: nn.Module,
         source: BatchSource,
+        prepare: Preparation,
         device: torch.device,
         accelerator: Accelerator,
         *,
@@ -54,21 +61,20 @@ class Distillation:
         loss: Loss | None,
     ) -> None:
         self._dense, self._source, self._device = dense, source, device
+        self._prepare = prepare
         self._accelerator, self._bf16, self._loss = accelerator, bf16, loss
-        self._targets, self._compared = Targets(source.length), Objective(self._first)
+        self._targets, self._compared = Targets(), Objective(self._first)
 
     def __getitem__(self, step: int) -> DistillationBatch:
         rank, world = self._accelerator.process_index, self._accelerator.num_processes
-        inputs, low, high, total = local_samples(self._source, step, self._device, rank, world)
+        inputs, low, high, total = local_samples(self._source, step, rank, world)
         target = None
         if self._loss is None:
-            target = self._targets.get(step, lambda: self._target(inputs))
-        return DistillationBatch(inputs, target, high - low, total)
+            target = self._targets.get(self._source.index(step), lambda: self._target(inputs))
+        return DistillationBatch(inputs, target, step, low, high - low, total)
 
     def _first(self) -> Batch:
-        batch = self._source[0]
-        check_device(batch, self._device)
-        return batch
+        return self._source[0]
 
     def _target(self, inputs: Batch) -> Tensor:
         check_device(inputs, device_of(self._dense))
@@ -101,6 +107,30 @@ class Distillation:
                 f"{list(batch.target.shape)}; tune needs two models with equal outputs."
             )
         return self._compared.divergence(batch.target, outputs, batch.inputs)
+
+    def where_not_finite(self, batch: DistillationBatch, errors: Tensor) -> str:
+        """Return the words for a batch, and for its first row whose error is not finite.
+
+        The row is left out where it is not known: under a loss, which is one number for all rows,
+        and where another process has it.
+
+        Args:
+            batch: A distillation batch, from this object by step number.
+            errors: From `errors`, for this batch.
+        """
+        row = None if self._loss is not None else row_not_finite(errors)
+        index = self._source.index(batch.step)
+        index = batch.step if index is None else index
+        return self._prepare.place(index, None if row is None else row + batch.low)
+
+    def first_not_finite(self, model: nn.Module) -> str:
+        """Return the words for the first batch on which a model's divergence is not finite."""
+        with torch.no_grad():
+            for step in range(self._source.length or 0):
+                errors = self.errors(model, batch := self[step])
+                if not errors.isfinite().all():
+                    return self.where_not_finite(batch, errors)
+        return "some batch of another process"
 
     def divergence(self, model: nn.Module) -> float:
         """Return the mean divergence of `model` over the samples of all batches and all processes.

@@ -158,7 +158,8 @@ def residual_streams(model: nn.Module, layers: Sequence[str], sample: Batch) -> 
 
     The input t of a later module is the stream after the sum, and an earlier tensor a is the stream
     before it, if ``t = a + gain * output`` holds for all tokens, channel by channel. The tensors
-    are inputs and outputs of modules that have no children.
+    are inputs and outputs of modules that have no children. A sample of one token shows nothing:
+    some gain always fits it.
 
     Args:
         model: The dense model. It runs once, and its hooks are removed afterwards.
@@ -175,6 +176,8 @@ def residual_streams(model: nn.Module, layers: Sequence[str], sample: Batch) -> 
     found: dict[str, Stream] = {}
     for i, (place, output) in enumerate(log):
         if place.module not in layers or not place.output or place.module in found:
+            continue
+        if len(output) < 2:
             continue
         nearest = log[max(0, i - _REACH) : i][::-1]
         before = [(where, value) for where, value in nearest if value.shape == output.shape]

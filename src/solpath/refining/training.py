@@ -111,7 +111,8 @@ class Training:
             return
         value = self._heldout.divergence(self._model)
         if not self.checks and not math.isfinite(value):
-            raise NonFiniteLossError(f"the held-out loss is {value} at step 0.")
+            where = self._heldout.first_not_finite(self._model)
+            raise NonFiniteLossError(f"the loss of {where} is {value} at step 0.")
         if self.checks and value < min(value for _, value in self.checks):
             self.best = {name: gather(p) for name, p in self._trained.items()}
         self.checks.append((done, value if math.isfinite(value) else math.inf))
@@ -125,10 +126,12 @@ class Training:
         config, done = self._config, self.steps
         self._optimizer.zero_grad()
         batch = self._taught[done]
-        loss = self._taught.errors(self._model, batch).mean()
+        errors = self._taught.errors(self._model, batch)
+        loss = errors.mean()
         [value] = self._taught.sum(float(loss.detach()) * batch.samples / batch.total)
         if not math.isfinite(value):
-            raise NonFiniteLossError(f"the loss is {value} at step {done}.")
+            where = self._taught.where_not_finite(batch, errors)
+            raise NonFiniteLossError(f"the loss of {where} is {value} at step {done}.")
         # Gradients are averaged over processes, whose numbers of samples may differ by one.
         weight = batch.samples * self.accelerator.num_processes / batch.total
         self.accelerator.backward(loss * weight)

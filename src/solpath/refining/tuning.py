@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from solpath.config import TuneConfig, check_count
-from solpath.data.source import BatchSource, derive_seed
+from solpath.data.preparation import Preparation, preparing
+from solpath.data.source import BatchSource, check_ends, derive_seed
 from solpath.errors import BatchError, UnsupportedModelError
 from solpath.model.extraction import copy_extracted
 from solpath.model.fingerprint import weights_digest
@@ -22,6 +23,7 @@ from solpath.refining.distillation import Distillation
 from solpath.refining.distributed import accelerating
 from solpath.refining.training import Training, train_
 from solpath.running.checkpoint import read_checkpoint
+from solpath.running.forward import device_of
 from solpath.running.modes import evaluating, keeping_random_state
 from solpath.running.progress import progress_bar
 
@@ -64,10 +66,12 @@ def tune(
             `dense`'s. Tuning runs on its device.
         dense: The model to imitate, on the same device.
         batches: An iterable of what both models take. It is repeated if it is shorter than the
-            training.
+            training. An iterator may be endless: it is read only as far as the steps need, and what
+            was read is kept. Rows of padding alone are skipped, with one warning.
         config: The settings; None takes `TuneConfig` as it is.
         heldout: The held-out batches, which decide which weights are best. None takes the last
-            tenth of `batches`, which must then be a sequence of at least 10.
+            tenth of `batches`, which must then be a sequence of at least 10. All of them are read
+            and kept, so they must have a length.
         loss: ``loss(outputs, batch)``, a mean over samples, that is trained on and judged by in
             place of the divergence from `dense`. It gets the labels of the batches.
         checkpoint: A folder for the state. If it holds the state of the same tuning, that tuning is
@@ -88,7 +92,8 @@ def tune(
         FileError: A checkpoint is damaged or cannot be written.
         UnsupportedModelError: No parameter can be trained, or one that is to be trained is in half
             precision.
-        NonFiniteLossError: The loss became NaN or infinite. The last checkpoint is kept.
+        NonFiniteLossError: The loss became NaN or infinite; the message names batch and row. The
+            last checkpoint is kept.
         FingerprintError: The checkpoint belongs to other models or other settings.
 
     Example:
@@ -114,12 +119,14 @@ def tune(
         keeping_random_state(),
         torch.enable_grad(),
         evaluating(dense),
+        preparing(small, device, device_of(dense)) as prepare,
+        preparing(small, device, device_of(dense), name="held-out batch") as prepare_held,
     ):
         torch.manual_seed(derive_seed(config.seed, "tune"))
-        train, held = _split(batches, heldout, config.seed)
+        train, held = _split(batches, heldout, config.seed, prepare, prepare_held)
         bf16 = config.mixed_precision == "bf16"
-        taught = Distillation(dense, train, device, accelerator, bf16=bf16, loss=loss)
-        judge = Distillation(dense, held, device, accelerator, bf16=False, loss=loss)
+        taught = Distillation(dense, train, prepare, device, accelerator, bf16=bf16, loss=loss)
+        judge = Distillation(dense, held, prepare_held, device, accelerator, bf16=False, loss=loss)
         work = copy_extracted(small).eval()
         if config.lora_rank is not None:
             add_adapters_(work, config.lora_rank, config.lora_alpha)
@@ -163,19 +170,23 @@ def _width(model: nn.Module) -> float:
 
 
 def _split(
-    batches: Iterable[Any], heldout: Iterable[Any] | None, seed: int
+    batches: Iterable[Any],
+    heldout: Iterable[Any] | None,
+    seed: int,
+    prepare: Preparation,
+    prepare_held: Preparation,
 ) -> tuple[BatchSource, BatchSource]:
     """Return the batches to train on and the held-out batches.
 
     Raise `BatchError` if none can be held out.
     """
-    train = BatchSource(batches, seed)
+    train = BatchSource(batches, seed, prepare)
     if heldout is not None:
-        held = BatchSource(heldout, seed)
-        if held.length is None:  # a DataLoader, read only once
+        check_ends(heldout, "heldout")
+        if not isinstance(heldout, Sequence):  # a DataLoader, read only once
             torch.manual_seed(derive_seed(seed, "heldout"))
-            held = BatchSource(list(heldout), seed)
-        return train, held
+            heldout = list(heldout)
+        return train, BatchSource(heldout, seed, prepare_held)
     if not isinstance(batches, Sequence) or len(batches) < 10:
         found = f"{train.length} batches" if train.length else f"a {type(batches).__name__}"
         raise BatchError(
@@ -183,7 +194,7 @@ def _split(
         )
     count = len(batches) // 10
     last = list(batches[-count:])  # read only once, although every check needs them
-    return BatchSource(batches[:-count], seed), BatchSource(last, seed)
+    return BatchSource(batches[:-count], seed, prepare), BatchSource(last, seed, prepare_held)
 
 
 def _check_model(model: nn.Module, config: TuneConfig) -> torch.device:

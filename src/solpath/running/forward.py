@@ -30,6 +30,9 @@ def run(model: nn.Module, batch: Batch, *, labels: bool) -> Any:
 
     Returns:
         What the model returns.
+
+    Raises:
+        BatchError: The model has a decoder that gets no inputs and cannot do without.
     """
     if not isinstance(batch, Mapping):
         return model(batch)
@@ -38,7 +41,18 @@ def run(model: nn.Module, batch: Batch, *, labels: bool) -> Any:
     generates: Any = getattr(model, "can_generate", bool)  # those that only pass the option on
     if "use_cache" in parameters or ("kwargs" in parameters and generates()):
         inputs.setdefault("use_cache", False)
-    return model(**inputs)
+    try:
+        return model(**inputs)
+    except ValueError as error:
+        if "decoder_input_ids" not in parameters or any(
+            inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")
+        ):
+            raise
+        shifted = "labels, which are shifted to decoder inputs, or " if generates() else ""
+        raise BatchError(
+            f"the decoder of {type(model).__name__} gets no inputs; add {shifted}decoder_input_ids "
+            "to every batch."
+        ) from error
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
@@ -113,6 +127,17 @@ _OTHER_HEADS = (
     "sop_logits",
     "mc_logits",
 )
+
+
+def row_not_finite(values: Tensor) -> int | None:
+    """Return the first row of ``[rows, ...]`` that holds a NaN or an infinite value, if one does.
+
+    A value without rows gives None.
+    """
+    if values.dim() == 0:
+        return None
+    bad = (~torch.isfinite(values)).flatten(1).any(1) if values.dim() > 1 else ~values.isfinite()
+    return int(bad.nonzero()[0]) if bad.any() else None
 
 
 def has_logits(outputs: Any) -> bool:

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from solpath.data.preparation import Preparation, preparing
 from solpath.data.source import (
     BatchSource,
     batch_size,
-    check_device,
     derive_seed,
     local_samples,
     slice_samples,
@@ -28,7 +29,7 @@ from solpath.objective import (
 )
 from solpath.pair import Pair, Side
 from solpath.planning.cost import CostTable
-from solpath.running.forward import Batch, device_of, output_tensor, run
+from solpath.running.forward import Batch, device_of, output_tensor, row_not_finite, run
 from solpath.running.modes import differentiating
 from solpath.running.processes import process, sum_over_processes
 from solpath.searching.redundancy import Inputs, input_hooks, unexplained_variances
@@ -52,6 +53,7 @@ class Probe:
         model: The dense model.
         pairs: Its pairs.
         source: The batches, by step.
+        prepare: What the batches pass through; it names them in errors.
         masks: The masks that the hooked pairs obey.
         loss: Loss of the user, or None for the divergence from the dense model.
         seed: Seeds the mask draws and all other noise.
@@ -62,15 +64,17 @@ class Probe:
         model: nn.Module,
         pairs: Sequence[Pair],
         source: BatchSource,
+        prepare: Preparation,
         masks: Masks,
         loss: Loss | None,
         seed: int,
     ) -> None:
         self._model, self._source, self._masks = model, source, masks
+        self._prepare = prepare
         self._loss, self._seed = loss, seed
         self._device = device_of(model)
         self._rank, self._world = process()
-        self._targets, self._compared = Targets(source.length), Objective(self._first)
+        self._targets, self._compared = Targets(), Objective(self._first)
         self.restrict(pairs)
 
     def restrict(self, pairs: Sequence[Pair]) -> None:
@@ -99,12 +103,14 @@ class Probe:
             rows = (torch.stack(draws) < rows).float()
         leaves = self._set(rows)
         outputs = run(self._model, batch, labels=self._loss is not None)
-        loss = self._objective(outputs, batch, target)
+        errors = self._errors(outputs, batch, target)
+        loss = errors if target is None else errors.mean()
         gradients = _slopes(loss * (high - low), leaves)
         self._masks.units.clear()
         value = self._sum(loss.detach().double().cpu().view(1) * ((high - low) / size)).item()
         if not torch.isfinite(torch.tensor(value)):
-            raise NonFiniteLossError(f"the loss is {value} at step {step}.")
+            where = self._where(step, low, errors, target)
+            raise NonFiniteLossError(f"the loss of {where} is {value} at step {step}.")
         return value, rows.double(), torch.cat([g.double().cpu() for g in gradients], 1)
 
     def mean(self, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -126,9 +132,11 @@ class Probe:
             target = self._target(step, batch)
             leaves = self._set(dense.repeat(high - low, 1))
             outputs = run(self._model, batch, labels=self._loss is not None)
-            loss = self._objective(outputs, batch, target) * (high - low)
+            errors = self._errors(outputs, batch, target)
+            loss = (errors if target is None else errors.mean()) * (high - low)
             if not torch.isfinite(loss):
-                raise NonFiniteLossError(f"the loss is {loss.item()} on batch {step}.")
+                where = self._where(step, low, errors, target)
+                raise NonFiniteLossError(f"the loss of {where} is {loss.item()}.")
             if target is None:
                 slope = _slopes(loss, leaves)
                 jacobian = slope
@@ -181,9 +189,13 @@ class Probe:
         """Return what `hooks` add up on the dense model, over batches and all processes."""
         totals: dict[str, Tensor] = {}
         for step in range(batches if pairs else 0):
-            batch = self._local(step)[0]
+            batch, low = self._local(step)[:2]
             with torch.no_grad(), hooks(self._model, pairs, batch) as seen:
-                run(self._model, batch, labels=False)
+                outputs = run(self._model, batch, labels=False)
+            if not all(value.isfinite().all() for value in seen.values()):
+                first = next(part for part in tree_leaves(outputs) if isinstance(part, Tensor))
+                where = self._place(step, low, row_not_finite(first))
+                raise NonFiniteLossError(f"on {where} the dense model itself is not finite.")
             for name, value in seen.items():
                 totals[name] = totals[name] + value if name in totals else value
         return {name: self._sum(total) for name, total in totals.items()}
@@ -219,7 +231,7 @@ class Probe:
         return batch_size(self._source[step])
 
     def _local(self, step: int) -> tuple[Batch, int, int, int]:
-        return local_samples(self._source, step, self._device, self._rank, self._world)
+        return local_samples(self._source, step, self._rank, self._world)
 
     def _set(self, rows: Tensor) -> list[Tensor]:
         """Mask each sample by its row of `rows`, ``[samples, units]``; return the masks by pair."""
@@ -229,21 +241,33 @@ class Probe:
         return leaves
 
     def _first(self) -> Batch:
-        batch = self._source[0]
-        check_device(batch, self._device)
-        return batch
+        return self._source[0]
 
     def _target(self, step: int, batch: Batch) -> Tensor | None:
         """The dense model's output; None where a user's loss takes its place."""
         if self._loss is not None:
             return None
-        return self._targets.get(step, lambda: self._compared.target(self._model, batch))
+        index = self._source.index(step)
+        return self._targets.get(index, lambda: self._compared.target(self._model, batch))
 
-    def _objective(self, outputs: Any, batch: Batch, target: Tensor | None) -> Tensor:
+    def _errors(self, outputs: Any, batch: Batch, target: Tensor | None) -> Tensor:
+        """The divergence of every sample; a user's loss is one number for all of them."""
         if target is None:
             assert self._loss is not None
             return self._loss(outputs, batch)
-        return self._compared.divergence(target, outputs, batch).mean()
+        return self._compared.divergence(target, outputs, batch)
+
+    def _where(self, step: int, low: int, errors: Tensor, target: Tensor | None) -> str:
+        """The words for the batch, and the row if it is one of this process, that is not finite."""
+        place = self._place(step, low, row_not_finite(errors))
+        dense = target is not None and row_not_finite(target) is not None
+        return f"{place}, on which the dense model itself is not finite," if dense else place
+
+    def _place(self, step: int, low: int, row: int | None) -> str:
+        """The words for a row of this process in the batch of a step."""
+        index = self._source.index(step)
+        index = step if index is None else index
+        return self._prepare.place(index, None if row is None else row + low)
 
     def _sum(self, values: Tensor) -> Tensor:
         return sum_over_processes(values, self._device)
@@ -280,9 +304,13 @@ def probing(
             f"the model is in {parameter.dtype} on the CPU, where masks lose their gradients to "
             "rounding; use model.float(), or a GPU."
         )
-    source = BatchSource(batches, seed)
-    with differentiating(model), mask_hooks(model, pairs) as masks:
-        probe = Probe(model, pairs, source, masks, loss, seed)
+    with (
+        preparing(model, parameter.device) as prepare,
+        differentiating(model),
+        mask_hooks(model, pairs) as masks,
+    ):
+        source = BatchSource(batches, seed, prepare)
+        probe = Probe(model, pairs, source, prepare, masks, loss, seed)
         probe.measure_energy(_ENERGY_BATCHES)
         yield probe
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from solpath.config import InclusionConfig, SearchConfig, check_count
+from solpath.data.source import check_batches
 from solpath.errors import FileError, NonFiniteLossError
 from solpath.model.basis import obstacle
 from solpath.model.discovery import find_pairs
@@ -115,7 +116,10 @@ def search(
         model: A model of transformers or timm, searched on the device that it is on. A folder or a
             Hub id is loaded by `from_pretrained`, to the device of the batches.
         batches: An iterable of dicts of arguments or of input tensors, on the model's device, with
-            8 to 64 samples each. They are repeated when there are fewer than steps.
+            8 to 64 samples each. They are repeated when there are fewer than steps. An iterator may
+            be endless: it is read only as far as the steps need, and what was read is kept. Rows of
+            padding alone are skipped, with one warning. Labels become the inputs of a decoder that
+            is given none, as in the model itself.
         config: A `SearchConfig` for the default search or an `InclusionConfig` for the paper's.
             None is ``SearchConfig()``.
         loss: A function ``loss(outputs, batch)`` that returns a scalar, a mean over the samples of
@@ -137,7 +141,8 @@ def search(
         ConfigError: `checkpoint_every` is out of its range, timm is needed and not installed, or a
             measure in `MEASURES` does not count whole numbers.
         BatchError: There are no batches, or one is empty, on another device, or of a wrong type.
-        NonFiniteLossError: The loss is NaN or infinite. The last checkpoint is kept.
+        NonFiniteLossError: The loss is NaN or infinite; the message names batch and row. The last
+            checkpoint is kept.
         FingerprintError: The checkpoint belongs to another model or to other settings.
 
     Example:
@@ -148,6 +153,7 @@ def search(
         >>> small = solpath.extract(model, path.plan(sparsity=0.5))
     """
     check_count("checkpoint_every", checkpoint_every, 1)
+    check_batches(batches)
     model, batches = for_batches(model, batches)
     config = config or SearchConfig()
     identity = fingerprint(model, find_pairs(model))

@@ -1,0 +1,137 @@
+"""Refuse layers that compute something else than the product with their weights.
+
+A cut copies weights. What replaces a weight, an input or an output on the way is not cut with it:
+the small model would crash, or compute something else than the masked dense model.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import prune
+
+from solpath.errors import UnsupportedModelError
+from solpath.model.linear import linear_map
+from solpath.pair import Pair
+
+_LEAVES_ITS_OWN = "transformers."  # its hooks only look on, and come back when a model is loaded
+
+
+def check_plain(model: nn.Module, pairs: Sequence[Pair]) -> None:
+    """Raise `UnsupportedModelError` unless the layers of all pairs run as their classes say.
+
+    Weights may not be computed by pruning masks, weight norms or spectral norms, nor be tensors of
+    another class; parametrisations are refused by `linear_map`. No hook and no other `forward` may
+    have been put on a layer, on a norm over the heads, or on an activation between the layers of an
+    MLP. Hooks of transformers itself are let be.
+
+    Args:
+        model: The model, which is only looked at.
+        pairs: Its pairs.
+    """
+    for path in dict.fromkeys(side.module for pair in pairs for side in pair.sides):
+        layer = model.get_submodule(path)
+        _check_weights(layer, path)
+        for name, parameter in linear_map(model, path).parameters().items():
+            if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
+                raise UnsupportedModelError(
+                    f"{path}.{name} is a {type(parameter).__name__} of {parameter.dtype}, not a "
+                    "plain parameter of floats; prune before quantising or sharding."
+                )
+    for path in dict.fromkeys(path for pair in pairs for path in _inside(model, pair)):
+        _check_calls(model.get_submodule(path), path)
+
+
+def _check_weights(layer: nn.Module, path: str) -> None:
+    """Raise `UnsupportedModelError` if a weight is computed from other tensors when it is used."""
+    for hook in layer._forward_pre_hooks.values():
+        removal = _REMOVALS.get(type(hook).__name__)
+        if isinstance(hook, prune.BasePruningMethod):
+            removal = "torch.nn.utils.prune.remove(layer, {!r})"
+        if removal is not None:
+            name = getattr(hook, "_tensor_name", None) or getattr(hook, "name", "weight")
+            raise UnsupportedModelError(
+                f"{path}.{name} is computed by a {type(hook).__name__} before every call; call "
+                f"{removal.format(name)} on it first."
+            )
+
+
+_REMOVALS = {
+    "WeightNorm": "torch.nn.utils.remove_weight_norm(layer, {!r})",
+    "SpectralNorm": "torch.nn.utils.remove_spectral_norm(layer, {!r})",
+}
+
+
+def check_forward(module: nn.Module, path: str, *, registered: bool) -> None:
+    """Raise `UnsupportedModelError` if an attention runs another `forward` than its table knows.
+
+    A cut attention gets a `forward` that does what that of transformers or timm does.
+
+    Args:
+        module: The attention.
+        path: Dotted path of the attention, for the message.
+        registered: Whether its table comes from `register`. A class of any origin then passes, but
+            for a subclass of one of transformers or timm that has another `forward`.
+    """
+    kinds = type(module).__mro__
+    stock = [
+        kind
+        for kind in kinds
+        if kind.__module__.partition(".")[0] in ("transformers", "timm")
+        or kind is nn.MultiheadAttention
+    ]
+    if not stock and not registered:
+        raise UnsupportedModelError(
+            f"{path} is a {kinds[0].__module__}.{kinds[0].__name__}, not a class of transformers "
+            "or timm; register a table for it with solpath.arch.register."
+        )
+    for kind in kinds[: kinds.index(stock[0])] if stock else ():
+        if "forward" in vars(kind):
+            raise UnsupportedModelError(
+                f"{path} is a {kind.__module__}.{kind.__name__} with another forward than "
+                f"{stock[0].__name__}, which a cut would put in its place."
+            )
+    _check_own_forward(module, path)
+    if "forward" in vars(module):  # it would stay in the way of the one that a cut puts in place
+        raise UnsupportedModelError(f"{path} {_OWN_FORWARD}")
+
+
+_OWN_FORWARD = "has a forward of its own, beside that of its class; del module.forward first."
+
+
+def _check_own_forward(module: nn.Module, path: str) -> None:
+    """Raise `UnsupportedModelError` if a module does not run the `forward` of its class."""
+    if hasattr(module, "_hf_hook"):
+        raise UnsupportedModelError(
+            f"{path} has a hook of accelerate; call "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True) first."
+        )
+    own: Any = vars(module).get("forward")  # accelerate's hooks, once removed, leave the same one
+    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
+        raise UnsupportedModelError(f"{path} {_OWN_FORWARD}")
+
+
+def _inside(model: nn.Module, pair: Pair) -> Iterator[str]:
+    """Yield the paths of the modules that see the inner dimension of a pair."""
+    yield from (side.module for side in pair.sides)
+    yield from (norm.module for norm in pair.norms)
+    if pair.kind != "mlp":
+        return
+    for parent in dict.fromkeys(side.module.rpartition(".")[0] for side in pair.left):
+        for name, module in model.get_submodule(parent).named_children():
+            if not any(True for _ in module.parameters()):
+                yield f"{parent}.{name}"
+
+
+def _check_calls(module: nn.Module, path: str) -> None:
+    """Raise `UnsupportedModelError` if something was put between a module and its callers."""
+    hooks: list[Any] = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    for hook in hooks:
+        home = getattr(hook, "__module__", None) or type(hook).__module__
+        if not home.startswith(_LEAVES_ITS_OWN):
+            name = getattr(hook, "__qualname__", type(hook).__name__)
+            raise UnsupportedModelError(
+                f"{path} has a hook ({name} of {home}), which would see other channels once it is "
+                "cut; remove it first, with the handle that registering it returned."
+            )
+    _check_own_forward(module, path)
