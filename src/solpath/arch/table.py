@@ -209,6 +209,10 @@ class Stack:
 def register(model_type: str, *stacks: Stack) -> None:
     """Add or replace the table of one type of model.
 
+    The first search, and the first `extract`, of a model with such a table compares every kind of
+    its blocks masked with the same block cut, and refuses a table that is wrong; see
+    `solpath.check_table`.
+
     Args:
         model_type: The ``config.model_type`` of the models; for timm, ``timm/`` and the class name.
         stacks: Where the prunable layers are. A stack that a model lacks is skipped (one tower of
@@ -224,6 +228,13 @@ def register(model_type: str, *stacks: Stack) -> None:
         >>> register("bert", *whole)
     """
     _REGISTERED[model_type] = stacks
+
+
+def is_foreign(model_type: str | None) -> bool:
+    """Return whether the table of a type was registered and is not the one that solpath has."""
+    if model_type not in _REGISTERED:
+        return False
+    return model_type not in _MODULES or _REGISTERED[model_type] != _own(model_type)
 
 
 def known_model_types() -> list[str]:
@@ -256,6 +267,11 @@ def lookup(model_type: str | None) -> tuple[Stack, ...]:
             f"model_type {model_type!r} is not known; known: {', '.join(known_model_types())}. "
             "solpath.arch.register adds one."
         )
+    return _own(model_type)
+
+
+def _own(model_type: str) -> tuple[Stack, ...]:
+    """Return the table that solpath has of a type."""
     tables = import_module(f"solpath.arch.{_MODULES[model_type]}").TABLES
     stacks: tuple[Stack, ...] = tables[model_type]
     return stacks

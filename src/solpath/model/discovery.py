@@ -1,7 +1,7 @@
 """Find the pairs of a model: all inner dimensions that can be pruned."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -40,6 +40,26 @@ class Site:
         return tuple(pair for pair in (self.qk, self.plain, self.vo) if pair is not None)
 
 
+@dataclass(frozen=True)
+class Block:
+    """One block of a model, or one part of it that has a stack of its own.
+
+    Attributes:
+        path: Dotted path of the block in the model.
+        sites: Its attentions.
+        mlp: The pair of its MLP.
+    """
+
+    path: str
+    sites: tuple[Site, ...]
+    mlp: Pair
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Its pairs, in the order of `find_pairs`."""
+        return (*(pair for site in self.sites for pair in site.pairs), self.mlp)
+
+
 def find_pairs(model: nn.Module | Name) -> tuple[Pair, ...]:
     """Return the pairs of a model, block by block.
 
@@ -67,18 +87,20 @@ def find_pairs(model: nn.Module | Name) -> tuple[Pair, ...]:
 
 def survey(model: nn.Module) -> tuple[tuple[Pair, ...], tuple[Site, ...]]:
     """Return the pairs of a model, as `find_pairs` does, and its attentions, in one walk."""
-    found = _find(model)
-    return _pairs(found), tuple(part for part in found if isinstance(part, Site))
+    found = find_blocks(model)
+    return _pairs(found), tuple(site for block in found for site in block.sites)
 
 
-def _pairs(found: list[Site | Pair]) -> tuple[Pair, ...]:
-    return tuple(
-        pair for part in found for pair in (part.pairs if isinstance(part, Site) else (part,))
-    )
+def _pairs(found: Iterable[Block]) -> tuple[Pair, ...]:
+    return tuple(pair for block in found for pair in block.pairs)
 
 
-def _find(model: nn.Module) -> list[Site | Pair]:
-    """Return the attentions and the MLP pairs of a model, in the order of `find_pairs`."""
+def find_blocks(model: nn.Module) -> tuple[Block, ...]:
+    """Return the blocks of a model with their pairs, in the order of `find_pairs`.
+
+    Raises:
+        UnsupportedModelError: See `find_pairs`.
+    """
     plan = plan_of(model)
     if plan is not None:
         raise UnsupportedModelError(
@@ -90,11 +112,15 @@ def _find(model: nn.Module) -> list[Site | Pair]:
     stacks = lookup(type_of(model))
     base = getattr(model, "base_model", model)
     [prefix] = [name for name, module in model.named_modules() if module is base]
-    found: list[Site | Pair] = []
-    for stack in stacks:
-        for block in _blocks(model, ".".join(filter(None, (prefix, stack.blocks)))):
-            found += [_site(model, block, table) for table in stack.attentions]
-            found.append(_mlp(model, block, stack))
+    found = tuple(
+        Block(
+            path,
+            tuple(_site(model, path, table) for table in stack.attentions),
+            _mlp(model, path, stack),
+        )
+        for stack in stacks
+        for path in _blocks(model, ".".join(filter(None, (prefix, stack.blocks))))
+    )
     if not found:
         paths = ", ".join(stack.blocks for stack in stacks)
         raise UnsupportedModelError(f"{type(model).__name__} has no blocks at {paths}.")

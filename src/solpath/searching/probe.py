@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from solpath.arch import is_foreign, type_of
 from solpath.data.source import (
     BatchSource,
     batch_size,
@@ -17,6 +18,7 @@ from solpath.data.source import (
 )
 from solpath.errors import NonFiniteLossError, UnsupportedModelError
 from solpath.model.basis import Basis, moment_hooks, obstacle, principal_basis, rotated
+from solpath.model.checking import check_once
 from solpath.model.counting import count_costs
 from solpath.model.linear import linear_map
 from solpath.model.masks import Masks, energy_hooks, mask_hooks, run_hooks
@@ -271,7 +273,8 @@ def probing(
         seed: Seeds the mask draws and all other noise.
 
     Raises:
-        UnsupportedModelError: The model is in half precision on a CPU.
+        UnsupportedModelError: The model is in half precision on a CPU, or its table was registered
+            and is wrong (see `check_table`).
         BatchError: There are no batches, or a single one in place of an iterable.
     """
     parameter = next(model.parameters())
@@ -281,7 +284,11 @@ def probing(
             "rounding; use model.float(), or a GPU."
         )
     source = BatchSource(batches, seed)
-    with differentiating(model), mask_hooks(model, pairs) as masks:
+    with differentiating(model), contextlib.ExitStack() as stack:
+        if is_foreign(type_of(model)):
+            check_device(source[0], parameter.device)
+            check_once(model, slice_samples(source[0], 0, 2))
+        masks = stack.enter_context(mask_hooks(model, pairs))
         probe = Probe(model, pairs, source, masks, loss, seed)
         probe.measure_energy(_ENERGY_BATCHES)
         yield probe
