@@ -192,6 +192,16 @@ def _reads(stock: type) -> set[str]:
     return {name for name in found if name != "config" and not callable(getattr(stock, name, None))}
 
 
+def _read(node: ast.AST) -> str:
+    """Name of what an expression reads of `self` or of `self.config`, by a dot or by `getattr`."""
+    owner, name = "", ""
+    if isinstance(node, ast.Attribute):
+        owner, name = ast.unparse(node.value), node.attr
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
+        owner, name = ast.unparse(node.args[0]), ast.literal_eval(node.args[1])
+    return {"self": name, "self.config": f"config.{name}"}.get(owner, "")
+
+
 def _watch_(attention: nn.Module, read: set[str]) -> None:
     """Let a cut attention note the names of the attributes that it reads."""
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import solpath
-from conftest import CASES, build, inputs
+from conftest import CASES, COMMON, build, inputs
 from plans import random_plan
 from solpath.running.forward import forward, run
 
@@ -44,7 +44,7 @@ def tensors(outputs):
 
 
 @pytest.mark.parametrize("fractions", [FRACTIONS, (0.0, 0.5, 1.0)])
-@pytest.mark.parametrize("label", CASES)
+@pytest.mark.parametrize("label", COMMON)
 def test_eager_is_sdpa(label, fractions):
     models = pair_of(label, fractions)
     if not models[0]._supports_sdpa:
@@ -63,8 +63,10 @@ def test_eager_is_sdpa(label, fractions):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
-@pytest.mark.parametrize("label", CASES)
+@pytest.mark.parametrize("label", COMMON)
 def test_half_precision_is_near(label, dtype, bound):
+    if label == "swinv2" and dtype is torch.float16:
+        pytest.skip("transformers divides padding by its norm, which is 0 in float16")
     _, small = pair_of(label)
     expected = result(small)
     low = result(small.to(dtype))
@@ -86,7 +88,7 @@ def idle(model):
     }
 
 
-@pytest.mark.parametrize("label", CASES)
+@pytest.mark.parametrize("label", COMMON)
 def test_one_training_step_changes_every_parameter(label):
     """But those that the dense model does not use either, see `UNUSED`."""
     dense, small = pair_of(label)
@@ -114,6 +116,7 @@ UNUSED = {
     "dinov3_vit": "embeddings.mask_token",
     "dinov3_vit gated": ("embeddings.mask_token", "embeddings.register_tokens"),  # of 0 registers
     "vit_mae": "embeddings.position_embeddings",  # frozen sinusoids
+    "wav2vec2": "wav2vec2.masked_spec_embed",  # only with masked frames
     "whisper": "encoder.embed_positions",  # sinusoids, frozen by transformers
 }
 
@@ -136,8 +139,10 @@ def test_compiled_in_one_graph_is_equal(label, changes):
     assert distance(result(compiled), result(small)) <= 1e-5
 
 
-@pytest.mark.parametrize("label", [label for label in CASES if " " not in label])
+@pytest.mark.parametrize("label", [label for label in COMMON if " " not in label])
 def test_exported_is_equal(label):
+    if label == "qwen2_moe":
+        pytest.skip("eager experts run one after the other")
     _, small = pair_of(label)
     batch = inputs(small)
     if label == "llava" or "use_cache" in inspect.signature(small.forward).parameters:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from solpath.arch import TIMM_WRAPPER, lookup, timm
+from solpath.arch.building import drop_data_
 from solpath.errors import FileError, SolpathError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -203,8 +204,9 @@ def _without_weights(kind: Any, config: Any, dtype: torch.dtype | None) -> "PreT
     """Build a model on the meta device from its configuration."""
     from transformers.initialization import no_init_weights
 
-    with torch.device("meta"), no_init_weights():
+    with torch.random.fork_rng([]), torch.device("meta"), no_init_weights():
         model = kind._from_config(config, dtype=dtype or config.dtype or torch.float32)
+    drop_data_(model)
     model.tie_weights()
     return cast("PreTrainedModel", model.eval())
 

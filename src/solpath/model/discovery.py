@@ -26,6 +26,7 @@ class Site:
         qk: Its query-key pair, unless that stays whole.
         vo: Its value-output pair.
         plain: The query-key pair of the channels that are not rotated, where only some are.
+        keys: Channels of keys that stay whole and that generation caches, in all heads.
     """
 
     path: str
@@ -33,6 +34,7 @@ class Site:
     qk: Pair | None
     vo: Pair
     plain: Pair | None = None
+    keys: int = 0
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
@@ -47,17 +49,18 @@ class Block:
     Attributes:
         path: Dotted path of the block in the model.
         sites: Its attentions.
-        mlp: The pair of its MLP.
+        mlp: The pair of its MLP; None if it has experts alone.
     """
 
     path: str
     sites: tuple[Site, ...]
-    mlp: Pair
+    mlp: Pair | None
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
         """Its pairs, in the order of `find_pairs`."""
-        return (*(pair for site in self.sites for pair in site.pairs), self.mlp)
+        inside = tuple(pair for site in self.sites for pair in site.pairs)
+        return inside if self.mlp is None else (*inside, self.mlp)
 
 
 def find_pairs(model: nn.Module | Name) -> tuple[Pair, ...]:
@@ -69,6 +72,8 @@ def find_pairs(model: nn.Module | Name) -> tuple[Pair, ...]:
 
     Returns:
         For every block, the ``qk`` and ``vo`` pairs of its attentions, then its ``mlp`` pair.
+        Mixtures of experts have no pair: they stay whole, and their parameters do not count as
+        prunable. docs/your-model-and-data.md lists what else stays whole in which architecture.
 
     Raises:
         UnsupportedModelError: The type of model is unknown (the message lists the known ones), the
@@ -225,15 +230,19 @@ def _site(model: nn.Module, block: str, table: Attention) -> Site:
         cost=_unit_cost(model, value, output),
         cache=int(table.cached),
     )
-    return Site(path, table, qk if table.qk else None, vo, plain if plain.width else None)
+    if not table.qk:
+        return Site(path, table, None, vo, keys=kv_heads * widths["key"] * table.cached)
+    return Site(path, table, qk, vo, plain if plain.width else None)
 
 
-def _mlp(model: nn.Module, block: str, stack: Stack) -> Pair:
+def _mlp(model: nn.Module, block: str, stack: Stack) -> Pair | None:
     def exists(mlp: Mlp) -> bool:
         return all(_has(model, f"{block}.{layer}") for layer in (*mlp.left, mlp.right))
 
     forms = [mlp for mlp in stack.mlps if exists(mlp)]
     forms = [mlp for mlp in forms if not any({*mlp.left} < {*other.left} for other in forms)]
+    if not forms and any(_has(model, f"{block}.{experts}") for experts in stack.experts):
+        return None
     if len(forms) != 1:
         names = " or ".join("+".join((*mlp.left, mlp.right)) for mlp in stack.mlps)
         raise UnsupportedModelError(f"{block} has {len(forms)} MLPs of the form {names}, not 1.")

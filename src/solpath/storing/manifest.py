@@ -21,6 +21,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 ATTENTION = ("sdpa", "eager")
 """The attention implementations that can be stored. Any other is stored as the first."""
+EXPERTS = ("grouped_mm", "batched_mm", "eager")
+"""The ways to run experts that can be stored. Any other is stored as the first."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FLOATS = {str(dtype).removeprefix("torch.") for dtype in DTYPES if dtype.is_floating_point}
 
@@ -49,8 +51,9 @@ def check_manifest(file: Path, head: Mapping[str, Any]) -> Plan:
                 raise FileError(f"{file}: {name} is missing or not a {kind.__name__}.")
     if head.get("checksum") != checksum(head):
         raise FileError(f"{file}: checksum does not fit the other fields; the file was changed.")
-    for name, allowed in (("dtype", _FLOATS), ("attention", ATTENTION)):
-        if head[name] not in allowed:
+    named = (("dtype", _FLOATS), ("attention", ATTENTION), ("experts", EXPERTS))
+    for name, allowed in named:
+        if name in head and head[name] not in allowed:
             raise FileError(f"{file}: {name} is {head[name]!r}, not one of {sorted(allowed)}.")
     for name, value in head["options"].items():
         if name not in CONSTRUCTOR_OPTIONS or not isinstance(value, bool):

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from solpath.arch import TIMM_WRAPPER, known_model_types, timm
-from solpath.arch.building import CONSTRUCTOR_OPTIONS, DEPTHS, NOT_A_SIZE
+from solpath.arch.building import CONSTRUCTOR_OPTIONS, DEPTHS, NOT_A_SIZE, drop_data_
 from solpath.errors import SolpathError
 from solpath.model.discovery import find_pairs
 from solpath.model.extraction import extract
 from solpath.planning.plan import EXTRACTED, Plan
 from solpath.reading import Expected, Header, dtype_name
+from solpath.running.modes import keeping_random_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,13 +115,15 @@ def build_skeleton(
     settings = model_class.config_class.from_dict(copy.deepcopy(dict(config)))
     parts = [settings, *(getattr(settings, name) for name in settings.sub_configs)]
     dtypes = [(part, part.dtype) for part in parts if part is not None]
-    with torch.device("meta"), no_init_weights():
+    with keeping_random_state(), torch.device("meta"), no_init_weights():
         dense = model_class._from_config(
             settings,
             dtype=getattr(torch, head["dtype"]),
             attn_implementation=head["attention"],
+            experts_implementation=head.get("experts", "eager"),
             **head["options"],
         )
+    drop_data_(dense)
     dense.tie_weights()
     for part, dtype in dtypes:  # building sets them to the dtype of the model
         part.dtype = dtype
