@@ -50,7 +50,7 @@ LAYERS: dict[str, object] = {"tdnn_dim": [8], "tdnn_kernel": [3], "tdnn_dilation
 EXPERTS: dict[str, object] = {"num_key_value_heads": 2, "num_experts_per_tok": 2}
 EXPERTS |= {"num_local_experts": 4, "experts_implementation": "eager"}  # float64 has no other
 VISION: dict[str, object] = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32}
-VISION |= {"intermediate_size": 16}
+VISION |= {"intermediate_size": 16, "in_channels": 1, "patch_size": 4}
 
 
 def rope(*sections: int) -> dict[str, object]:
@@ -305,7 +305,8 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "qwen2_vl": (
         "Qwen2VLForConditionalGeneration",
         {"text_config": SIZES | TEXT | {"num_key_value_heads": 1, "rope_parameters": rope(2, 1, 1)},
-         "vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 32}},
+         "vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 32,
+                           "in_channels": 1, "patch_size": 4}},
     ),
     "qwen3": (
         "Qwen3ForCausalLM", SIZES | TEXT | {"num_key_value_heads": 1, "head_dim": 10}
@@ -319,7 +320,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
         "Qwen3VLForConditionalGeneration",
         {"text_config": SIZES | TEXT | {"num_key_value_heads": 2, "head_dim": 10,
                                         "rope_parameters": rope(1, 2, 2)},
-         "vision_config": VISION | {"deepstack_visual_indexes": [0]}},
+         "vision_config": VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 4}},
     ),
     "rembert": (
         "RemBertModel",
@@ -398,10 +399,12 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     ),
 }  # fmt: skip
 
-# Types whose attention another type has too: searches, tuning, compensation and runtimes are tested
-# with that one.
-KIN = {"data2vec-audio", "gpt_oss", "hubert", "mixtral", "olmo3", "qwen2_5_vl", "qwen2_vl"}
-KIN |= {"qwen3_moe", "qwen3_vl", "wavlm"}
+# Types with nothing that another type does not have too for searches, tuning, compensation and
+# runtimes, which are not tested with them.
+KIN = {"data2vec-audio", "gpt_oss", "hubert", "mixtral", "olmo3", "qwen2_5_vl", "qwen2_moe"}
+KIN |= {"qwen2_vl", "qwen3_moe", "qwen3_vl", "swinv2", "wav2vec2", "wavlm"}
+KIN |= {"bert-generation", "blenderbot", "camembert", "data2vec-text", "plbart", "vit_msn"}
+KIN |= {"xlm-roberta", "xlm-roberta-xl"}
 COMMON = [label for label in CASES if label not in KIN]
 
 # Shape of one sample of types that take neither text nor an image of 8 x 8.
