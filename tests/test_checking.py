@@ -108,6 +108,18 @@ def test_a_right_alias_passes_once_and_leaves_everything_as_it_was(label, monkey
         type(model.config).model_type = before
 
 
+def test_a_forward_that_forgets_the_cache_is_refused():
+    remembering = rotary("config.sliding_window")
+
+    def forgetting(self, *args, cache=None, **kwargs):
+        return remembering(self, *args, **kwargs)
+
+    register("mistral", *stacks(forward=forgetting))
+    model = build("mistral")
+    with pytest.raises(UnsupportedModelError, match=r"leaves 0 tokens in the cache, .* own 12"):
+        solpath.extract(model, random_plan(model, (0.5,)))
+
+
 def test_other_settings_and_other_tables_are_checked_anew():
     register("llama", *stacks(forward=rotary("sliding_window", project=None)))
     model = build("llama")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from solpath.arch import is_foreign, lookup, type_of
@@ -23,6 +23,7 @@ from solpath.running.forward import Batch, device_of, run
 from solpath.running.modes import inferring
 
 _BOUND = 1e-4  # of the largest value; float32 rounds at 1e-6, and wrong tables are off by 1e-2
+_CACHES = ("cache", "past_key_values", "layer_past")  # what blocks call their cache
 _CHECKED: set[tuple[Any, ...]] = set()
 
 
@@ -175,10 +176,10 @@ def _compare(model: nn.Module, block: Block, call: _Call) -> None:
             state.units.update(
                 {name: mask.flatten().to(device_of(module)) for name, mask in masks.items()}
             )
-            masked, settings = _output(shell, block.path, call)
+            masked, settings, stored = _output(shell, block, call)
         try:
             small = cut_model(shell, block.pairs, block.sites, kept, gains)
-            cut, given = _output(small, block.path, call)
+            cut, given, kept_back = _output(small, block, call)
         except Exception as error:
             raise UnsupportedModelError(
                 f"{where}: cut to half, it cannot run ({type(error).__name__}: {error})."
@@ -189,6 +190,11 @@ def _compare(model: nn.Module, block: Block, call: _Call) -> None:
                     f"{where}: its `forward` calls the attention function with {names[0]} = "
                     f"{slim.get(names[0])}, and the model's own with {stock.get(names[0])}."
                 )
+        if kept_back != stored:
+            raise UnsupportedModelError(
+                f"{where}: its `forward` leaves {kept_back} tokens in the cache, and the model's "
+                f"own {stored}."
+            )
         difference = (masked - cut).abs().max() / masked.abs().max()
         if not difference <= _BOUND:
             raise UnsupportedModelError(
@@ -228,14 +234,26 @@ def _shell(path: str, block: nn.Module) -> nn.Module:
     return block
 
 
-def _output(shell: nn.Module, path: str, call: _Call) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Return what a block returns first, and what its attention functions were called with."""
+def _output(
+    shell: nn.Module, block: Block, call: _Call
+) -> tuple[Tensor, list[dict[str, Any]], int]:
+    """Return what a block returns, the settings of its attention functions, and tokens cached."""
     settings: list[dict[str, Any]] = []
+    module, cache = shell.get_submodule(block.path), DynamicCache()
+    args, kwargs = list(_copied(call.args)), _copied(call.kwargs)
+    if any(site.table.cached for site in block.sites):
+        cross = any(not site.table.cached for site in block.sites)
+        given = EncoderDecoderCache(cache, DynamicCache()) if cross else cache
+        kwargs |= {name: given for name in _CACHES if name in kwargs}
+        names = list(inspect.signature(module.forward).parameters)
+        for place, name in enumerate(names[: len(args)]):
+            args[place] = given if name in _CACHES else args[place]
     with _recording(settings):
-        found = shell.get_submodule(path)(*_copied(call.args), **_copied(call.kwargs))
+        found = module(*args, **kwargs)
     while not isinstance(found, Tensor):
         found = next(iter(found.values())) if isinstance(found, Mapping) else found[0]
-    return found, settings
+    layers: Any = cache.layers
+    return found, settings, sum(layer.get_seq_length() for layer in layers)
 
 
 @contextmanager
