@@ -37,6 +37,27 @@ TWO_SIDES |= {"decoder_layers": 2, "decoder_attention_heads": 3, "decoder_ffn_di
 TWO_SIDES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
 TWO_SIDES |= {"forced_eos_token_id": None}
 
+SOUND: dict[str, object] = {"conv_dim": [8, 24], "conv_stride": [5, 2], "conv_kernel": [10, 3]}
+SOUND |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "vocab_size": 20}
+SOUND |= {"hidden_size": 36, "num_hidden_layers": 1, "num_attention_heads": 6}
+SOUND |= {
+    "apply_spec_augment": False,
+    "intermediate_size": 43,
+    "num_feat_extract_layers": 2,
+    "pad_token_id": 0,
+}
+LAYERS: dict[str, object] = {"tdnn_dim": [8], "tdnn_kernel": [3], "tdnn_dilation": [1]}  # lists
+EXPERTS: dict[str, object] = {"num_key_value_heads": 2, "num_experts_per_tok": 2}
+EXPERTS |= {"num_local_experts": 4, "experts_implementation": "eager"}  # float64 has no other
+VISION: dict[str, object] = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32}
+VISION |= {"intermediate_size": 16, "in_channels": 1, "patch_size": 4}
+
+
+def rope(*sections: int) -> dict[str, object]:
+    """Rotary couples for time, height and width."""
+    return {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [*sections]}
+
+
 # Class and sizes of the models to build for a type; every known type must be here. What follows
 # the type in a label tells several cases of it apart.
 CASES: dict[str, tuple[str, dict[str, object]]] = {
@@ -91,6 +112,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
                         "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "data2vec-text": ("Data2VecTextForMaskedLM", TOWER | TEXT),
+    "data2vec-audio": ("Data2VecAudioForCTC", SOUND | LAYERS),
     "deberta-v2": (
         "DebertaV2ForMaskedLM",
         TOWER | TEXT | POSITIONS | {"share_att_key": True, "position_buckets": 4,
@@ -178,12 +200,18 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
                         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0,
                                             "partial_rotary_factor": 1.0}},
     ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        SIZES | TEXT | EXPERTS | {"head_dim": 10, "sliding_window": 4, "attention_bias": True,
+                                  "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "granite": (
         "GraniteForCausalLM",
         TOWER | TEXT | {"num_key_value_heads": 3, "attention_multiplier": 0.3,
                         "residual_multiplier": 0.7, "logits_scaling": 2.0},
     ),
     "helium": ("HeliumForCausalLM", SIZES | TEXT | {"num_key_value_heads": 2, "head_dim": 8}),
+    "hubert": ("HubertForSequenceClassification", SOUND),
     "layoutlm": (
         "LayoutLMModel", TOWER | TEXT | {"max_2d_position_embeddings": 20}
     ),
@@ -220,6 +248,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "mistral": (
         "MistralForCausalLM", TOWER | TEXT | {"num_key_value_heads": 3, "sliding_window": 4}
     ),
+    "mixtral": ("MixtralForCausalLM", SIZES | TEXT | EXPERTS | {"sliding_window": 4}),
     "modernbert": (
         "ModernBertForMaskedLM",
         TOWER | TEXT | {"layer_types": ["sliding_attention", "full_attention"],
@@ -233,6 +262,12 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
          "decoder_start_token_id": 0},
     ),
     "olmo": ("OlmoForCausalLM", SIZES | TEXT | {"num_key_value_heads": 2}),
+    "olmo2": ("Olmo2ForCausalLM", SIZES | TEXT | {"num_key_value_heads": 2}),
+    "olmo3": (
+        "Olmo3ForCausalLM",
+        SIZES | TEXT | {"num_key_value_heads": 1, "sliding_window": 4,
+                        "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "opt": (
         "OPTForCausalLM",
         {"vocab_size": 60, "max_position_embeddings": 40, "hidden_size": 36, "ffn_dim": 43,
@@ -257,8 +292,35 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "plbart": ("PLBartForConditionalGeneration", TWO_SIDES),
     "qwen2": ("Qwen2ForCausalLM", SIZES | TEXT | {"num_key_value_heads": 2}),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLForConditionalGeneration",
+        {"text_config": SIZES | TEXT | {"num_key_value_heads": 2, "rope_parameters": rope(2, 1, 1)},
+         "vision_config": VISION | {"fullatt_block_indexes": [0]}},
+    ),
+    "qwen2_moe": (  # one block with experts and one without, or without the shared expert
+        "Qwen2MoeForCausalLM",
+        SIZES | TEXT | EXPERTS | {"num_experts": 4, "moe_intermediate_size": 8,
+                                  "shared_expert_intermediate_size": 21, "mlp_only_layers": [1]},
+    ),
+    "qwen2_vl": (
+        "Qwen2VLForConditionalGeneration",
+        {"text_config": SIZES | TEXT | {"num_key_value_heads": 1, "rope_parameters": rope(2, 1, 1)},
+         "vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 32,
+                           "in_channels": 1, "patch_size": 4}},
+    ),
     "qwen3": (
         "Qwen3ForCausalLM", SIZES | TEXT | {"num_key_value_heads": 1, "head_dim": 10}
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        SIZES | TEXT | EXPERTS | {"head_dim": 10, "num_experts": 4, "moe_intermediate_size": 8,
+                                  "mlp_only_layers": [1]},
+    ),
+    "qwen3_vl": (
+        "Qwen3VLForConditionalGeneration",
+        {"text_config": SIZES | TEXT | {"num_key_value_heads": 2, "head_dim": 10,
+                                        "rope_parameters": rope(1, 2, 2)},
+         "vision_config": VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 4}},
     ),
     "rembert": (
         "RemBertModel",
@@ -290,6 +352,12 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
         {"image_size": 16, "patch_size": 2, "num_channels": 1, "embed_dim": 12, "depths": [2, 1],
          "num_heads": [2, 3], "window_size": 3, "mlp_ratio": 1.7},
     ),
+    "swinv2": (
+        "Swinv2ForImageClassification",
+        {"pretrained_window_sizes": [0, 0, 0, 0],
+         "image_size": 16, "patch_size": 2, "num_channels": 1, "embed_dim": 12, "depths": [2, 1],
+         "num_heads": [2, 3], "window_size": 3, "mlp_ratio": 1.7},
+    ),
     "t5": (
         "T5ForConditionalGeneration",
         {"vocab_size": 60, "d_model": 32, "d_kv": 5, "d_ff": 43, "num_layers": 2, "num_heads": 3,
@@ -313,6 +381,8 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
         "VivitForVideoClassification",
         TOWER | IMAGE | {"num_frames": 4, "tubelet_size": [2, 4, 4]},
     ),
+    "wav2vec2": ("Wav2Vec2ForCTC", SOUND | LAYERS | {"do_stable_layer_norm": True}),
+    "wavlm": ("WavLMForCTC", SOUND | LAYERS),
     "whisper": (
         "WhisperForConditionalGeneration",
         {"vocab_size": 60, "num_mel_bins": 6, "d_model": 36, "encoder_layers": 1,
@@ -329,8 +399,17 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     ),
 }  # fmt: skip
 
+# Types with nothing that another type does not have too for searches, tuning, compensation and
+# runtimes, which are not tested with them.
+KIN = {"data2vec-audio", "gpt_oss", "hubert", "mixtral", "olmo3", "qwen2_5_vl", "qwen2_moe"}
+KIN |= {"qwen2_vl", "qwen3_moe", "qwen3_vl", "swinv2", "wav2vec2", "wavlm"}
+KIN |= {"bert-generation", "blenderbot", "camembert", "data2vec-text", "plbart", "vit_msn"}
+KIN |= {"xlm-roberta", "xlm-roberta-xl"}
+COMMON = [label for label in CASES if label not in KIN]
+
 # Shape of one sample of types that take neither text nor an image of 8 x 8.
 SAMPLES: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("data2vec-audio", "hubert", "wav2vec2", "wavlm"), (100,)),
     "audio-spectrogram-transformer": (14, 10),
     "videomae": (4, 1, 8, 8),
     "vivit": (4, 1, 8, 8),
@@ -393,7 +472,7 @@ def inputs(
     generator = torch.Generator().manual_seed(seed)
     dtype = next(model.parameters()).dtype
     kind = model.config.model_type if hasattr(model, "config") else "timm"
-    size = 16 if kind in ("swin", "timm", "timm_wrapper") else 8
+    size = 16 if kind in ("swin", "swinv2", "timm", "timm_wrapper") else 8
     images = {"pixel_values": torch.randn(samples, 1, size, size, generator=generator).to(dtype)}
     if kind == "timm":  # a bare model, which takes a tensor
         return images["pixel_values"]
@@ -440,6 +519,12 @@ def batches(model: nn.Module, count: int = 3, samples: int = 4) -> list:
 @pytest.fixture(params=CASES)
 def model(request: pytest.FixtureRequest) -> nn.Module:
     """Every known architecture in turn."""
+    return build(request.param)
+
+
+@pytest.fixture(params=COMMON)
+def common_model(request: pytest.FixtureRequest) -> nn.Module:
+    """Every known architecture but kin in turn."""
     return build(request.param)
 
 

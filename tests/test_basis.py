@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import solpath
-from conftest import CASES, batches, build, inputs
+from conftest import COMMON, batches, build, inputs
 from solpath.errors import FingerprintError
 from solpath.model.basis import moment_hooks, obstacle, principal_axes, principal_basis, rotated
 from solpath.model.discovery import find_pairs
@@ -22,7 +22,8 @@ def basis_of(model):
     return principal_basis(model, pairs, moments)
 
 
-def test_the_dense_model_is_the_same_function(model):
+def test_the_dense_model_is_the_same_function(common_model):
+    model = common_model
     before = dict(model.named_parameters())
     pairs = find_pairs(model)
     for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
@@ -84,7 +85,7 @@ def test_the_first_axes_are_the_best_approximation():
         torch.testing.assert_close(error, best[r:6].square().sum(), rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("label", CASES)
+@pytest.mark.parametrize("label", COMMON)
 def test_masked_equals_extracted_along_the_axes(label, tmp_path):
     model = build(label)
     path = solpath.search(model, batches(model), CONFIG, progress=False)

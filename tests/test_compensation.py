@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import solpath
-from conftest import CASES, batches, build, inputs
+from conftest import COMMON, batches, build, inputs
 from plans import plan_of, random_plan
 from solpath.errors import BatchError, ConfigError, UnsupportedModelError
 from solpath.model.discovery import find_pairs
@@ -42,7 +42,7 @@ def assert_same(one, two):
     assert all(torch.equal(one[0][name], two[0][name]) for name in one[0])
 
 
-@pytest.mark.parametrize("label", CASES)
+@pytest.mark.parametrize("label", COMMON)
 def test_it_never_harms_and_leaves_both_models_alone(label):
     dense = build(label)
     small = solpath.extract(dense, random_plan(dense, HALF))
@@ -209,7 +209,7 @@ def test_what_the_kept_variables_cannot_predict():
     assert abs(alone[0] - (1 - correlation[0, 3] ** 2)) < 0.03
 
 
-@pytest.mark.parametrize("label", CASES)
+@pytest.mark.parametrize("label", COMMON)
 def test_twins_are_told_apart_from_loners(label):
     """Of a neuron that is there twice, one can go; the search for compensation knows."""
     model = build(label)

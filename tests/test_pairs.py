@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import CASES, TIMM_CASES, build, inputs
 from solpath.arch import known_model_types, lookup, register
-from solpath.arch.table import _REGISTERED
+from solpath.arch.table import _REGISTERED, REFUSED
 from solpath.errors import UnsupportedModelError
 from solpath.model.counting import count_costs
 from solpath.model.discovery import find_pairs
@@ -24,8 +24,15 @@ from solpath.model.linear import linear_map
 from solpath.model.slicing import cut_linear, resize_
 from solpath.pair import Pair, Side
 
-# DeBERTa's stay whole: all samples share the queries of positions, so no mask can be one sample's.
-QUERIES_AND_KEYS = re.compile(r"(query|key)_proj$")
+# Layers that stay whole: docs/your-model-and-data.md says why. Or that are no part of a sublayer.
+WHOLE = {
+    "deberta-v2": r"(query|key)_proj$",
+    "olmo2": r"\.[qk]_proj$",
+    "olmo3": r"\.[qk]_proj$",
+    "qwen2_moe": r"\.shared_expert_gate$",
+    "swinv2": r"\.(query|key|continuous_position_bias_mlp\.\d)$",
+    "wavlm": r"\.attention\.\w+$",
+}
 
 
 def test_every_known_type_has_a_case():
@@ -38,7 +45,7 @@ def test_every_linear_layer_of_the_blocks_is_in_a_pair(model):
     blocks = tuple(p.name.removesuffix("mlp") for p in pairs if p.kind == "mlp")
     for name, module in model.named_modules():
         if name.startswith(blocks) and isinstance(module, nn.Linear | Conv1D):
-            whole = model.config.model_type == "deberta-v2" and QUERIES_AND_KEYS.search(name)
+            whole = re.search(WHOLE.get(model.config.model_type, "^$"), name)
             assert (name in sides) is not bool(whole), name
     assert len({pair.name for pair in pairs}) == len(pairs)
 
@@ -146,6 +153,23 @@ def test_channels_of_an_interleaved_couple_are_neighbours():
 def test_settings_that_cutting_would_change_are_refused_by_name(label, changes, message):
     with pytest.raises(UnsupportedModelError, match=message):
         find_pairs(build(label, **changes))
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_types_that_cannot_be_pruned_say_why(model_type):
+    with pytest.raises(UnsupportedModelError, match=f"'{model_type}' cannot be pruned: (it|one)"):
+        lookup(model_type)
+    assert model_type not in known_model_types()
+
+
+def test_experts_stay_whole_and_the_rest_of_a_block_is_pruned():
+    model = build("qwen2_moe")
+    kinds = [(pair.kind, pair.width) for pair in find_pairs(model)]
+    assert kinds == [("qk", 4), ("vo", 8), ("mlp", 21), ("qk", 4), ("vo", 8), ("mlp", 48)]
+    assert [pair.kind for pair in find_pairs(build("mixtral"))] == ["qk", "vo"] * 2
+    del model.model.layers[1].mlp.gate_proj
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1 has 0 MLPs"):
+        find_pairs(model)
 
 
 def test_couples_need_heads_of_an_even_width():

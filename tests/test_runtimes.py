@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import solpath
-from conftest import CASES, build, inputs
+from conftest import CASES, COMMON, build, inputs
 from plans import random_plan
 from solpath.running.forward import forward, run
 
@@ -44,7 +44,7 @@ def tensors(outputs):
 
 
 @pytest.mark.parametrize("fractions", [FRACTIONS, (0.0, 0.5, 1.0)])
-@pytest.mark.parametrize("label", CASES)
+@pytest.mark.parametrize("label", COMMON)
 def test_eager_is_sdpa(label, fractions):
     models = pair_of(label, fractions)
     if not models[0]._supports_sdpa:
@@ -63,7 +63,7 @@ def test_eager_is_sdpa(label, fractions):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
-@pytest.mark.parametrize("label", CASES)
+@pytest.mark.parametrize("label", COMMON)
 def test_half_precision_is_near(label, dtype, bound):
     _, small = pair_of(label)
     expected = result(small)
@@ -86,7 +86,7 @@ def idle(model):
     }
 
 
-@pytest.mark.parametrize("label", CASES)
+@pytest.mark.parametrize("label", COMMON)
 def test_one_training_step_changes_every_parameter(label):
     """But those that the dense model does not use either, see `UNUSED`."""
     dense, small = pair_of(label)
@@ -136,7 +136,7 @@ def test_compiled_in_one_graph_is_equal(label, changes):
     assert distance(result(compiled), result(small)) <= 1e-5
 
 
-@pytest.mark.parametrize("label", [label for label in CASES if " " not in label])
+@pytest.mark.parametrize("label", [label for label in COMMON if " " not in label])
 def test_exported_is_equal(label):
     _, small = pair_of(label)
     batch = inputs(small)

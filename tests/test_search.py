@@ -71,8 +71,8 @@ def assert_equal(a, b):
 
 
 @pytest.mark.parametrize("method", ["spp", "inclusion", *baselines.METHODS])
-def test_the_model_is_left_as_it_was(model, method):
-    model.train()
+def test_the_model_is_left_as_it_was(common_model, method):
+    model = common_model.train()
     list(model.parameters())[3].requires_grad_(False)
     with torch.no_grad():  # transformers leaves hooks of its own at the first call of some models
         forward(model, inputs(model))

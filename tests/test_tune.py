@@ -93,7 +93,8 @@ class Stops(list):
 
 
 @pytest.mark.parametrize("config", [QUICK, LORA], ids=["full", "lora"])
-def test_a_tuned_model_is_a_better_one_of_the_same_kind(model, config, tmp_path):
+def test_a_tuned_model_is_a_better_one_of_the_same_kind(common_model, config, tmp_path):
+    model = common_model
     small = cut(model)
     small.train()
     list(small.parameters())[2].requires_grad_(False)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from solpath.measuring.evaluation import evaluate
     from solpath.measuring.latency import measure_latency, plan_for_latency
     from solpath.measuring.measurement import measure
+    from solpath.model.checking import check_table
     from solpath.model.discovery import find_pairs
     from solpath.model.extraction import extract
     from solpath.model.masks import masked
@@ -36,6 +37,7 @@ _HOME = {
     "SolutionPath": "planning.path",
     "TuneConfig": "config",
     "baselines": "",
+    "check_table": "model.checking",
     "compensate": "refining.compensation",
     "evaluate": "measuring.evaluation",
     "extract": "model.extraction",
@@ -63,6 +65,7 @@ __all__ = [
     "SolutionPath",
     "TuneConfig",
     "baselines",
+    "check_table",
     "compensate",
     "evaluate",
     "extract",

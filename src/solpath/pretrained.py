@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from solpath.arch import TIMM_WRAPPER, lookup, timm
-from solpath.arch.building import without_weights
+from solpath.arch.building import drop_data_, without_weights
 from solpath.errors import FileError, SolpathError, UnsupportedModelError
 from solpath.vetting import INDEX, check_files, check_index, check_settings
 
@@ -213,6 +213,7 @@ def _without_weights(kind: Any, config: Any, dtype: torch.dtype | None) -> "PreT
     """Build a model on the meta device from its configuration."""
     with without_weights():
         model = kind._from_config(config, dtype=dtype or config.dtype or torch.float32)
+    drop_data_(model)
     model.tie_weights()
     return cast("PreTrainedModel", model.eval())
 

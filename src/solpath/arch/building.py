@@ -5,16 +5,20 @@ import threading
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 _building = threading.Lock()  # transformers puts its own functions into torch.nn.init meanwhile
 
 
 @contextlib.contextmanager
 def without_weights() -> Iterator[None]:
-    """Build models on the meta device, without drawing weights, in one thread at a time."""
+    """Build models on the meta device, without drawing weights, in one thread at a time.
+
+    What classes draw all the same leaves torch's random state as it was.
+    """
     from transformers.initialization import no_init_weights
 
-    with _building, torch.device("meta"), no_init_weights():
+    with _building, torch.random.fork_rng([]), torch.device("meta"), no_init_weights():
         yield
 
 
@@ -30,3 +34,18 @@ NOT_A_SIZE = frozenset(
     {"rope_theta", "max_position_embeddings", "original_max_position_embeddings"}
 )
 """Whole numbers of a configuration that may be large: nothing that is built has their size."""
+
+
+def drop_data_(model: nn.Module) -> None:
+    """Move the parameters of a model to the meta device that its classes build elsewhere.
+
+    `torch.Tensor(size)` ignores the device that is set: wav2vec 2.0 draws a parameter in this way.
+
+    Args:
+        model: A model that was built on the meta device. Its buffers are left untouched.
+    """
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                empty = torch.empty_like(parameter, device="meta")
+                module._parameters[leaf] = nn.Parameter(empty, parameter.requires_grad)

@@ -44,6 +44,7 @@ def _forward(
 
 
 _UNSET = ("config.alibi", "new_decoder_architecture")
+_KIND = "FalconAttention"  # that of flash attention computes otherwise
 _FIELDS = {"heads": "num_heads", "kv_heads": "num_kv_heads", "rotary": True, "unset": _UNSET}
-_ATTENTION = attention("self_attention", forward=_forward, **_FIELDS)
+_ATTENTION = attention("self_attention", forward=_forward, kind=_KIND, **_FIELDS)
 TABLES = {"falcon": (Stack("h", (_ATTENTION,), (MLP,)),)}

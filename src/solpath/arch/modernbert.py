@@ -21,6 +21,7 @@ def _forward(
     query, key = (rotate_kept(part, self.couples, position_embeddings) for part in (query, key))
     kwargs |= {"scaling": self.head_dim**-0.5, "dropout": self.attention_dropout}
     kwargs |= {"sliding_window": self.sliding_window}
+    kwargs |= {"deterministic": self.deterministic_flash_attn}
     states, weights = attend(self, query, key, value, attention_mask, **kwargs)
     return self.out_drop(self.Wo(states)), weights
 

@@ -11,8 +11,8 @@ from solpath.errors import UnsupportedModelError
 
 _MODULES = {
     "albert": "albert",
-    "bart": "whisper",
     "audio-spectrogram-transformer": "vit",
+    "bart": "whisper",
     "beit": "vit",
     "bert": "bert",
     "bert-generation": "bert",
@@ -26,9 +26,10 @@ _MODULES = {
     "clip_vision_model": "clip",
     "cohere": "cohere",
     "cohere2": "cohere",
+    "data2vec-audio": "wav2vec2",
     "data2vec-text": "bert",
-    "deberta-v2": "deberta",
     "data2vec-vision": "yolos",
+    "deberta-v2": "deberta",
     "deit": "vit",
     "dinov2": "vit",
     "dinov2_with_registers": "vit",
@@ -46,10 +47,12 @@ _MODULES = {
     "gemma3_text": "gemma3",
     "gpt2": "gpt2",
     "gpt_neox": "gpt_neox",
+    "gpt_oss": "moe",
     "granite": "llama",
     "helium": "cohere",
-    "layoutlm": "bert",
+    "hubert": "wav2vec2",
     "ijepa": "vit",
+    "layoutlm": "bert",
     "llama": "llama",
     "llava": "llava",
     "m2m_100": "whisper",
@@ -59,17 +62,25 @@ _MODULES = {
     "ministral": "llama",
     "ministral3": "ministral3",
     "mistral": "llama",
+    "mixtral": "moe",
     "modernbert": "modernbert",
     "mpnet": "mpnet",
     "mt5": "t5",
     "olmo": "llama",
+    "olmo2": "olmo2",
+    "olmo3": "olmo2",
     "opt": "opt",
     "pegasus": "whisper",
     "phi": "phi",
     "phi3": "phi3",
     "plbart": "whisper",
     "qwen2": "llama",
+    "qwen2_5_vl": "qwen_vl",
+    "qwen2_moe": "moe",
+    "qwen2_vl": "qwen_vl",
     "qwen3": "qwen3",
+    "qwen3_moe": "moe",
+    "qwen3_vl": "qwen_vl",
     "rembert": "rembert",
     "roberta": "bert",
     "roberta-prelayernorm": "bert",
@@ -83,6 +94,7 @@ _MODULES = {
     "smollm3": "llama",
     "starcoder2": "starcoder2",
     "swin": "swin",
+    "swinv2": "swinv2",
     "t5": "t5",
     "timm/SwinTransformer": "timm",
     "timm/VisionTransformer": "timm",
@@ -93,6 +105,8 @@ _MODULES = {
     "vit_mae": "vit",
     "vit_msn": "vit",
     "vivit": "vit",
+    "wav2vec2": "wav2vec2",
+    "wavlm": "wav2vec2",
     "whisper": "whisper",
     "xlm-roberta": "bert",
     "xlm-roberta-xl": "bert",
@@ -103,6 +117,19 @@ UNSUITED = {
     "VideoMAEForPreTraining": "its logits are pixels, not classes; prune the VideoMAEModel in it",
 }
 """Classes of known types that are refused, and why."""
+
+REFUSED = {
+    "deberta": "one layer projects the queries, keys and values of a head side by side",
+    "gemma3n": "its values are normed, and its MLPs compare each neuron with all others",
+    "gemma3n_text": "its values are normed, and its MLPs compare each neuron with all others",
+    "led": "it attends in overlapping blocks",
+    "longformer": "it attends in overlapping blocks",
+    "longt5": "it attends in overlapping blocks",
+    "nllb-moe": "its experts are one tensor, and most of its neurons are in them",
+    "switch_transformers": "its experts are one tensor, and most of its neurons are in them",
+    "xmod": "it has adapters inside its blocks",
+}
+"""Types that are refused, and why."""
 
 TIMM_WRAPPER = "timm_wrapper"
 """The ``config.model_type`` of the models of transformers that wrap any model of timm."""
@@ -195,6 +222,8 @@ class Stack:
         attentions: The attentions of a block, in the order in which they run.
         mlps: The MLP of a block. Where a family has several forms of it, each has an entry, and the
             one whose layers a block has is taken.
+        experts: The modules of a block that hold a mixture of experts, which stays whole. A block
+            that has one of them needs no MLP beside it.
 
     Example:
         >>> Stack("layers", attentions=(), mlps=(Mlp(left=("fc1",), right="fc2"),)).blocks
@@ -204,10 +233,15 @@ class Stack:
     blocks: str
     attentions: tuple[Attention, ...]
     mlps: tuple[Mlp, ...]
+    experts: tuple[str, ...] = ()
 
 
 def register(model_type: str, *stacks: Stack) -> None:
     """Add or replace the table of one type of model.
+
+    The first search, and the first `extract`, of a model with such a table compares every kind of
+    its blocks masked with the same block cut, and refuses a table that is wrong; see
+    `solpath.check_table`.
 
     Args:
         model_type: The ``config.model_type`` of the models; for timm, ``timm/`` and the class name.
@@ -226,14 +260,16 @@ def register(model_type: str, *stacks: Stack) -> None:
     _REGISTERED[model_type] = stacks
 
 
+def is_foreign(model_type: str | None) -> bool:
+    """Return whether the table of a type was registered and is not the one that solpath has."""
+    if model_type not in _REGISTERED:
+        return False
+    return model_type not in _MODULES or _REGISTERED[model_type] != _own(model_type)
+
+
 def known_model_types() -> list[str]:
     """Return every ``config.model_type`` and every class of timm that can be pruned, sorted."""
     return sorted({*_MODULES, *_REGISTERED})
-
-
-def is_registered(model_type: str | None) -> bool:
-    """Return whether the table of a type of model comes from `register`."""
-    return model_type in _REGISTERED
 
 
 def type_of(model: nn.Module) -> Any:
@@ -256,11 +292,18 @@ def lookup(model_type: str | None) -> tuple[Stack, ...]:
     """
     if model_type in _REGISTERED:
         return _REGISTERED[model_type]
+    if reason := REFUSED.get(model_type or ""):
+        raise UnsupportedModelError(f"model_type {model_type!r} cannot be pruned: {reason}.")
     if model_type not in _MODULES:
         raise UnsupportedModelError(
             f"model_type {model_type!r} is not known; known: {', '.join(known_model_types())}. "
             "solpath.arch.register adds one."
         )
+    return _own(model_type)
+
+
+def _own(model_type: str) -> tuple[Stack, ...]:
+    """Return the table that solpath has of a type."""
     tables = import_module(f"solpath.arch.{_MODULES[model_type]}").TABLES
     stacks: tuple[Stack, ...] = tables[model_type]
     return stacks

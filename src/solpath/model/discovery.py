@@ -1,14 +1,14 @@
 """Find the pairs of a model: all inner dimensions that can be pruned."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
 from torch import nn
 
-from solpath.arch import UNSUITED, Attention, Mlp, Stack, is_registered, lookup, type_of
+from solpath.arch import UNSUITED, Attention, Mlp, Stack, is_foreign, lookup, type_of
 from solpath.errors import UnsupportedModelError
 from solpath.model.linear import linear_map
 from solpath.model.plain import check_forward, check_plain
@@ -27,6 +27,7 @@ class Site:
         qk: Its query-key pair, unless that stays whole.
         vo: Its value-output pair.
         plain: The query-key pair of the channels that are not rotated, where only some are.
+        keys: Channels of keys that stay whole and that generation caches, in all heads.
     """
 
     path: str
@@ -34,11 +35,33 @@ class Site:
     qk: Pair | None
     vo: Pair
     plain: Pair | None = None
+    keys: int = 0
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
         """Its pairs, in the order of `find_pairs`."""
         return tuple(pair for pair in (self.qk, self.plain, self.vo) if pair is not None)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a model, or one part of it that has a stack of its own.
+
+    Attributes:
+        path: Dotted path of the block in the model.
+        sites: Its attentions.
+        mlp: The pair of its MLP; None if it has experts alone.
+    """
+
+    path: str
+    sites: tuple[Site, ...]
+    mlp: Pair | None
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Its pairs, in the order of `find_pairs`."""
+        inside = tuple(pair for site in self.sites for pair in site.pairs)
+        return inside if self.mlp is None else (*inside, self.mlp)
 
 
 def find_pairs(model: nn.Module | Name) -> tuple[Pair, ...]:
@@ -50,6 +73,8 @@ def find_pairs(model: nn.Module | Name) -> tuple[Pair, ...]:
 
     Returns:
         For every block, the ``qk`` and ``vo`` pairs of its attentions, then its ``mlp`` pair.
+        Mixtures of experts have no pair: they stay whole, and their parameters do not count as
+        prunable. docs/your-model-and-data.md lists what else stays whole in which architecture.
 
     Raises:
         UnsupportedModelError: The type of model is unknown (the message lists the known ones), the
@@ -69,18 +94,20 @@ def find_pairs(model: nn.Module | Name) -> tuple[Pair, ...]:
 
 def survey(model: nn.Module) -> tuple[tuple[Pair, ...], tuple[Site, ...]]:
     """Return the pairs of a model, as `find_pairs` does, and its attentions, in one walk."""
-    found = _find(model)
-    return _pairs(found), tuple(part for part in found if isinstance(part, Site))
+    found = find_blocks(model)
+    return _pairs(found), tuple(site for block in found for site in block.sites)
 
 
-def _pairs(found: list[Site | Pair]) -> tuple[Pair, ...]:
-    return tuple(
-        pair for part in found for pair in (part.pairs if isinstance(part, Site) else (part,))
-    )
+def _pairs(found: Iterable[Block]) -> tuple[Pair, ...]:
+    return tuple(pair for block in found for pair in block.pairs)
 
 
-def _find(model: nn.Module) -> list[Site | Pair]:
-    """Return the attentions and the MLP pairs of a model, in the order of `find_pairs`."""
+def find_blocks(model: nn.Module) -> tuple[Block, ...]:
+    """Return the blocks of a model with their pairs, in the order of `find_pairs`.
+
+    Raises:
+        UnsupportedModelError: See `find_pairs`.
+    """
     plan = plan_of(model)
     if plan is not None:
         raise UnsupportedModelError(
@@ -92,11 +119,15 @@ def _find(model: nn.Module) -> list[Site | Pair]:
     stacks = lookup(type_of(model))
     base = getattr(model, "base_model", model)
     [prefix] = [name for name, module in model.named_modules() if module is base]
-    found: list[Site | Pair] = []
-    for stack in stacks:
-        for block in _blocks(model, ".".join(filter(None, (prefix, stack.blocks)))):
-            found += [_site(model, block, table) for table in stack.attentions]
-            found.append(_mlp(model, block, stack))
+    found = tuple(
+        Block(
+            path,
+            tuple(_site(model, path, table) for table in stack.attentions),
+            _mlp(model, path, stack),
+        )
+        for stack in stacks
+        for path in _blocks(model, ".".join(filter(None, (prefix, stack.blocks))))
+    )
     if not found:
         paths = ", ".join(stack.blocks for stack in stacks)
         raise UnsupportedModelError(f"{type(model).__name__} has no blocks at {paths}.")
@@ -141,7 +172,7 @@ def _site(model: nn.Module, block: str, table: Attention) -> Site:
     if table.kind not in ("", type(module).__name__):
         raise UnsupportedModelError(f"{path} is a {type(module).__name__}, not a {table.kind}.")
     if table.forward is not None:
-        check_forward(module, path, registered=is_registered(type_of(model)))
+        check_forward(module, path, registered=is_foreign(type_of(model)))
     _check_identity(model, path, table.identity)
     _check_unset(module, path, table.unset)
     heads = attrgetter(table.heads)(module)
@@ -204,15 +235,19 @@ def _site(model: nn.Module, block: str, table: Attention) -> Site:
         cost=_unit_cost(model, value, output),
         cache=int(table.cached),
     )
-    return Site(path, table, qk if table.qk else None, vo, plain if plain.width else None)
+    if not table.qk:
+        return Site(path, table, None, vo, keys=kv_heads * widths["key"] * table.cached)
+    return Site(path, table, qk, vo, plain if plain.width else None)
 
 
-def _mlp(model: nn.Module, block: str, stack: Stack) -> Pair:
+def _mlp(model: nn.Module, block: str, stack: Stack) -> Pair | None:
     def exists(mlp: Mlp) -> bool:
         return all(_has(model, f"{block}.{layer}") for layer in (*mlp.left, mlp.right))
 
     forms = [mlp for mlp in stack.mlps if exists(mlp)]
     forms = [mlp for mlp in forms if not any({*mlp.left} < {*other.left} for other in forms)]
+    if not forms and any(_has(model, f"{block}.{experts}") for experts in stack.experts):
+        return None
     if len(forms) != 1:
         names = " or ".join("+".join((*mlp.left, mlp.right)) for mlp in stack.mlps)
         raise UnsupportedModelError(f"{block} has {len(forms)} MLPs of the form {names}, not 1.")

@@ -15,15 +15,16 @@ class Hook(NamedTuple):
 
     Attributes:
         module: The module that calls the function.
-        when: ``"before"`` the module runs, as ``function(module, args)``; ``"after"`` it has run,
-            as ``function(module, args, output)``; or ``"query"``, as ``function(query)`` on the
-            projected query of an `nn.MultiheadAttention`.
+        when: ``"before"`` the module runs, as ``function(module, args)``; ``"call"`` likewise, as
+            ``function(module, args, kwargs)``; ``"after"`` it has run, as ``function(module, args,
+            output)``; or ``"query"``, as ``function(query)`` on the projected query of an
+            `nn.MultiheadAttention`.
         function: The function. Its result replaces the inputs, the output or the query. None leaves
             inputs and outputs untouched; on a query it is not allowed.
     """
 
     module: nn.Module
-    when: Literal["before", "after", "query"]
+    when: Literal["before", "call", "after", "query"]
     function: Callable[..., Any]
 
 
@@ -48,6 +49,8 @@ def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
         for module, when, function in hooks:
             if when == "before":
                 handles.append(module.register_forward_pre_hook(function))
+            elif when == "call":
+                handles.append(module.register_forward_pre_hook(function, with_kwargs=True))
             elif when == "after":
                 handles.append(module.register_forward_hook(function))
             else:

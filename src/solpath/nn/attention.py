@@ -252,6 +252,7 @@ def rotary(
     sliding_window: str = "",
     *,
     softcap: str = "",
+    sinks: str = "",
     project: Callable[..., tuple[Tensor, Tensor, Tensor]] = project_apart,
     rotates: Callable[[Any], bool] = always,
     table: int = 1,
@@ -269,6 +270,7 @@ def rotary(
         sliding_window: The attribute that holds the window; dots are allowed. Empty if there is
             none.
         softcap: The attribute that holds the bound of the logits; empty if there is none.
+        sinks: The attribute that holds one more logit per head; empty if there is none.
         project: The function of the module, the hidden states and the other arguments of `forward`
             that returns queries, keys and values.
         rotates: The function that tells whether a module rotates at all.
@@ -277,7 +279,7 @@ def rotary(
         upcast: Whether the stock module rotates in float32.
         output: The attribute that holds the output projection.
     """
-    extras = {"sliding_window": sliding_window, "softcap": softcap}
+    extras = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": sinks}
     getters = {name: _getter(path) for name, path in extras.items() if path}
 
     def forward(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from solpath.arch import is_foreign, type_of
 from solpath.data.preparation import Preparation, preparing
 from solpath.data.source import (
     BatchSource,
@@ -18,6 +19,7 @@ from solpath.data.source import (
 )
 from solpath.errors import NonFiniteLossError, UnsupportedModelError
 from solpath.model.basis import Basis, moment_hooks, obstacle, principal_basis, rotated
+from solpath.model.checking import check_once
 from solpath.model.counting import count_costs
 from solpath.model.linear import linear_map
 from solpath.model.masks import Masks, energy_hooks, mask_hooks, run_hooks
@@ -295,7 +297,8 @@ def probing(
         seed: Seeds the mask draws and all other noise.
 
     Raises:
-        UnsupportedModelError: The model is in half precision on a CPU.
+        UnsupportedModelError: The model is in half precision on a CPU, or its table was registered
+            and is wrong (see `check_table`).
         BatchError: There are no batches, or a single one in place of an iterable.
     """
     parameter = next(model.parameters())
@@ -307,9 +310,12 @@ def probing(
     with (
         preparing(model, parameter.device) as prepare,
         differentiating(model),
-        mask_hooks(model, pairs) as masks,
+        contextlib.ExitStack() as stack,
     ):
         source = BatchSource(batches, seed, prepare)
+        if is_foreign(type_of(model)):
+            check_once(model, slice_samples(source[0], 0, 2))
+        masks = stack.enter_context(mask_hooks(model, pairs))
         probe = Probe(model, pairs, source, prepare, masks, loss, seed)
         probe.measure_energy(_ENERGY_BATCHES)
         yield probe

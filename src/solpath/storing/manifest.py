@@ -27,6 +27,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 ATTENTION = ("sdpa", "eager")
 """The attention implementations that can be stored. Any other is stored as the first."""
+EXPERTS = ("grouped_mm", "batched_mm", "eager")
+"""The ways to run experts that can be stored. Any other is stored as the first."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FLOATS = {str(dtype).removeprefix("torch.") for dtype in DTYPES if dtype.is_floating_point}
 
@@ -48,8 +50,9 @@ def check_manifest(file: Path, head: Mapping[str, Any]) -> Plan:
             if not isinstance(head.get(name), kind):
                 raise FileError(f"{file}: {name} is missing or not a {kind.__name__}.")
     check_seal(file, head)
-    for name, allowed in (("dtype", _FLOATS), ("attention", ATTENTION)):
-        if head[name] not in allowed:
+    named = (("dtype", _FLOATS), ("attention", ATTENTION), ("experts", EXPERTS))
+    for name, allowed in named:
+        if name in head and head[name] not in allowed:
             raise FileError(f"{file}: {name} is {head[name]!r}, not one of {sorted(allowed)}.")
     for name, value in head["options"].items():
         if name not in CONSTRUCTOR_OPTIONS or not isinstance(value, bool):

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from solpath.arch import TIMM_WRAPPER, known_model_types, timm
-from solpath.arch.building import CONSTRUCTOR_OPTIONS, NOT_A_SIZE, without_weights
+from solpath.arch.building import (
+    CONSTRUCTOR_OPTIONS,
+    NOT_A_SIZE,
+    drop_data_,
+    without_weights,
+)
 from solpath.errors import SolpathError
 from solpath.model.discovery import find_pairs
 from solpath.model.extraction import extract
@@ -137,8 +142,10 @@ def build_skeleton(
             settings,
             dtype=getattr(torch, head["dtype"]),
             attn_implementation=head["attention"],
+            experts_implementation=head.get("experts", "eager"),
             **head["options"],
         )
+    drop_data_(dense)
     dense.tie_weights()
     for part, dtype in dtypes:  # building sets them to the dtype of the model
         part.dtype = dtype

@@ -27,6 +27,7 @@ from solpath.running.provenance import version_of
 from solpath.storing.manifest import (
     ATTENTION,
     CONFIG,
+    EXPERTS,
     FORMAT,
     FORMAT_VERSION,
     GENERATION,
@@ -164,6 +165,7 @@ class _Contents:
         if model.can_generate() and model.generation_config is not None:
             self.generation = json.loads(model.generation_config.to_json_string(use_diff=False))
         attention = config._attn_implementation
+        experts = getattr(config, "_experts_implementation", None) or "eager"
         self.head: dict[str, Any] = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -180,6 +182,8 @@ class _Contents:
             },
             "plan": plan.to_dict(),
         }
+        if experts != "eager":  # so is every model without experts
+            self.head["experts"] = experts if experts in EXPERTS else EXPERTS[0]
         model_class = resolve(name, config.model_type)
         if type(model) is not model_class:
             raise SolpathError(

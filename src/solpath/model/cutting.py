@@ -1,0 +1,82 @@
+"""Cut the linear layers of a model, or of a part of one, and let its attentions run with them."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from solpath.model.discovery import Site
+from solpath.model.linear import linear_map
+from solpath.model.slicing import cut_linear, resize_
+from solpath.nn.attention import slim_class
+from solpath.pair import Pair, Side
+from solpath.running.forward import device_of
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def cut_model(
+    model: Model,
+    pairs: Sequence[Pair],
+    sites: Iterable[Site],
+    kept: Mapping[str, Tensor],
+    gains: Mapping[str, Tensor],
+) -> Model:
+    """Return a copy of a model that keeps some units of its pairs.
+
+    Args:
+        model: The model, or any module that has the layers at their paths. It is left untouched.
+        pairs: Its pairs.
+        sites: Its attentions.
+        kept: Pair name to the kept units of every head, int64 ``[heads, r]``, ascending.
+        gains: See `Plan.gains`.
+    """
+    # deepcopy finds the cut parameters in `memo`, so a matrix that is cut is never copied whole.
+    cut = {pair.name for pair in pairs if kept[pair.name].shape[1] < pair.width}
+    layers = _sides_of_layers(pairs, cut)
+    memo: dict[int, Any] = {}
+    for path, sides in layers.items():
+        index = [pair.channel_index(side, kept[pair.name]) for pair, side in sides]
+        order = torch.cat(index).sort().values
+        memo |= cut_linear(linear_map(model, path), order, sides[0][1].axis)
+    result = copy.deepcopy(model, memo)
+    for path in layers:
+        resize_(result.get_submodule(path))
+    for site in sites:
+        if cut & {pair.name for pair in site.pairs}:
+            _slim_(result, site, kept, gains)
+    return result
+
+
+def _sides_of_layers(pairs: Sequence[Pair], cut: set[str]) -> dict[str, list[tuple[Pair, Side]]]:
+    """Return every layer that a cut pair touches, by path, with all pairs and sides in it."""
+    layers: dict[str, list[tuple[Pair, Side]]] = defaultdict(list)
+    for pair in pairs:
+        for side in pair.sides:
+            layers[side.module].append((pair, side))
+    return {
+        path: sides for path, sides in layers.items() if any(pair.name in cut for pair, _ in sides)
+    }
+
+
+def _slim_(
+    model: nn.Module, site: Site, kept: Mapping[str, Tensor], gains: Mapping[str, Tensor]
+) -> None:
+    """Give an attention whose projections were cut a `forward` that runs with their widths."""
+    if site.table.forward is None:
+        return
+    attention = model.get_submodule(site.path)
+    device = device_of(attention)
+    buffers: dict[str, Tensor] = {}
+    if site.qk and site.table.rotary:
+        buffers["couples"] = kept[site.qk.name]
+    if site.qk and site.qk.norms:
+        whole = torch.ones(site.qk.heads, site.qk.left[0].repeat, dtype=torch.float64)
+        buffers["gain"] = gains.get(site.qk.name, whole).flatten()
+    for name, value in buffers.items():
+        value = value if device.type == "meta" else value.to(device)
+        attention.register_buffer(name, value, persistent=False)
+    attention.__class__ = slim_class(type(attention), site.table.forward)
