@@ -200,6 +200,8 @@ def repeated(state, name):
         (lambda state: state.update(history=torch.zeros(3).double()), r"history|steps"),
         (lambda state: repeated(state, "history"), "36 steps are done in a search of 4"),
         (lambda state: state.update(mask=torch.zeros(3).double()), r"mask.*expected"),
+        (lambda state: state["history"].fill_(0), "a size beyond 0 and 1"),
+        (lambda state: state["history"][0].fill_(float("inf")), "a loss that is not finite"),
         (lambda state: state["mask"].fill_(7), "not between 0 and 1"),
         (lambda state: state["noise"].fill_(float("nan")), "not a number"),
         (lambda state: state.update(masks=state["masks"][:-1]), "masks"),

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from solpath.errors import ConfigError
-from solpath.model.discovery import survey
+from solpath.model.discovery import find_blocks
 from solpath.model.hooks import Hook, hooked
 from solpath.model.linear import linear_map
 from solpath.pair import Pair
@@ -66,7 +66,8 @@ def _macs(seen: Seen) -> tuple[int, Mapping[str, int]]:
 def _cache(seen: Seen) -> tuple[int, Mapping[str, int]]:
     """Count the bytes of the key-value cache per generated token, in the dtype of its layers."""
     unit = {p.name: p.cache * _element_size(seen.model, p) for p in seen.pairs}
-    sites = survey(seen.model)[1] if seen.pairs else ()
+    blocks = find_blocks(seen.model, checked=True) if seen.pairs else ()
+    sites = [site for block in blocks for site in block.sites]
     whole = sum(site.keys * _element_size(seen.model, site.vo) for site in sites)
     return whole + sum(pair.units * unit[pair.name] for pair in seen.pairs), unit
 

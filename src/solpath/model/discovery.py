@@ -102,8 +102,12 @@ def _pairs(found: Iterable[Block]) -> tuple[Pair, ...]:
     return tuple(pair for block in found for pair in block.pairs)
 
 
-def find_blocks(model: nn.Module) -> tuple[Block, ...]:
+def find_blocks(model: nn.Module, *, checked: bool = False) -> tuple[Block, ...]:
     """Return the blocks of a model with their pairs, in the order of `find_pairs`.
+
+    Args:
+        model: The dense model.
+        checked: Whether its layers were found to be plain before it was masked or hooked.
 
     Raises:
         UnsupportedModelError: See `find_pairs`.
@@ -122,7 +126,7 @@ def find_blocks(model: nn.Module) -> tuple[Block, ...]:
     found = tuple(
         Block(
             path,
-            tuple(_site(model, path, table) for table in stack.attentions),
+            tuple(_site(model, path, table, checked) for table in stack.attentions),
             _mlp(model, path, stack),
         )
         for stack in stacks
@@ -131,8 +135,9 @@ def find_blocks(model: nn.Module) -> tuple[Block, ...]:
     if not found:
         paths = ", ".join(stack.blocks for stack in stacks)
         raise UnsupportedModelError(f"{type(model).__name__} has no blocks at {paths}.")
-    check_plain(model, _pairs(found))
-    _check_not_shared(model, _pairs(found))
+    if not checked:
+        check_plain(model, _pairs(found))
+        _check_not_shared(model, _pairs(found))
     return found
 
 
@@ -163,7 +168,7 @@ def _has(model: nn.Module, path: str) -> bool:
     return True
 
 
-def _site(model: nn.Module, block: str, table: Attention) -> Site:
+def _site(model: nn.Module, block: str, table: Attention, checked: bool) -> Site:
     path = f"{block}.{table.module}"
     if not _has(model, path):
         kind = type(model.get_submodule(block)).__name__
@@ -171,7 +176,7 @@ def _site(model: nn.Module, block: str, table: Attention) -> Site:
     module: Any = model.get_submodule(path)
     if table.kind not in ("", type(module).__name__):
         raise UnsupportedModelError(f"{path} is a {type(module).__name__}, not a {table.kind}.")
-    if table.forward is not None:
+    if table.forward is not None and not checked:
         check_forward(module, path, registered=is_foreign(type_of(model)))
     _check_identity(model, path, table.identity)
     _check_unset(module, path, table.unset)

@@ -247,6 +247,9 @@ def _check(
     for name in {"mask", "masks"} & state.keys():
         if not ((state[name] >= 0) & (state[name] <= 1)).all():
             raise FileError(f"{file}: {name} is not between 0 and 1.")
+    loss, size = state["history"]
+    if not (loss.isfinite() & (size > 0) & (size <= 1)).all():
+        raise FileError(f"{file}: history has a loss that is not finite, or a size beyond 0 and 1.")
     if not pairs:
         raise FileError(f"{file}: no pair is reached.")
     basis = _basis_of(state)
