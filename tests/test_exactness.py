@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import solpath
 from conftest import CASES, batches, build, inputs
 from plans import plan_of, random_plan
+from solpath.errors import UnsupportedModelError
 from solpath.model.counting import count_costs
 from solpath.model.discovery import find_pairs
 from solpath.model.fingerprint import fingerprint
@@ -197,3 +199,16 @@ def test_family_from_a_real_search_is_nested_and_exact(model):
                 for row, wide in zip(kept.tolist(), larger.kept[name].tolist(), strict=True):
                     assert set(row) <= set(wide)
         larger = plan
+
+
+def test_a_forward_that_was_set_on_a_module_is_refused():
+    """It would run in place of the new one: four heads of 4 look like two of 8."""
+    model = build("llama")
+    plan = random_plan(model, (0.5,))
+    for module in list(model.modules()):
+        add_hook_to_module(module, ModelHook())
+    with pytest.raises(UnsupportedModelError, match=r"q_proj has a `forward` .*accelerate"):
+        solpath.extract(model, plan)
+    remove_hook_from_submodules(model)
+    masked, small = both(model, plan, inputs(model))
+    assert (masked - small).abs().max() <= 1e-5 * masked.abs().max()

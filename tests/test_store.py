@@ -102,6 +102,15 @@ def test_attention_implementation_is_kept(attention, tmp_path):
     assert_same(small, solpath.load(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+def test_the_way_that_experts_run_is_kept(experts, tmp_path):
+    small = shrink(build("mixtral", experts_implementation=experts))
+    solpath.save(small, tmp_path / "out")
+    loaded = solpath.load(tmp_path / "out")
+    assert_same(small, loaded)
+    assert loaded.config._experts_implementation == experts
+
+
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
     small = shrink(build("llama", tie_word_embeddings=True))
     assert small.lm_head.weight is small.model.embed_tokens.weight
@@ -445,6 +454,8 @@ def test_random_forgery_is_never_another_error(saved, data):
         ("dtype", "int8"),
         ("dtype", "save"),
         ("attention", "someone/kernel"),
+        ("experts", "someone/kernel"),
+        ("experts", ["eager"]),
         ("options", {"add_pooling_layer": 1}),
         ("options", {"config": True}),
         ("digests", {}),

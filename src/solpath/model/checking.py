@@ -57,7 +57,8 @@ def check_table(model: nn.Module, batch: Batch) -> None:
     Example:
         >>> solpath.check_table(model, batch)
     """
-    _check(model, find_blocks(model), batch)
+    blocks = find_blocks(model)
+    _compare_all(model, blocks, _calls(model, blocks, batch))
 
 
 def check_once(model: nn.Module, batch: Batch) -> None:
@@ -71,7 +72,7 @@ def check_once(model: nn.Module, batch: Batch) -> None:
         UnsupportedModelError: See `check_table`.
     """
     if blocks := _unchecked(model):
-        _check(model, blocks, batch)
+        _compare_all(model, blocks, _calls(model, blocks, batch))
 
 
 def check_for_plan(model: nn.Module, plan: Plan) -> None:
@@ -91,18 +92,20 @@ def check_for_plan(model: nn.Module, plan: Plan) -> None:
     blocks = [block for block in _unchecked(model) if cut & {pair.name for pair in block.pairs}]
     if not blocks:
         return
-    reason = "no input could be made up"
+    reasons = []
     for batch in _samples(model):
         try:
-            _check(model, blocks, batch)
+            calls = _calls(model, blocks, batch)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            reason = f"{reason} ({type(error).__name__}: {error})"
+            reasons.append(f"{'+'.join(batch)}: {error}")
+            continue
+        _compare_all(model, blocks, calls)
         if not (blocks := [block for block in blocks if _key(model, block) not in _CHECKED]):
             return
     raise UnsupportedModelError(
         f"the table of model_type {type_of(model)!r} was registered, and {blocks[0].path} could "
-        f"not be checked: {reason} that reaches it. Call solpath.check_table(model, batch) once, "
-        "with a batch of yours."
+        f"not be checked: no input that was made up reaches it ({'; '.join(reasons) or 'none ran'}"
+        "). Call solpath.check_table(model, batch) once, with a batch of yours."
     )
 
 
@@ -132,8 +135,13 @@ def _plain(module: nn.Module) -> dict[str, str]:
     } | {name: str(tuple(p.shape)) for name, p in module.named_parameters(recurse=False)}
 
 
-def _check(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> None:
-    kinds = {_key(model, block): block for block in reversed(blocks)}
+def _kinds(model: nn.Module, blocks: Sequence[Block]) -> dict[tuple[Any, ...], Block]:
+    """Return the first block of every kind."""
+    return {_key(model, block): block for block in reversed(blocks)}
+
+
+def _calls(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> dict[str, _Call]:
+    """Return what the first block of every kind is called with, by its path."""
     calls: dict[str, _Call] = {}
 
     def remember(path: str) -> Any:
@@ -142,14 +150,16 @@ def _check(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> None:
 
         return hook
 
-    watched = [
-        Hook(model.get_submodule(block.path), "call", remember(block.path))
-        for block in kinds.values()
-    ]
+    paths = [block.path for block in _kinds(model, blocks).values()]
+    watched = [Hook(model.get_submodule(path), "call", remember(path)) for path in paths]
+    with inferring(model), hooked(watched):
+        run(model, batch, labels=False)
+    return calls
+
+
+def _compare_all(model: nn.Module, blocks: Sequence[Block], calls: Mapping[str, _Call]) -> None:
     with inferring(model):
-        with hooked(watched):
-            run(model, batch, labels=False)
-        for key, block in kinds.items():
+        for key, block in _kinds(model, blocks).items():
             if block.path in calls:
                 _compare(model, block, calls[block.path])
                 _CHECKED.add(key)
