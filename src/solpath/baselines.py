@@ -16,6 +16,8 @@ from solpath.pair import Fingerprint, Pair
 from solpath.planning.path import SolutionPath, unflatten
 from solpath.planning.removal import groups_by_rank, removal_order
 from solpath.pretrained import Name, for_batches
+from solpath.running.claims import claimed
+from solpath.running.modes import contained
 from solpath.searching.dynamics import sparse_copy
 from solpath.searching.engine import Engine, open_engine
 from solpath.searching.signal import keep_pairs, keep_reached
@@ -23,6 +25,7 @@ from solpath.searching.signal import keep_pairs, keep_reached
 _REACH_BATCHES = 4  # of methods that look at no gradient of the dense model
 
 
+@contained
 def random(
     model: nn.Module | Name, batches: Iterable[Any], *, seed: int = 0, loss: Loss | None = None
 ) -> SolutionPath:
@@ -49,6 +52,7 @@ def random(
         return _path(engine, identity, "random", score, {"seed": seed})
 
 
+@contained
 def magnitude(
     model: nn.Module | Name, batches: Iterable[Any], *, seed: int = 0, loss: Loss | None = None
 ) -> SolutionPath:
@@ -81,6 +85,7 @@ def magnitude(
         return _path(engine, identity, "magnitude", torch.cat(parts), {"seed": seed})
 
 
+@contained
 def taylor(
     model: nn.Module | Name,
     batches: Iterable[Any],
@@ -117,6 +122,7 @@ def taylor(
         return _path(engine, identity, "taylor", score, config)
 
 
+@contained
 def gauss_newton(
     model: nn.Module | Name,
     batches: Iterable[Any],
@@ -151,6 +157,7 @@ def gauss_newton(
         return _path(engine, identity, "gauss_newton", score, config)
 
 
+@contained
 def iterative(
     model: nn.Module | Name,
     batches: Iterable[Any],
@@ -217,6 +224,7 @@ def iterative(
         return _path(engine, identity, name, score, config)
 
 
+@contained
 def iterative_curvature(
     model: nn.Module | Name,
     batches: Iterable[Any],
@@ -252,6 +260,7 @@ def iterative_curvature(
     )
 
 
+@contained
 def released(
     model: nn.Module | Name,
     batches: Iterable[Any],
@@ -321,9 +330,10 @@ def _opened(
 ) -> Iterator[tuple[Engine, Fingerprint]]:
     """Yield an engine for `model`, loaded if it is a name, and the fingerprint of the model."""
     model, batches = for_batches(model, batches)
-    identity = fingerprint(model, find_pairs(model))
-    with open_engine(model, batches, loss=loss, seed=seed) as engine:
-        yield engine, identity
+    with claimed(model, doing="searched"):
+        identity = fingerprint(model, find_pairs(model))
+        with open_engine(model, batches, loss=loss, seed=seed) as engine:
+            yield engine, identity
 
 
 def _path(

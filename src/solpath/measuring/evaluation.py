@@ -15,8 +15,9 @@ from solpath.measuring.metrics import compare, relative_to_spread
 from solpath.objective import Loss, kind_of
 from solpath.planning.cost import Achieved
 from solpath.planning.plan import plan_of
+from solpath.running.claims import claimed
 from solpath.running.forward import attended, device_of, forward, output_mask, output_tensor, run
-from solpath.running.modes import inferring
+from solpath.running.modes import contained, inferring
 from solpath.running.provenance import provenance
 
 
@@ -46,6 +47,7 @@ class Result:
         return f"Result({metrics}, {self.samples:,} samples{size})"
 
 
+@contained
 def evaluate(
     model: nn.Module,
     reference: nn.Module | Sequence[Tensor],
@@ -87,6 +89,8 @@ def evaluate(
     Raises:
         BatchError: There are no batches, a batch is on another device than `model`, or an output is
             not finite or does not fit the reference.
+        ModelInUseError: A model is searched, `reference` is masked, or another thread works on one
+            of them.
 
     Example:
         >>> result = solpath.evaluate(small, model, batches)
@@ -102,7 +106,11 @@ def evaluate(
     samples = 0
     values: list[tuple[Tensor, Tensor]] = []  # of a regression, whose spread is that of all
     dense = reference if isinstance(reference, nn.Module) else None
-    with inferring(*filter(None, (model, dense))):
+    with (
+        claimed(*filter(None, [dense]), doing="compared with", admits="anything"),
+        claimed(model, doing="evaluated", admits="anything", runs=True),
+        inferring(*filter(None, (model, dense))),
+    ):
         for i, (batch, target) in enumerate(_with_targets(reference, batches, loss)):
             check_device(batch, device)
             samples += batch_size(batch)
@@ -141,6 +149,7 @@ def evaluate(
     )
 
 
+@contained
 def reference_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
     """Return the outputs of the dense model, one tensor on the CPU per batch, for `evaluate`.
 
@@ -153,6 +162,7 @@ def reference_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
 
     Raises:
         BatchError: There are no batches, or a single one in place of several.
+        ModelInUseError: The model is searched, or another thread works on it.
 
     Example:
         >>> targets = reference_outputs(model, batches)
@@ -161,7 +171,7 @@ def reference_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
         96
     """
     check_batches(batches)
-    with inferring(model):
+    with claimed(model, doing="run", admits="anything", runs=True), inferring(model):
         outputs = [forward(model, batch).cpu() for batch in batches]
     if not outputs:
         raise BatchError("batches is empty; give at least one held-out batch.")

@@ -16,7 +16,9 @@ from solpath.nn.attention import slim_class
 from solpath.pair import Pair, Side
 from solpath.planning.plan import EXTRACTED, Plan, plan_of
 from solpath.pretrained import Name, as_model
+from solpath.running.claims import claimed
 from solpath.running.forward import device_of
+from solpath.running.modes import contained
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,6 +31,7 @@ def extract(model: Model, plan: Plan, *, check: bool = True) -> Model: ...
 def extract(model: Name, plan: Plan, *, check: bool = True) -> nn.Module: ...
 
 
+@contained
 def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Module:
     """Return a copy of `model` that keeps only the units of `plan`.
 
@@ -52,6 +55,7 @@ def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Mo
         FileError: A folder or id was given and cannot be read; see `from_pretrained`.
         ConfigError: The model needs timm, which is not installed, or asks timm for more than a
             model; see `from_pretrained`.
+        ModelInUseError: The model is masked or searched, or another thread works on it.
 
     Example:
         >>> small = solpath.extract(model, path.plan(sparsity=0.5))
@@ -61,6 +65,11 @@ def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Mo
         True
     """
     model = as_model(model)
+    with claimed(model, doing="cut"):
+        return _extract(model, plan, check)
+
+
+def _extract(model: Model, plan: Plan, check: bool) -> Model:
     pairs, sites = survey(model)
     if check:
         check_fingerprint(plan.fingerprint, model, pairs)

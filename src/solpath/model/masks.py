@@ -13,6 +13,7 @@ from solpath.model.basis import rotated
 from solpath.model.hooks import Hook, hooked
 from solpath.pair import Norm, Pair
 from solpath.planning.plan import Plan, norm_gain
+from solpath.running.claims import claimed
 from solpath.running.forward import Batch, activation_mask, device_of
 
 
@@ -75,6 +76,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     Args:
         model: The dense model that the plan was made for. Only its class is checked, not its
             weights. It gets its own parameters back, and loses the hooks, when the block ends.
+            Until then it can be run and evaluated, but not searched, masked, cut or measured.
         plan: From `SolutionPath.plan`.
 
     Yields:
@@ -83,6 +85,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     Raises:
         FingerprintError: The plan is for a model of another class, or it was read from a saved
             model and lacks the basis of a pair that it cuts.
+        ModelInUseError: The model is masked or searched already, or another thread works on it.
 
     Example:
         >>> with solpath.masked(model, path.plan(sparsity=0.5)):
@@ -96,7 +99,11 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
             f"not {plan.fingerprint.architecture}."
         )
     device = device_of(model)
-    with rotated(model, plan.pairs, plan.rotations()), mask_hooks(model, plan.pairs) as masks:
+    with (
+        claimed(model, doing="masked", admits="runs"),
+        rotated(model, plan.pairs, plan.rotations()),
+        mask_hooks(model, plan.pairs) as masks,
+    ):
         masks.units.update({name: mask.to(device) for name, mask in plan.masks().items()})
         masks.gains.update({name: gain.to(device) for name, gain in plan.gains.items()})
         yield model

@@ -3,7 +3,6 @@
 import operator
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
 from functools import partial, reduce
 from itertools import zip_longest
 from typing import Any, TypeVar, overload
@@ -21,8 +20,9 @@ from solpath.pair import Pair
 from solpath.planning.plan import plan_of
 from solpath.refining.layerwise import LayerCall, Stream, layers_run, lockstep, residual_streams
 from solpath.refining.least_squares import Moments
+from solpath.running.claims import claimed
 from solpath.running.forward import Batch, activation_mask, device_of, run
-from solpath.running.modes import inferring
+from solpath.running.modes import contained, inferring, undoing
 from solpath.running.progress import progress_bar
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,6 +58,7 @@ def compensate(
 ) -> list[Model]: ...
 
 
+@contained
 def compensate(
     small: Model | Sequence[Model],
     dense: nn.Module,
@@ -101,6 +102,7 @@ def compensate(
         ConfigError: `ridge` is not positive.
         BatchError: There are fewer than four batches, a batch is on another device, or two batches
             run layers in different orders.
+        ModelInUseError: A model is masked or searched, or another thread works on it.
 
     Example:
         >>> refitted = solpath.compensate(small, model, batches, progress=False)
@@ -121,20 +123,32 @@ def compensate(
     for device in {device_of(model) for model in given}:
         for batch in batches:
             check_device(batch, device)
+    with claimed(*given, doing="compensated"):
+        results = _compensate(models, dense, pairs[0], batches, ridge, loss, progress)
+    return results[0] if isinstance(small, nn.Module) else results
 
+
+def _compensate(
+    models: Sequence[Model],
+    dense: nn.Module,
+    pairs: Sequence[Pair],
+    batches: Sequence[Batch],
+    ridge: float,
+    loss: Loss | None,
+    progress: bool,
+) -> list[Model]:
+    """Return what `compensate` does, for several models that were checked."""
     refitted = [copy_extracted(model) for model in models]
-    everyone: list[nn.Module] = [*given, *refitted]
-    with inferring(*everyone):
-        _refit_(refitted, dense, pairs[0], batches, ridge, progress)
+    with inferring(dense, *models, *refitted):
+        _refit_(refitted, dense, pairs, batches, ridge, progress)
         held = batches[_CHECKED - 1 :: _CHECKED]
         errors = _losses(dense, (*models, *refitted), held, loss)
-    results = [
+    return [
         after if better < worse else copy_extracted(before)
         for before, after, worse, better in zip(
             models, refitted, errors[: len(models)], errors[len(models) :], strict=True
         )
     ]
-    return results[0] if isinstance(small, nn.Module) else results
 
 
 def _pairs_of(model: nn.Module) -> Sequence[Pair]:
@@ -162,14 +176,19 @@ def _refit_(
     common = set.intersection(*map(set, runs))  # a fused attention does not call its layers
     layers = [name for name in runs[-1] if name in common]
     streams = residual_streams(dense, sorted(last), sample)
-    with ExitStack() as stack:
-        report = stack.enter_context(progress_bar("compensate", "", len(layers), 0, show=progress))
-        wanted = lockstep(dense, batches, layers, streams, after=last)
-        targets = _DenseTargets(stack.enter_context(closing(wanted)), len(models))
-        refits = []
-        for model in models:
-            given = stack.enter_context(closing(lockstep(model, batches, layers, streams)))
-            refits.append(_refit_layers_(model, given, targets, batches, streams, last, ridge))
+    wanted = lockstep(dense, batches, layers, streams, after=last)
+    given = [lockstep(model, batches, layers, streams) for model in models]
+
+    def close() -> None:
+        for calls in (wanted, *given):
+            calls.close()
+
+    with undoing(close), progress_bar("compensate", "", len(layers), 0, show=progress) as report:
+        targets = _DenseTargets(wanted, len(models))
+        refits = [
+            _refit_layers_(model, calls, targets, batches, streams, last, ridge)
+            for model, calls in zip(models, given, strict=True)
+        ]
         for _ in zip_longest(*refits):
             report()
 

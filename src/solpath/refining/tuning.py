@@ -22,7 +22,8 @@ from solpath.refining.distillation import Distillation
 from solpath.refining.distributed import accelerating
 from solpath.refining.training import Training, train_
 from solpath.running.checkpoint import read_checkpoint
-from solpath.running.modes import evaluating, keeping_random_state
+from solpath.running.claims import claimed
+from solpath.running.modes import contained, evaluating, gradients, keeping_random_state
 from solpath.running.progress import progress_bar
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -32,6 +33,7 @@ _FIGURES = (
 )
 
 
+@contained
 def tune(
     small: Model,
     dense: nn.Module,
@@ -89,6 +91,7 @@ def tune(
             precision.
         NonFiniteLossError: The loss became NaN or infinite. The last checkpoint is kept.
         FingerprintError: The checkpoint belongs to other models or other settings.
+        ModelInUseError: A model is masked or searched, or another thread works on it.
 
     Example:
         >>> config = solpath.TuneConfig(steps=2, learning_rate=1e-4)
@@ -100,6 +103,24 @@ def tune(
     config = config or TuneConfig()
     device = _check_model(small, config)
     file = None if checkpoint is None else Path(checkpoint) / "tune.safetensors"
+    with claimed(small, dense, doing="tuned"):
+        return _tune(
+            small, dense, batches, config, heldout, loss, file, checkpoint_every, progress, device
+        )
+
+
+def _tune(
+    small: Model,
+    dense: nn.Module,
+    batches: Iterable[Any],
+    config: TuneConfig,
+    heldout: Iterable[Any] | None,
+    loss: Loss | None,
+    file: Path | None,
+    checkpoint_every: int,
+    progress: bool,
+    device: torch.device,
+) -> Model:
     header: dict[str, Any] = {"kind": "TuneConfig", "version": 2, "config": config.to_dict()}
     header["fingerprint"] = {}
     if loss is not None:
@@ -111,7 +132,7 @@ def tune(
     with (
         accelerating(device, config.mixed_precision) as accelerator,
         keeping_random_state(small),
-        torch.enable_grad(),
+        gradients(True),
         evaluating(dense),
     ):
         torch.manual_seed(derive_seed(config.seed, "tune"))

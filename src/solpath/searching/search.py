@@ -18,6 +18,8 @@ from solpath.pair import Pair
 from solpath.planning.path import SolutionPath, unflatten
 from solpath.pretrained import Name, for_batches
 from solpath.running.checkpoint import State, read_checkpoint, resume_hint, write_checkpoint
+from solpath.running.claims import claimed
+from solpath.running.modes import contained
 from solpath.running.processes import process
 from solpath.running.progress import Report, progress_bar
 from solpath.searching.engine import Engine, open_engine
@@ -74,6 +76,7 @@ class Method(Protocol):
         """
 
 
+@contained
 def search(
     model: nn.Module | Name,
     batches: Iterable[Any],
@@ -121,6 +124,7 @@ def search(
         BatchError: There are no batches, or one is empty, on another device, or of a wrong type.
         NonFiniteLossError: The loss is NaN or infinite. The last checkpoint is kept.
         FingerprintError: The checkpoint belongs to another model or to other settings.
+        ModelInUseError: The model is masked, or another thread works on it.
 
     Example:
         >>> path = solpath.search(model, batches, solpath.SearchConfig(steps=4), progress=False)
@@ -132,6 +136,19 @@ def search(
     check_count("checkpoint_every", checkpoint_every, 1)
     model, batches = for_batches(model, batches)
     config = config or SearchConfig()
+    with claimed(model, doing="searched"):
+        return _search(model, batches, config, loss, checkpoint, checkpoint_every, progress)
+
+
+def _search(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: SearchConfig | InclusionConfig,
+    loss: Loss | None,
+    checkpoint: str | os.PathLike[str] | None,
+    checkpoint_every: int,
+    progress: bool,
+) -> SolutionPath:
     identity = fingerprint(model, find_pairs(model))
     file = None if checkpoint is None else Path(checkpoint) / "search.safetensors"
     header = {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from solpath.errors import FileError
 from solpath.reading import check_digest, check_header, digests, file_in, read_data, read_json
+from solpath.running.modes import contained
 from solpath.storing.manifest import CONFIG, GENERATION, HEADER, INDEX, check_manifest, read_headers
 from solpath.storing.skeleton import assign_, build_skeleton, check_sizes, expect_buffers, resolve
 
@@ -29,6 +30,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 Result = TypeVar("Result")
 
 
+@contained
 def load(
     path: str | os.PathLike[str],
     *,

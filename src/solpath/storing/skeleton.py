@@ -16,6 +16,7 @@ from solpath.model.discovery import find_pairs
 from solpath.model.extraction import extract
 from solpath.planning.plan import EXTRACTED, Plan
 from solpath.reading import Expected, Header, dtype_name
+from solpath.running.modes import entered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,7 +115,7 @@ def build_skeleton(
     settings = model_class.config_class.from_dict(copy.deepcopy(dict(config)))
     parts = [settings, *(getattr(settings, name) for name in settings.sub_configs)]
     dtypes = [(part, part.dtype) for part in parts if part is not None]
-    with torch.device("meta"), no_init_weights():
+    with entered(torch.device("meta"), no_init_weights()):
         dense = model_class._from_config(
             settings,
             dtype=getattr(torch, head["dtype"]),

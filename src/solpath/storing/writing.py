@@ -23,6 +23,7 @@ from solpath.errors import ConfigError, FileError, SolpathError
 from solpath.files import check_output, json_bytes, new_folder, sync
 from solpath.planning.plan import Plan, plan_of
 from solpath.reading import digests, dtype_name
+from solpath.running.modes import contained
 from solpath.running.provenance import version_of
 from solpath.storing.manifest import (
     ATTENTION,
@@ -52,6 +53,7 @@ class Tokenizer(Protocol):
         """Write the files into the folder."""
 
 
+@contained
 def save(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -88,6 +90,7 @@ def save(
         _write(contents, temporary, tokenizer, max_shard_size)
 
 
+@contained
 def push_to_hub(
     model: nn.Module,
     repo_id: str,
