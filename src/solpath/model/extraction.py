@@ -7,12 +7,13 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from solpath.arch import type_of
 from solpath.model.basis import rotated
 from solpath.model.discovery import Site, survey
 from solpath.model.fingerprint import check_fingerprint
 from solpath.model.linear import linear_map
+from solpath.model.pickling import slimmed
 from solpath.model.slicing import cut_linear, resize_
-from solpath.nn.attention import slim_class
 from solpath.pair import Pair, Side
 from solpath.planning.plan import EXTRACTED, Plan, plan_of
 from solpath.pretrained import Name, as_model
@@ -37,7 +38,8 @@ def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Mo
 
     The copy is used like the original: it has the same forward signature, kinds of outputs,
     `config` and names in its `state_dict`. Layers that keep every unit are copied bit for bit. Its
-    attribute ``solpath_plan`` is the plan. `model` is left untouched.
+    attribute ``solpath_plan`` is the plan, and its ``save_pretrained`` does what `save` does.
+    `model` is left untouched.
 
     Args:
         model: The dense model that the plan was made for, or its folder or hub id, which is loaded
@@ -125,4 +127,4 @@ def _slim_(model: nn.Module, site: Site, plan: Plan) -> None:
     for name, value in buffers.items():
         value = value if device.type == "meta" else value.to(device)
         attention.register_buffer(name, value, persistent=False)
-    attention.__class__ = slim_class(type(attention), site.table.forward)
+    attention.__class__ = slimmed(type(attention), type_of(model), site.table)

@@ -62,7 +62,7 @@ def hook_query_(module: nn.Module, hook: Callable[[Tensor], Tensor]) -> None:
         hook: The function, from queries to queries, ``[batch, queries, heads * qk]``.
     """
     vars(module)["on_query"] = hook
-    slim: Any = slim_class(type(module), pooling_forward)
+    slim: Any = slim_class(type(module), pooling_forward)  # type: ignore[arg-type]
     module.__class__ = slim
 
 
