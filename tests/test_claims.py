@@ -8,7 +8,7 @@ import torch
 import solpath
 from conftest import batches, build, inputs
 from plans import random_plan
-from solpath.errors import ModelInUseError
+from solpath.errors import ModelInUseError, UnsupportedModelError
 from solpath.measuring.evaluation import reference_outputs
 from solpath.running.claims import _claims, claimed
 
@@ -63,6 +63,15 @@ def test_a_part_of_a_masked_model_is_masked_too(plan):
     inner = random_plan(dense.roberta, [0.5])
     with solpath.masked(dense, plan), pytest.raises(ModelInUseError, match="cannot be cut"):
         solpath.extract(dense.roberta, inner)
+
+
+def test_an_extracted_model_is_not_masked(dense, plan):
+    small = solpath.extract(dense, plan)
+    with (
+        pytest.raises(UnsupportedModelError, match="mask the dense model"),
+        solpath.masked(small, plan),
+    ):
+        pass
 
 
 def test_a_masked_model_is_evaluated_by_what_it_gives(dense, plan):

@@ -15,6 +15,7 @@ from solpath.measuring.metrics import compare, relative_to_spread
 from solpath.objective import Loss, kind_of
 from solpath.planning.cost import Achieved
 from solpath.planning.plan import plan_of
+from solpath.pretrained import unwrapped
 from solpath.running.claims import claimed
 from solpath.running.forward import attended, device_of, forward, output_mask, output_tensor, run
 from solpath.running.modes import contained, inferring
@@ -100,6 +101,9 @@ def evaluate(
         0.0
     """
     check_batches(batches)
+    model = unwrapped(model, adapters=True)
+    if not isinstance(reference, Sequence):
+        reference = unwrapped(reference, adapters=True)
     device = device_of(model)
     totals: dict[str, float] = defaultdict(float)
     own: dict[str, float] = defaultdict(float)
@@ -171,6 +175,7 @@ def reference_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
         96
     """
     check_batches(batches)
+    model = unwrapped(model, adapters=True)
     with claimed(model, doing="run", admits="anything", runs=True), inferring(model):
         outputs = [forward(model, batch).cpu() for batch in batches]
     if not outputs:

@@ -25,6 +25,7 @@ from solpath.pair import Fingerprint, Pair
 from solpath.planning.latency_table import BlockLatency, LatencyTable, pair_shapes
 from solpath.planning.path import SolutionPath
 from solpath.planning.plan import Plan
+from solpath.pretrained import unwrapped
 from solpath.running.claims import claimed
 from solpath.running.forward import device_of, run
 from solpath.running.modes import contained, inferring
@@ -72,6 +73,7 @@ def measure_latency(model: nn.Module, batch: Any, *, repeats: int = 7) -> Latenc
         [2, 2]
     """
     check_count("repeats", repeats, 1)
+    model = unwrapped(model)
     batch_size(batch)
     check_device(batch, device_of(model))
     pairs, sites = survey(model)
@@ -163,6 +165,7 @@ def plan_for_latency(
     """
     if not 0 < tolerance < 1:
         raise ConfigError(f"tolerance must be in (0, 1), got {tolerance!r}.")
+    model = unwrapped(model)
     if latency is not None:
         _check_conditions(latency, _conditions(model, batch))
     options: dict[str, Any] = {"multiple_of": multiple_of, "min_width": min_width}

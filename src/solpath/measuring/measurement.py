@@ -15,6 +15,7 @@ from solpath.data.source import batch_size, check_device
 from solpath.errors import ConfigError
 from solpath.measuring.memory import bytes_on_disk, peak_memory, resident_bytes
 from solpath.model.counting import count_macs
+from solpath.pretrained import check_takes_batches
 from solpath.running.claims import claimed
 from solpath.running.forward import device_of, run
 from solpath.running.modes import contained, inferring, undoing
@@ -88,6 +89,7 @@ def measure(
     check_count("repeats", repeats, 1)
     samples = batch_size(batch)
     for model in models.values():
+        check_takes_batches(model)
         check_device(batch, device_of(model))
     with (
         claimed(*models.values(), doing="measured", admits="anything"),

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from solpath.errors import BatchError, FingerprintError
+from solpath.errors import BatchError, FingerprintError, UnsupportedModelError
 from solpath.model.basis import rotated
 from solpath.model.hooks import Hook, hooked
 from solpath.pair import Norm, Pair
-from solpath.planning.plan import Plan, norm_gain
+from solpath.planning.plan import Plan, norm_gain, plan_of
+from solpath.pretrained import unwrapped
 from solpath.running.claims import claimed
 from solpath.running.forward import Batch, activation_mask, device_of
 
@@ -85,6 +86,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     Raises:
         FingerprintError: The plan is for a model of another class, or it was read from a saved
             model and lacks the basis of a pair that it cuts.
+        UnsupportedModelError: The model was extracted.
         ModelInUseError: The model is masked or searched already, or another thread works on it.
 
     Example:
@@ -93,6 +95,11 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
         >>> torch.allclose(outputs.logits, small(**batch).logits, atol=1e-5)
         True
     """
+    given, model = model, unwrapped(model)
+    if plan_of(model) is not None:
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} was already extracted; mask the dense model."
+        )
     if type(model).__name__ != plan.fingerprint.architecture:
         raise FingerprintError(
             f"the plan is for another model: the class is {type(model).__name__}, "
@@ -106,7 +113,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     ):
         masks.units.update({name: mask.to(device) for name, mask in plan.masks().items()})
         masks.gains.update({name: gain.to(device) for name, gain in plan.gains.items()})
-        yield model
+        yield given
 
 
 def _on_output(masks: Masks, pair: Pair) -> Any:

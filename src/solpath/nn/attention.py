@@ -446,7 +446,7 @@ def slim_class(
         return forward(self, *args, **kwargs)
 
     def reduce(self: Any, protocol: int) -> tuple[Any, ...]:
-        return (*(maker or ()), vars(self))
+        return (*(maker or ()), *object.__reduce_ex__(self, protocol)[2:])
 
     added = {"forward": call} | ({"__reduce_ex__": reduce} if maker else {})
     return type(f"Slim{stock.__name__}", (stock,), added)

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from itertools import zip_longest
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from solpath.model.linear import LinearMap, linear_map
 from solpath.objective import Loss, Objective
 from solpath.pair import Pair
 from solpath.planning.plan import plan_of
+from solpath.pretrained import unwrapped
 from solpath.refining.layerwise import LayerCall, Stream, layers_run, lockstep, residual_streams
 from solpath.refining.least_squares import Moments
 from solpath.running.claims import claimed
@@ -109,10 +110,12 @@ def compensate(
         >>> refitted.solpath_plan is small.solpath_plan
         True
     """
-    models = [small] if isinstance(small, nn.Module) else list(small)
+    models = list(small) if isinstance(small, Sequence) else [small]
+    models = [cast("Model", unwrapped(model)) for model in models]
     if not models:
         return []
     pairs = [_pairs_of(model) for model in models]
+    dense = unwrapped(dense)
     if not ridge > 0:
         raise ConfigError(f"ridge must be positive, got {ridge!r}.")
     check_batches(batches)
@@ -125,7 +128,7 @@ def compensate(
             check_device(batch, device)
     with claimed(*given, doing="compensated"):
         results = _compensate(models, dense, pairs[0], batches, ridge, loss, progress)
-    return results[0] if isinstance(small, nn.Module) else results
+    return results if isinstance(small, Sequence) else results[0]
 
 
 def _compensate(

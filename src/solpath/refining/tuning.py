@@ -5,7 +5,7 @@ import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from solpath.errors import BatchError, UnsupportedModelError
 from solpath.model.extraction import copy_extracted
 from solpath.model.fingerprint import weights_digest
 from solpath.objective import Loss
+from solpath.pretrained import unwrapped
 from solpath.refining.adapters import add_adapters_, merge_adapters_
 from solpath.refining.distillation import Distillation
 from solpath.refining.distributed import accelerating
@@ -101,6 +102,7 @@ def tune(
     """
     check_count("checkpoint_every", checkpoint_every, 1)
     config = config or TuneConfig()
+    small, dense = cast("Model", unwrapped(small, adapters=True)), unwrapped(dense, adapters=True)
     device = _check_model(small, config)
     file = None if checkpoint is None else Path(checkpoint) / "tune.safetensors"
     with claimed(small, dense, doing="tuned"):

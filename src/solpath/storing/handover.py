@@ -10,6 +10,7 @@ Importing this module is enough; `solpath` imports it as soon as transformers' m
   was not extracted it does what it did.
 """
 
+import re
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,16 @@ class Cutter(HfQuantizer):
             )
         cut_(model, [Path(file) for file in checkpoint_files])
         self._buffers = {n: b.clone() for n, b in model.named_buffers() if not b.is_meta}
+        # Buffers that are computed are in the file too, which transformers would warn of.
+        self._ignored = model._keys_to_ignore_on_load_unexpected
+        stored = {f"^{re.escape(name)}$" for name, _ in model.named_non_persistent_buffers()}
+        model._keys_to_ignore_on_load_unexpected = stored | set(self._ignored or ())
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         vars(model).pop("is_quantized", None)
+        model._keys_to_ignore_on_load_unexpected = self._ignored
         for module in model.modules():
             vars(getattr(module, "config", module)).pop("_is_quantized", None)
         for name, value in self._buffers.items():  # transformers has emptied them

@@ -22,6 +22,7 @@ from torch import nn
 from solpath.errors import ConfigError, FileError, SolpathError
 from solpath.files import check_output, json_bytes, new_folder, sync
 from solpath.planning.plan import Plan, plan_of
+from solpath.pretrained import unwrapped
 from solpath.reading import digests, dtype_name
 from solpath.running.modes import contained
 from solpath.running.provenance import version_of
@@ -210,6 +211,7 @@ def contents_of(model: nn.Module) -> Contents:
         SolpathError: The model was not extracted, or `load` could not rebuild it.
         FileError: The model has a dtype that cannot be stored.
     """
+    model = unwrapped(model)
     plan = plan_of(model)
     if plan is None:
         raise SolpathError(
