@@ -18,6 +18,7 @@ from plans import random_plan
 from solpath.errors import ConfigError, FileError, UnsupportedModelError
 from solpath.planning.plan import plan_of
 from solpath.running.forward import forward
+from solpath.storing.writing import contents_of, write
 
 # A tied head, kept couples, gains of norms, a fused attention, towers, an encoder and its decoder.
 LABELS = ["bert", "camembert", "qwen3", "gpt2", "clip", "siglip_vision_model", "t5", "albert"]
@@ -113,6 +114,14 @@ def test_a_model_without_its_pooler_is_not_given_a_random_one(tmp_path):
     with pytest.raises(UnsupportedModelError, match="add_pooling_layer=False"):
         transformers.AutoModel.from_pretrained(tmp_path)
     assert_same(small, transformers.AutoModel.from_pretrained(tmp_path, add_pooling_layer=False))
+
+
+def test_a_folder_of_an_older_version_is_read_as_ever(tmp_path):
+    small = shrink("bert")
+    contents = contents_of(small)
+    del contents.config["quantization_config"]
+    write(contents, tmp_path, None, "5GB")
+    assert_same(small, solpath.load(tmp_path, verify=True))
 
 
 def test_a_changed_folder_is_refused(tmp_path):
