@@ -447,7 +447,7 @@ def seconds(request: pytest.FixtureRequest) -> float:
     """How long one attack may take: its share of ``--minutes``, or what suits the whole suite."""
     minutes = request.config.getoption("--minutes")
     attacks = sum("seconds" in item.fixturenames for item in request.session.items)
-    return 3.0 if minutes is None else 60 * minutes / attacks
+    return 1.0 if minutes is None else 60 * minutes / attacks
 
 
 def build(label: str, *, seed: int = 0, **changes: object) -> nn.Module:

@@ -299,7 +299,7 @@ def test_output_is_checked_before_any_work(tmp_path, monkeypatch):
 
     small = shrink(build("bert"))
     (tmp_path / "file").write_text("x")
-    monkeypatch.setattr(store, "_contents", None)
+    monkeypatch.setattr(store, "contents_of", None)
     with pytest.raises(FileError, match="is a file"):
         solpath.save(small, tmp_path / "file")
     monkeypatch.setattr(Path, "mkdir", refused)

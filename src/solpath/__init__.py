@@ -1,6 +1,11 @@
 """Prune a pretrained transformer once, hand it out at any size."""
 
+import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from solpath.errors import SolpathError
@@ -83,6 +88,34 @@ __all__ = [
     "text_batches",
     "tune",
 ]
+
+
+_MODELS, _HANDOVER = "transformers.modeling_utils", "solpath.storing.handover"
+
+
+class _Finder(MetaPathFinder):
+    """Lets transformers save and load extracted models, once its models are imported."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if name != _MODELS:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                import_module(_HANDOVER)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if _MODELS in sys.modules:
+    import_module(_HANDOVER)
+else:
+    sys.meta_path.insert(0, _Finder())
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,8 @@ from solpath.pair import Fingerprint, Pair, unflatten
 from solpath.planning.path import SolutionPath
 from solpath.planning.removal import groups_by_rank, removal_order
 from solpath.pretrained import Name, for_batches
+from solpath.running.claims import claimed
+from solpath.running.modes import contained
 from solpath.searching.dynamics import sparse_copy
 from solpath.searching.engine import Engine, open_engine
 from solpath.searching.signal import keep_pairs, keep_reached
@@ -24,6 +26,7 @@ from solpath.searching.signal import keep_pairs, keep_reached
 _REACH_BATCHES = 4  # of methods that look at no gradient of the dense model
 
 
+@contained
 def random(
     model: nn.Module | Name, batches: Iterable[Any], *, seed: int = 0, loss: Loss | None = None
 ) -> SolutionPath:
@@ -50,6 +53,7 @@ def random(
         return _path(engine, identity, "random", score, {"seed": seed})
 
 
+@contained
 def magnitude(
     model: nn.Module | Name, batches: Iterable[Any], *, seed: int = 0, loss: Loss | None = None
 ) -> SolutionPath:
@@ -82,6 +86,7 @@ def magnitude(
         return _path(engine, identity, "magnitude", torch.cat(parts), {"seed": seed})
 
 
+@contained
 def taylor(
     model: nn.Module | Name,
     batches: Iterable[Any],
@@ -118,6 +123,7 @@ def taylor(
         return _path(engine, identity, "taylor", score, config)
 
 
+@contained
 def gauss_newton(
     model: nn.Module | Name,
     batches: Iterable[Any],
@@ -152,6 +158,7 @@ def gauss_newton(
         return _path(engine, identity, "gauss_newton", score, config)
 
 
+@contained
 def iterative(
     model: nn.Module | Name,
     batches: Iterable[Any],
@@ -218,6 +225,7 @@ def iterative(
         return _path(engine, identity, name, score, config)
 
 
+@contained
 def iterative_curvature(
     model: nn.Module | Name,
     batches: Iterable[Any],
@@ -253,6 +261,7 @@ def iterative_curvature(
     )
 
 
+@contained
 def released(
     model: nn.Module | Name,
     batches: Iterable[Any],
@@ -323,9 +332,10 @@ def _opened(
     """Yield an engine for `model`, loaded if it is a name, and the fingerprint of the model."""
     check_batches(batches)
     model, batches = for_batches(model, batches)
-    identity = fingerprint(model, find_pairs(model))
-    with open_engine(model, batches, loss=loss, seed=seed) as engine:
-        yield engine, identity
+    with claimed(model, doing="searched"):
+        identity = fingerprint(model, find_pairs(model))
+        with open_engine(model, batches, loss=loss, seed=seed) as engine:
+            yield engine, identity
 
 
 def _path(

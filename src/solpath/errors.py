@@ -13,6 +13,10 @@ class UnsupportedModelError(SolpathError):
     """The model cannot be searched or cut. The message says which module is at fault and why."""
 
 
+class ModelInUseError(SolpathError):
+    """Another call works on the model right now. The message says which, and what to wait for."""
+
+
 class BatchError(SolpathError):
     """The batches are empty, on another device, or not what the model takes."""
 

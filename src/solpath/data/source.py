@@ -218,14 +218,27 @@ def local_samples(
         and the number of samples in the whole batch.
 
     Raises:
-        BatchError: The batch has fewer samples than processes.
+        BatchError: A tensor was made in `torch.inference_mode`, or the batch has fewer samples than
+            processes.
     """
     batch = source[step]
+    _check_gradients(batch)
     size = batch_size(batch)
     if size < world:
         raise BatchError(f"batch {step} has {size} samples for {world} processes.")
     low, high = size * rank // world, size * (rank + 1) // world
     return slice_samples(batch, low, high), low, high, size
+
+
+def _check_gradients(batch: Any) -> None:
+    """Raise `BatchError` if autograd would refuse a tensor of the batch."""
+    named = batch.items() if isinstance(batch, Mapping) else [("the batch", batch)]
+    for name, value in named:
+        if isinstance(value, Tensor) and value.is_inference():
+            raise BatchError(
+                f"{name} was made in torch.inference_mode, so no gradient can be taken on it; make "
+                "the batches outside of it, or clone() them there."
+            )
 
 
 def _values(batch: Any) -> Iterable[Any]:

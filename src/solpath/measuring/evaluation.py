@@ -17,6 +17,8 @@ from solpath.measuring.metrics import compare, relative_to_spread
 from solpath.objective import Loss, kind_of
 from solpath.planning.cost import Achieved
 from solpath.planning.plan import plan_of
+from solpath.pretrained import unwrapped
+from solpath.running.claims import claimed
 from solpath.running.forward import (
     attended,
     device_of,
@@ -26,7 +28,7 @@ from solpath.running.forward import (
     row_not_finite,
     run,
 )
-from solpath.running.modes import inferring
+from solpath.running.modes import contained, inferring
 from solpath.running.provenance import provenance
 
 
@@ -56,6 +58,7 @@ class Result:
         return f"Result({metrics}, {self.samples:,} samples{size})"
 
 
+@contained
 def evaluate(
     model: nn.Module,
     reference: nn.Module | Sequence[Tensor],
@@ -101,6 +104,8 @@ def evaluate(
             dense `reference`, or an output is not finite or does not fit the reference. The message
             names the batch, and the row.
         NonFiniteLossError: `loss` is NaN or infinite on a batch.
+        ModelInUseError: A model is searched, `reference` is masked, or another thread works on one
+            of them.
 
     Example:
         >>> result = solpath.evaluate(small, model, batches)
@@ -110,13 +115,21 @@ def evaluate(
         0.0
     """
     check_ends(batches)
+    model = unwrapped(model, adapters=True)
+    if not isinstance(reference, Sequence):
+        reference = unwrapped(reference, adapters=True)
     device = device_of(model)
     totals: dict[str, float] = defaultdict(float)
     own: dict[str, float] = defaultdict(float)
     samples = 0
     values: list[tuple[Tensor, Tensor]] = []  # of a regression, whose spread is that of all
     dense = reference if isinstance(reference, nn.Module) else None
-    with inferring(*filter(None, (model, dense))), preparing(model, device) as prepare:
+    with (
+        claimed(*filter(None, [dense]), doing="compared with", admits="anything"),
+        claimed(model, doing="evaluated", admits="anything", runs=True),
+        inferring(*filter(None, (model, dense))),
+        preparing(model, device) as prepare,
+    ):
         for i, (batch, target) in enumerate(_with_targets(reference, prepare, batches, loss)):
             samples += batch_size(batch)
             if loss is not None:
@@ -156,6 +169,7 @@ def evaluate(
     )
 
 
+@contained
 def reference_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
     """Return the outputs of the dense model, one tensor on the CPU per batch, for `evaluate`.
 
@@ -170,6 +184,7 @@ def reference_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
     Raises:
         BatchError: There are no batches, a single one in place of several, or one that is on
             another device.
+        ModelInUseError: The model is searched, or another thread works on it.
 
     Example:
         >>> targets = reference_outputs(model, batches)
@@ -178,7 +193,12 @@ def reference_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
         96
     """
     check_ends(batches)
-    with inferring(model), preparing(model, device_of(model)) as prepare:
+    model = unwrapped(model, adapters=True)
+    with (
+        claimed(model, doing="run", admits="anything", runs=True),
+        inferring(model),
+        preparing(model, device_of(model)) as prepare,
+    ):
         outputs = [forward(model, prepare(i, batch)).cpu() for i, batch in enumerate(batches)]
     if not outputs:
         raise BatchError("batches is empty; give at least one held-out batch.")

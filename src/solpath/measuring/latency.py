@@ -26,8 +26,10 @@ from solpath.pair import Fingerprint, Pair
 from solpath.planning.latency_table import BlockLatency, LatencyTable, pair_shapes
 from solpath.planning.path import SolutionPath
 from solpath.planning.plan import Plan
+from solpath.pretrained import unwrapped
+from solpath.running.claims import claimed
 from solpath.running.forward import device_of, run
-from solpath.running.modes import inferring
+from solpath.running.modes import contained, inferring
 from solpath.running.provenance import provenance
 
 ATTEMPTS = 6
@@ -41,6 +43,7 @@ Block = tuple[Pair, ...]
 """The pairs whose widths act together on time: those of one attention, or that of one MLP."""
 
 
+@contained
 def measure_latency(model: nn.Module, batch: Any, *, repeats: int = 7) -> LatencyTable:
     """Measure how long blocks of every shape take, for `SolutionPath.plan(latency_ms=...)`.
 
@@ -62,6 +65,7 @@ def measure_latency(model: nn.Module, batch: Any, *, repeats: int = 7) -> Latenc
         ConfigError: `repeats` is below 1.
         BatchError: The batch has no samples, or is on another device than the model.
         UnsupportedModelError: The model cannot be cut; see `find_pairs`.
+        ModelInUseError: The model is masked or searched, or another thread works on it.
 
     Example:
         >>> sample = {name: value[:1] for name, value in batch.items()}
@@ -70,12 +74,13 @@ def measure_latency(model: nn.Module, batch: Any, *, repeats: int = 7) -> Latenc
         [2, 2]
     """
     check_count("repeats", repeats, 1)
+    model = unwrapped(model)
     batch = prepared(model, batch)
-    pairs, sites = survey(model)
-    attentions = [site.pairs for site in sites]
-    own = {pair.name for pair in chain.from_iterable(attentions)}
-    groups = _alike([*attentions, *((pair,) for pair in pairs if pair.name not in own)])
-    with inferring(model):
+    with claimed(model, doing="timed", admits="anything"), inferring(model):
+        pairs, sites = survey(model)
+        attentions = [site.pairs for site in sites]
+        own = {pair.name for pair in chain.from_iterable(attentions)}
+        groups = _alike([*attentions, *((pair,) for pair in pairs if pair.name not in own)])
         costs = count_costs(model, pairs, slice_samples(batch, 0, 1))
         dense = Plan(
             pairs=pairs,
@@ -102,6 +107,7 @@ def measure_latency(model: nn.Module, batch: Any, *, repeats: int = 7) -> Latenc
     return LatencyTable(type(model).__name__, shapes, dense_ms, tuple(kinds), where)
 
 
+@contained
 def plan_for_latency(
     model: nn.Module,
     path: SolutionPath,
@@ -145,6 +151,7 @@ def plan_for_latency(
         FingerprintError: The path or the table belongs to another model.
         BatchError: The batch has no samples, or is on another device than the model.
         UnsupportedModelError: The model cannot be cut; see `find_pairs`.
+        ModelInUseError: The model is masked or searched, or another thread works on it.
 
     Example:
         Any machine, however busy, meets the time of the dense model with a large tolerance.
@@ -158,6 +165,7 @@ def plan_for_latency(
     """
     if not 0 < tolerance < 1:
         raise ConfigError(f"tolerance must be in (0, 1), got {tolerance!r}.")
+    model = unwrapped(model)
     batch = prepared(model, batch)
     if latency is not None:
         _check_conditions(latency, _conditions(model, batch))
@@ -171,7 +179,7 @@ def plan_for_latency(
         # A budget that the first table reaches stays reachable, by the dense model if by no other.
         target = min(latency_ms, table.dense_ms) if found else latency_ms
         plan = path.plan(latency_ms=target, latency=table, **options)
-        with inferring(model):
+        with claimed(model, doing="timed", admits="anything"), inferring(model):
             models = {"dense": model, "small": extract(model, plan, check=False)}
             _, [ratio] = _beside(models, batch, _CHECKS)
         measured = ratio * dense_ms

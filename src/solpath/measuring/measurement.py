@@ -16,8 +16,10 @@ from solpath.data.source import batch_size
 from solpath.errors import ConfigError
 from solpath.measuring.memory import bytes_on_disk, peak_memory, resident_bytes
 from solpath.model.counting import count_macs
+from solpath.pretrained import check_takes_batches
+from solpath.running.claims import claimed
 from solpath.running.forward import device_of, run
-from solpath.running.modes import inferring
+from solpath.running.modes import contained, inferring, undoing
 
 WARM_UP = 3
 """Rounds before the timed ones."""
@@ -54,6 +56,7 @@ class Measurement:
         return asdict(self)
 
 
+@contained
 def measure(
     models: Mapping[str, nn.Module], batch: Any, *, repeats: int = 20
 ) -> dict[str, Measurement]:
@@ -73,6 +76,7 @@ def measure(
     Raises:
         ConfigError: There is no model, or `repeats` is below 1.
         BatchError: The batch has no samples, or is on another device than a model.
+        ModelInUseError: A model is masked or searched, or another thread works on it.
 
     Example:
         >>> found = solpath.measure({"dense": model, "small": small}, batch, repeats=1)
@@ -84,11 +88,16 @@ def measure(
     if not models:
         raise ConfigError("models is empty; give at least one, for example {'dense': model}.")
     check_count("repeats", repeats, 1)
+    for model in models.values():
+        check_takes_batches(model)
     first, *_ = models.values()
     with preparing(first, *map(device_of, models.values())) as prepare:
         batch = prepare(0, batch)
     samples = batch_size(batch)
-    with inferring(*models.values()):
+    with (
+        claimed(*models.values(), doing="measured", admits="anything"),
+        inferring(*models.values()),
+    ):
         times = latencies({n: _pass(m, batch) for n, m in models.items()}, repeats=repeats)
         result = {}
         for name, model in models.items():
@@ -124,10 +133,10 @@ def latencies(
     """
     names, gpus = list(functions), _gpus_in_use()
     times: dict[str, list[float]] = {name: [] for name in names}
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
+    restore = gc.enable if gc.isenabled() else gc.disable
+    with undoing(restore):
+        gc.collect()
+        gc.disable()
         for round_ in range(warm_up + repeats):
             first = round_ % len(names)
             for name in names[first:] + names[:first]:
@@ -137,9 +146,6 @@ def latencies(
                 _synchronize(gpus)
                 if round_ >= warm_up:
                     times[name].append(time.perf_counter() - start)
-    finally:
-        if collecting:
-            gc.enable()
     return times
 
 

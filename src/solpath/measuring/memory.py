@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from solpath.model.counting import saved_tensors
 from solpath.reading import DTYPES
+from solpath.running.modes import entered
 
 
 def bytes_on_disk(model: nn.Module) -> int:
@@ -55,7 +56,8 @@ def peak_memory(
         function()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before, "torch.cuda.max_memory_allocated"
-    with LiveStorages() as live:
+    live = LiveStorages()
+    with entered(live):
         function()
     return live.peak, "live tensor storages (TorchDispatchMode)"
 

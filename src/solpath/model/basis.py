@@ -15,6 +15,7 @@ from solpath.model.hooks import Hook, hooked
 from solpath.model.linear import linear_map
 from solpath.pair import Pair, Side
 from solpath.running.forward import Batch, activation_mask
+from solpath.running.modes import plain_torch, undoing
 
 Basis = Mapping[str, Tensor]
 """Pair name to the matrix that multiplies the outputs of its first layer.
@@ -22,6 +23,7 @@ Basis = Mapping[str, Tensor]
 Every matrix is float64 ``[heads, width, width]``. A pair without an entry keeps its own axes.
 """
 
+_Place = tuple[nn.Module, str, nn.Parameter, nn.Parameter]  # a layer, a name, its old and new
 _FLOOR = 1e-8  # smallest eigenvalue or singular value that counts, relative to the largest
 
 
@@ -178,6 +180,21 @@ def rotated(model: nn.Module, pairs: Sequence[Pair], basis: Basis) -> Iterator[n
     Yields:
         `model` itself.
     """
+    with plain_torch():
+        places = _rotated_parameters(model, pairs, basis)
+
+    def restore() -> None:
+        for layer, name, parameter, _ in places:
+            layer._parameters[name] = parameter
+
+    with undoing(restore):
+        for layer, name, _, turned in places:
+            layer._parameters[name] = turned
+        yield model
+
+
+def _rotated_parameters(model: nn.Module, pairs: Sequence[Pair], basis: Basis) -> list[_Place]:
+    """Return what each parameter that turns with `basis` turns into, and where it belongs."""
     values: dict[int, Tensor] = {}
     places: dict[int, tuple[nn.Module, str, nn.Parameter]] = {}
     for pair in pairs:
@@ -198,14 +215,10 @@ def rotated(model: nn.Module, pairs: Sequence[Pair], basis: Basis) -> Iterator[n
                 places[id(parameter)] = layer, name, parameter
                 value = values.setdefault(id(parameter), parameter.detach().double().clone())
                 _rotate_(value.movedim(dim, 0), pair, side, matrix.to(value.device))
-    try:
-        for key, (layer, name, parameter) in places.items():
-            value = values[key].to(parameter.dtype)
-            layer._parameters[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-        yield model
-    finally:
-        for layer, name, parameter in places.values():
-            layer._parameters[name] = parameter
+    return [
+        (layer, name, old, nn.Parameter(values[key].to(old.dtype), old.requires_grad))
+        for key, (layer, name, old) in places.items()
+    ]
 
 
 def _rotate_(value: Tensor, pair: Pair, side: Side, matrix: Tensor) -> None:

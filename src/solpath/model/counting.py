@@ -18,7 +18,7 @@ from solpath.model.linear import linear_map
 from solpath.pair import Pair
 from solpath.planning.cost import CostTable
 from solpath.running.forward import Batch, device_of, run
-from solpath.running.modes import differentiating
+from solpath.running.modes import differentiating, entered
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def count_macs(model: nn.Module, batch: Batch) -> int:
     """
     counter = FlopCounterMode(display=False)
     # The counter fails on a slice of a whole parameter (DeBERTa's positions) unless that is frozen.
-    with differentiating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    with differentiating(model), entered(torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter):
         run(model, batch, labels=False)
     return int(counter.get_total_flops()) // 2
 
@@ -178,7 +178,7 @@ def _without_data(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     Models recognise fake tensors and do not look at their values.
     """
     if device_of(model).type == "meta":
-        return FakeTensorMode(allow_non_fake_inputs=True)
+        return entered(FakeTensorMode(allow_non_fake_inputs=True))
     return contextlib.nullcontext()
 
 

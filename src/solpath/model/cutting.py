@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from solpath.errors import UnsupportedModelError
 from solpath.model.discovery import Site
 from solpath.model.linear import linear_map
+from solpath.model.pickling import slimmed
 from solpath.model.slicing import cut_linear, resize_
-from solpath.nn.attention import slim_class
 from solpath.pair import Pair, Side
 from solpath.running.forward import device_of
 
@@ -104,4 +104,4 @@ def _slim_(
     for name, value in buffers.items():
         value = value if device.type == "meta" else value.to(device)
         attention.register_buffer(name, value, persistent=False)
-    attention.__class__ = slim_class(type(attention), site.table.forward)
+    attention.__class__ = slimmed(type(attention), site.model_type, site.table)

@@ -23,6 +23,7 @@ class Site:
 
     Attributes:
         path: Dotted path of the attention module in the model.
+        model_type: The type of the model, under which its tables are listed.
         table: What the table of the architecture says about it.
         qk: Its query-key pair, unless that stays whole.
         vo: Its value-output pair.
@@ -31,6 +32,7 @@ class Site:
     """
 
     path: str
+    model_type: str
     table: Attention
     qk: Pair | None
     vo: Pair
@@ -174,10 +176,11 @@ def _site(model: nn.Module, block: str, table: Attention, checked: bool) -> Site
         kind = type(model.get_submodule(block)).__name__
         raise UnsupportedModelError(f"{block} is a {kind} without {table.module}.")
     module: Any = model.get_submodule(path)
+    kind = type_of(model)
     if table.kind not in ("", type(module).__name__):
         raise UnsupportedModelError(f"{path} is a {type(module).__name__}, not a {table.kind}.")
     if table.forward is not None and not checked:
-        check_forward(module, path, registered=is_foreign(type_of(model)))
+        check_forward(module, path, registered=is_foreign(kind))
     _check_identity(model, path, table.identity)
     _check_unset(module, path, table.unset)
     heads = attrgetter(table.heads)(module)
@@ -241,8 +244,8 @@ def _site(model: nn.Module, block: str, table: Attention, checked: bool) -> Site
         cache=int(table.cached),
     )
     if not table.qk:
-        return Site(path, table, None, vo, keys=kv_heads * widths["key"] * table.cached)
-    return Site(path, table, qk, vo, plain if plain.width else None)
+        return Site(path, kind, table, None, vo, keys=kv_heads * widths["key"] * table.cached)
+    return Site(path, kind, table, qk, vo, plain if plain.width else None)
 
 
 def _mlp(model: nn.Module, block: str, stack: Stack) -> Pair | None:

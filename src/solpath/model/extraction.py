@@ -12,6 +12,8 @@ from solpath.model.discovery import survey
 from solpath.model.fingerprint import check_fingerprint, check_pairs
 from solpath.planning.plan import EXTRACTED, Plan, plan_of
 from solpath.pretrained import Name, as_model
+from solpath.running.claims import claimed
+from solpath.running.modes import contained
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -24,12 +26,14 @@ def extract(model: Model, plan: Plan, *, check: bool = True) -> Model: ...
 def extract(model: Name, plan: Plan, *, check: bool = True) -> nn.Module: ...
 
 
+@contained
 def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Module:
     """Return a copy of `model` that keeps only the units of `plan`.
 
     The copy is used like the original: it has the same forward signature, kinds of outputs,
     `config` and names in its `state_dict`. Layers that keep every unit are copied bit for bit. Its
-    attribute ``solpath_plan`` is the plan. `model` is left untouched.
+    attribute ``solpath_plan`` is the plan, and its ``save_pretrained`` does what `save` does.
+    `model` is left untouched.
 
     Args:
         model: The dense model that the plan was made for, or its folder or hub id, which is loaded
@@ -50,6 +54,7 @@ def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Mo
         FileError: A folder or id was given and cannot be read; see `from_pretrained`.
         ConfigError: The model needs timm, which is not installed, or asks timm for more than a
             model; see `from_pretrained`.
+        ModelInUseError: The model is masked or searched, or another thread works on it.
 
     Example:
         >>> small = solpath.extract(model, path.plan(sparsity=0.5))
@@ -59,6 +64,11 @@ def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Mo
         True
     """
     model = as_model(model)
+    with claimed(model, doing="cut"):
+        return _extract(model, plan, check)
+
+
+def _extract(model: Model, plan: Plan, check: bool) -> Model:
     pairs, sites = survey(model)
     if check:
         check_fingerprint(plan.fingerprint, plan.pairs, model, pairs)

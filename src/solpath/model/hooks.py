@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from solpath.nn.pooling import QueryHook
+from solpath.nn.pooling import hook_query_, unhook_query_
+from solpath.running.modes import undoing
 
 
 class Hook(NamedTuple):
@@ -20,7 +20,7 @@ class Hook(NamedTuple):
             output)``; or ``"query"``, as ``function(query)`` on the projected query of an
             `nn.MultiheadAttention`.
         function: The function. Its result replaces the inputs, the output or the query. None leaves
-            inputs and outputs untouched; on a query it is not allowed.
+            inputs and outputs untouched; on a query it is not allowed. No two hooks may share one.
     """
 
     module: nn.Module
@@ -44,19 +44,37 @@ def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
         >>> seen[0].shape
         torch.Size([8, 32])
     """
-    handles: list[RemovableHandle | QueryHook] = []
-    try:
-        for module, when, function in hooks:
-            if when == "before":
-                handles.append(module.register_forward_pre_hook(function))
-            elif when == "call":
-                handles.append(module.register_forward_pre_hook(function, with_kwargs=True))
-            elif when == "after":
-                handles.append(module.register_forward_hook(function))
+    found: list[tuple[Hook, type[nn.Module]]] = []
+
+    def remove() -> None:
+        for hook, stock in reversed(found):
+            _unregister_(hook, stock)
+
+    with undoing(remove):
+        for hook in hooks:
+            found.append((hook, type(hook.module)))
+            if hook.when == "before":
+                hook.module.register_forward_pre_hook(hook.function)
+            elif hook.when == "call":
+                hook.module.register_forward_pre_hook(hook.function, with_kwargs=True)
+            elif hook.when == "after":
+                hook.module.register_forward_hook(hook.function)
             else:
-                assert isinstance(module, nn.MultiheadAttention)
-                handles.append(QueryHook(module, function))
+                hook_query_(hook.module, hook.function)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _unregister_(hook: Hook, stock: type[nn.Module]) -> None:
+    """Remove a hook, whether it is registered, about to be, or removed already.
+
+    torch's own handles cannot do that: a Ctrl-C during a registration leaves the hook but no
+    handle. Every hook has a function of its own, by which it is found.
+    """
+    module = hook.module
+    if hook.when == "query":
+        unhook_query_(module, stock)
+        return
+    registered = module._forward_hooks if hook.when == "after" else module._forward_pre_hooks
+    for key in [key for key, function in registered.items() if function is hook.function]:
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+        del registered[key]

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from solpath.errors import BatchError, FingerprintError
+from solpath.errors import BatchError, FingerprintError, UnsupportedModelError
 from solpath.model.basis import rotated
 from solpath.model.discovery import find_pairs
 from solpath.model.fingerprint import check_pairs
 from solpath.model.hooks import Hook, hooked
 from solpath.pair import Norm, Pair
-from solpath.planning.plan import Plan, norm_gain
+from solpath.planning.plan import Plan, norm_gain, plan_of
+from solpath.pretrained import unwrapped
+from solpath.running.claims import claimed
 from solpath.running.forward import Batch, activation_mask, device_of
 
 
@@ -78,6 +80,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     Args:
         model: The dense model that the plan was made for. Only its class is checked, not its
             weights. It gets its own parameters back, and loses the hooks, when the block ends.
+            Until then it can be run and evaluated, but not searched, masked, cut or measured.
         plan: From `SolutionPath.plan`.
 
     Yields:
@@ -86,6 +89,8 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     Raises:
         FingerprintError: The plan is for a model of another class or with other pairs, or it was
             read from a saved model and lacks the basis of a pair that it cuts.
+        UnsupportedModelError: The model was extracted.
+        ModelInUseError: The model is masked or searched already, or another thread works on it.
 
     Example:
         >>> with solpath.masked(model, path.plan(sparsity=0.5)):
@@ -93,17 +98,23 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
         >>> torch.allclose(outputs.logits, small(**batch).logits, atol=1e-5)
         True
     """
+    given, model = model, unwrapped(model)
+    if plan_of(model) is not None:
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} was already extracted; mask the dense model."
+        )
     if type(model).__name__ != plan.fingerprint.architecture:
         raise FingerprintError(
             f"the plan is for another model: the class is {type(model).__name__}, "
             f"not {plan.fingerprint.architecture}."
         )
-    check_pairs(plan.pairs, find_pairs(model))
-    device = device_of(model)
-    with rotated(model, plan.pairs, plan.rotations()), mask_hooks(model, plan.pairs) as masks:
-        masks.units.update({name: mask.to(device) for name, mask in plan.masks().items()})
-        masks.gains.update({name: gain.to(device) for name, gain in plan.gains.items()})
-        yield model
+    with claimed(model, doing="masked", admits="runs"):
+        check_pairs(plan.pairs, find_pairs(model))
+        device = device_of(model)
+        with rotated(model, plan.pairs, plan.rotations()), mask_hooks(model, plan.pairs) as masks:
+            masks.units.update({name: mask.to(device) for name, mask in plan.masks().items()})
+            masks.gains.update({name: gain.to(device) for name, gain in plan.gains.items()})
+            yield given
 
 
 def _on_output(masks: Masks, pair: Pair) -> Any:

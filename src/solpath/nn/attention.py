@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -437,7 +438,12 @@ def plain_attention(
     return (weights @ value).transpose(1, 2).flatten(2), weights
 
 
-def slim_class(stock: type[nn.Module], forward: Forward) -> type[nn.Module]:
+@cache
+def slim_class(
+    stock: type[nn.Module],
+    forward: Forward,
+    maker: tuple[Callable[..., nn.Module], tuple[Any, ...]] | None = None,
+) -> type[nn.Module]:
     """Return a subclass of a stock attention class that replaces only `forward`.
 
     Its modules stay instances of the stock class, so output recording and attention backends find
@@ -447,6 +453,8 @@ def slim_class(stock: type[nn.Module], forward: Forward) -> type[nn.Module]:
     Args:
         stock: The stock class.
         forward: The function that replaces its `forward`.
+        maker: A function and its arguments that return a module of this class without contents, for
+            copies and pickles; the class itself has no place where a pickle could find it.
     """
 
     def call(self: Any, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
@@ -454,7 +462,11 @@ def slim_class(stock: type[nn.Module], forward: Forward) -> type[nn.Module]:
             kwargs["cache"] = past_key_values
         return forward(self, *args, **kwargs)
 
-    return type(f"Slim{stock.__name__}", (stock,), {"forward": call})
+    def reduce(self: Any, protocol: int) -> tuple[Any, ...]:
+        return (*(maker or ()), *object.__reduce_ex__(self, protocol)[2:])
+
+    added = {"forward": call} | ({"__reduce_ex__": reduce} if maker else {})
+    return type(f"Slim{stock.__name__}", (stock,), added)
 
 
 def _stock(module: nn.Module) -> type:

@@ -54,21 +54,19 @@ def pooling_forward(
     return self.out_proj(inner[..., :width].transpose(1, 2).flatten(2)), None
 
 
-class QueryHook:
-    """Runs a function on the projected queries of an `nn.MultiheadAttention` until it is removed.
+def hook_query_(module: nn.Module, hook: Callable[[Tensor], Tensor]) -> None:
+    """Run a function on the projected queries of an `nn.MultiheadAttention`, in place.
 
     Args:
-        module: The attention. Its class is replaced while the hook is there.
+        module: The attention, whose class is replaced.
         hook: The function, from queries to queries, ``[batch, queries, heads * qk]``.
     """
+    vars(module)["on_query"] = hook
+    slim: Any = slim_class(type(module), pooling_forward)  # type: ignore[arg-type]
+    module.__class__ = slim
 
-    def __init__(self, module: nn.MultiheadAttention, hook: Callable[[Tensor], Tensor]) -> None:
-        self._module, self._stock = module, type(module)
-        slim: Any = slim_class(self._stock, pooling_forward)
-        module.__class__ = slim
-        vars(module)["on_query"] = hook
 
-    def remove(self) -> None:
-        """Give the module its own class and `forward` back."""
-        del vars(self._module)["on_query"]
-        self._module.__class__ = self._stock
+def unhook_query_(module: nn.Module, stock: type[nn.Module]) -> None:
+    """Give the module its own class `stock` back, and forget its hook, if there is one."""
+    module.__class__ = stock
+    vars(module).pop("on_query", None)

@@ -4,10 +4,9 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
 from functools import partial, reduce
 from itertools import zip_longest
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +20,12 @@ from solpath.model.linear import LinearMap, linear_map
 from solpath.objective import Loss, Objective
 from solpath.pair import Pair
 from solpath.planning.plan import plan_of
+from solpath.pretrained import unwrapped
 from solpath.refining.layerwise import LayerCall, Stream, layers_run, lockstep, residual_streams
 from solpath.refining.least_squares import Moments
+from solpath.running.claims import claimed
 from solpath.running.forward import Batch, activation_mask, device_of, row_not_finite, run
-from solpath.running.modes import inferring
+from solpath.running.modes import contained, inferring, undoing
 from solpath.running.progress import progress_bar
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -60,6 +61,7 @@ def compensate(
 ) -> list[Model]: ...
 
 
+@contained
 def compensate(
     small: Model | Sequence[Model],
     dense: nn.Module,
@@ -106,19 +108,37 @@ def compensate(
         BatchError: There are fewer than four batches, a batch is on another device, or two batches
             run layers in different orders.
         NonFiniteLossError: A model gives NaN or infinite values on a batch, or `loss` does.
+        ModelInUseError: A model is masked or searched, or another thread works on it.
 
     Example:
         >>> refitted = solpath.compensate(small, model, batches, progress=False)
         >>> refitted.solpath_plan is small.solpath_plan
         True
     """
-    models = [small] if isinstance(small, nn.Module) else list(small)
+    models = list(small) if isinstance(small, Sequence) else [small]
+    models = [cast("Model", unwrapped(model)) for model in models]
     if not models:
         return []
     pairs = [_pairs_of(model) for model in models]
+    dense = unwrapped(dense)
     if not ridge > 0:
         raise ConfigError(f"ridge must be positive, got {ridge!r}.")
     check_ends(batches)
+    with claimed(dense, *models, doing="compensated"):
+        results = _compensate(models, dense, pairs[0], batches, ridge, loss, progress)
+    return results if isinstance(small, Sequence) else results[0]
+
+
+def _compensate(
+    models: Sequence[Model],
+    dense: nn.Module,
+    pairs: Sequence[Pair],
+    batches: Iterable[Batch],
+    ridge: float,
+    loss: Loss | None,
+    progress: bool,
+) -> list[Model]:
+    """Return what `compensate` does, for several models that were checked."""
     refitted = [copy_extracted(model) for model in models]
     everyone: list[nn.Module] = [dense, *models, *refitted]
     with (
@@ -128,15 +148,14 @@ def compensate(
         known = [prepare(i, batch) for i, batch in enumerate(batches)]
         if len(known) < _CHECKED:
             raise BatchError(f"compensate needs at least {_CHECKED} batches, got {len(known)}.")
-        _refit_(refitted, dense, pairs[0], known, prepare, ridge, progress)
+        _refit_(refitted, dense, pairs, known, prepare, ridge, progress)
         errors = _losses(dense, models, refitted, known, prepare, loss)
-    results = [
+    return [
         after if better < worse else copy_extracted(before)
         for before, after, worse, better in zip(
             models, refitted, errors[: len(models)], errors[len(models) :], strict=True
         )
     ]
-    return results[0] if isinstance(small, nn.Module) else results
 
 
 def _pairs_of(model: nn.Module) -> Sequence[Pair]:
@@ -165,15 +184,19 @@ def _refit_(
     common = set.intersection(*map(set, runs))  # a fused attention does not call its layers
     layers = [name for name in runs[-1] if name in common]
     streams = residual_streams(dense, sorted(last), sample)
-    with ExitStack() as stack:
-        report = stack.enter_context(progress_bar("compensate", "", len(layers), 0, show=progress))
-        wanted = lockstep(dense, batches, layers, streams, after=last)
-        targets = _DenseTargets(stack.enter_context(closing(wanted)), len(models))
-        refits = []
-        for model in models:
-            given = stack.enter_context(closing(lockstep(model, batches, layers, streams)))
-            fitting = _refit_layers_(model, given, targets, batches, prepare, streams, last, ridge)
-            refits.append(fitting)
+    wanted = lockstep(dense, batches, layers, streams, after=last)
+    given = [lockstep(model, batches, layers, streams) for model in models]
+
+    def close() -> None:
+        for calls in (wanted, *given):
+            calls.close()
+
+    with undoing(close), progress_bar("compensate", "", len(layers), 0, show=progress) as report:
+        targets = _DenseTargets(wanted, len(models))
+        refits = [
+            _refit_layers_(model, calls, targets, batches, prepare, streams, last, ridge)
+            for model, calls in zip(models, given, strict=True)
+        ]
         for _ in zip_longest(*refits):
             report()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from solpath.errors import ConfigError
+from solpath.running.modes import undoing
 from solpath.running.processes import ending_group
 
 _REFUSED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
@@ -33,9 +34,14 @@ def accelerating(device: torch.device, mixed_precision: str) -> Iterator[Acceler
             data parallelism or FSDP 2.
     """
     found = is_initialized()
+
+    def reset() -> None:
+        if not found:
+            AcceleratorState._reset_state()
+
     handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     cpu = device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    try:
+    with undoing(reset):
         try:
             with ending_group():
                 accelerator = Accelerator(
@@ -45,9 +51,6 @@ def accelerating(device: torch.device, mixed_precision: str) -> Iterator[Acceler
             raise ConfigError(f"accelerate does not start: {error}") from error
         _check(accelerator, device, mixed_precision)
         yield accelerator
-    finally:
-        if not found:
-            AcceleratorState._reset_state()
 
 
 def _check(accelerator: Accelerator, device: torch.device, mixed_precision: str) -> None:

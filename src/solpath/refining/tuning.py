@@ -5,7 +5,7 @@ import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,15 @@ from solpath.errors import BatchError, UnsupportedModelError
 from solpath.model.extraction import copy_extracted
 from solpath.model.fingerprint import weights_digest
 from solpath.objective import Loss
+from solpath.pretrained import unwrapped
 from solpath.refining.adapters import add_adapters_, merge_adapters_
 from solpath.refining.distillation import Distillation
 from solpath.refining.distributed import accelerating
 from solpath.refining.training import Training, train_
 from solpath.running.checkpoint import read_checkpoint
+from solpath.running.claims import claimed
 from solpath.running.forward import device_of
-from solpath.running.modes import evaluating, keeping_random_state
+from solpath.running.modes import contained, evaluating, gradients, keeping_random_state
 from solpath.running.progress import progress_bar
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -34,6 +36,7 @@ _FIGURES = (
 )
 
 
+@contained
 def tune(
     small: Model,
     dense: nn.Module,
@@ -95,6 +98,7 @@ def tune(
         NonFiniteLossError: The loss became NaN or infinite; the message names batch and row. The
             last checkpoint is kept.
         FingerprintError: The checkpoint belongs to other models or other settings.
+        ModelInUseError: A model is masked or searched, or another thread works on it.
 
     Example:
         >>> config = solpath.TuneConfig(steps=2, learning_rate=1e-4)
@@ -104,8 +108,27 @@ def tune(
     """
     check_count("checkpoint_every", checkpoint_every, 1)
     config = config or TuneConfig()
+    small, dense = cast("Model", unwrapped(small, adapters=True)), unwrapped(dense, adapters=True)
     device = _check_model(small, config)
     file = None if checkpoint is None else Path(checkpoint) / "tune.safetensors"
+    with claimed(small, dense, doing="tuned"):
+        return _tune(
+            small, dense, batches, config, heldout, loss, file, checkpoint_every, progress, device
+        )
+
+
+def _tune(
+    small: Model,
+    dense: nn.Module,
+    batches: Iterable[Any],
+    config: TuneConfig,
+    heldout: Iterable[Any] | None,
+    loss: Loss | None,
+    file: Path | None,
+    checkpoint_every: int,
+    progress: bool,
+    device: torch.device,
+) -> Model:
     header: dict[str, Any] = {"kind": "TuneConfig", "version": 3, "config": config.to_dict()}
     header["fingerprint"] = {}
     if loss is not None:
@@ -117,7 +140,7 @@ def tune(
     with (
         accelerating(device, config.mixed_precision) as accelerator,
         keeping_random_state(),
-        torch.enable_grad(),
+        gradients(True),
         evaluating(dense),
         preparing(small, device, device_of(dense)) as prepare,
         preparing(small, device, device_of(dense), name="held-out batch") as prepare_held,

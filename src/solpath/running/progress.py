@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from solpath.running.modes import undoing
+
 Report = Callable[..., None]
 """A function that moves the bar by one step: ``report(**fields)``.
 
@@ -46,6 +48,8 @@ def progress_bar(
         TextColumn(text),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as bar:
+    bar = Progress(*columns)
+    with undoing(bar.stop):
+        bar.start()
         task = bar.add_task(title, total=total, completed=done, **fields)
         yield lambda **fields: bar.update(task, advance=1, **fields)

@@ -28,6 +28,8 @@ from solpath.running.checkpoint import (
     resume_hint,
     write_checkpoint,
 )
+from solpath.running.claims import claimed
+from solpath.running.modes import contained
 from solpath.running.processes import process
 from solpath.running.progress import Report, progress_bar
 from solpath.searching.engine import Engine, open_engine
@@ -92,6 +94,7 @@ class Method(Protocol):
         """
 
 
+@contained
 def search(
     model: nn.Module | Name,
     batches: Iterable[Any],
@@ -144,6 +147,7 @@ def search(
         NonFiniteLossError: The loss is NaN or infinite; the message names batch and row. The last
             checkpoint is kept.
         FingerprintError: The checkpoint belongs to another model or to other settings.
+        ModelInUseError: The model is masked, or another thread works on it.
 
     Example:
         >>> path = solpath.search(model, batches, solpath.SearchConfig(steps=4), progress=False)
@@ -156,6 +160,19 @@ def search(
     check_batches(batches)
     model, batches = for_batches(model, batches)
     config = config or SearchConfig()
+    with claimed(model, doing="searched"):
+        return _search(model, batches, config, loss, checkpoint, checkpoint_every, progress)
+
+
+def _search(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: SearchConfig | InclusionConfig,
+    loss: Loss | None,
+    checkpoint: str | os.PathLike[str] | None,
+    checkpoint_every: int,
+    progress: bool,
+) -> SolutionPath:
     identity = fingerprint(model, find_pairs(model))
     file = None if checkpoint is None else Path(checkpoint) / "search.safetensors"
     header = {

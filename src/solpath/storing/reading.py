@@ -6,14 +6,14 @@ of the weight files before it allocates memory.
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from solpath.errors import FileError
+from solpath.errors import FileError, UnsupportedModelError
 from solpath.reading import (
     check_digest,
     check_header,
@@ -21,10 +21,20 @@ from solpath.reading import (
     file_in,
     one_version,
     read_data,
+    read_header,
     read_json,
 )
+from solpath.running.modes import contained
 from solpath.storing.manifest import CONFIG, GENERATION, HEADER, INDEX, check_manifest, read_headers
-from solpath.storing.skeleton import assign_, build_skeleton, check_sizes, expect_buffers, resolve
+from solpath.storing.skeleton import (
+    assign_,
+    build_skeleton,
+    check_sizes,
+    constructor_options,
+    cut_skeleton_,
+    expect_buffers,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +47,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 Result = TypeVar("Result")
 
 
+@contained
 def load(
     path: str | os.PathLike[str],
     *,
@@ -99,6 +110,57 @@ def _read(folder: Path, verify: bool) -> nn.Module:
     if GENERATION in known:
         _set_generation_(model, folder, known[GENERATION])
     return model.eval()
+
+
+@contained
+def cut_(model: "PreTrainedModel", files: Sequence[Path]) -> None:
+    """Cut a model that transformers has built without data to the plan beside its weight files.
+
+    Args:
+        model: A dense model on the meta device, which is changed in place.
+        files: The weight files that it will be filled from.
+
+    Raises:
+        FileError: A file is missing, damaged or forged, or lacks weights of the model.
+        UnsupportedModelError: The model is not of the class, or not built with the options, of the
+            one that was saved. Some of its weights would be random.
+    """
+    folder = _with_manifest(files[0].parent, model)
+    file = file_in(folder, HEADER)
+    head = read_json(file)
+    plan = check_manifest(file, head)
+    if (folder / CONFIG).is_file():
+        read_json(file_in(folder, CONFIG), sha256=head["digests"][CONFIG])
+    name = type(model).__name__
+    if name != head["class"]:
+        raise UnsupportedModelError(
+            f"{folder} holds an extracted {head['class']}, not a {name}, whose other weights would "
+            "be random; call solpath.load, or from_pretrained of a class with that head."
+        )
+    options = constructor_options(model)
+    for key, value in head["options"].items():
+        if options.get(key) != value:
+            raise UnsupportedModelError(
+                f"{folder} holds a {name} with {key}={value}; call solpath.load, or pass that to "
+                "from_pretrained."
+            )
+    expected = _named(folder, cut_skeleton_, model, head, plan)
+    found = {name for weights in files for name in read_header(weights)}
+    if missing := sorted(set(expected) - found - set(model.all_tied_weights_keys)):
+        raise FileError(f"{folder}: tensor {missing[0]!r} is in none of the weight files.")
+
+
+def _with_manifest(folder: Path, model: Any) -> Path:
+    """Return a folder with `solpath.json`, which is fetched if the folder is a Hub snapshot."""
+    if (folder / HEADER).is_file() or folder.parent.name != "snapshots":
+        return folder
+    from huggingface_hub import hf_hub_download
+
+    name = model.config.name_or_path
+    try:
+        return Path(hf_hub_download(name, HEADER, revision=folder.name)).parent
+    except (OSError, ValueError) as error:
+        raise FileError(f"{name} has no {HEADER}: {error}") from error
 
 
 def _named(folder: Path, function: Callable[..., Result], *values: Any) -> Result:

@@ -24,9 +24,13 @@ from solpath.model.discovery import find_pairs
 from solpath.model.extraction import extract
 from solpath.planning.plan import EXTRACTED, Plan
 from solpath.reading import Expected, Header, dtype_name
+from solpath.running.modes import entered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+AUTO_MARK = {"quant_method": "solpath"}
+"""What `config.json` says under ``quantization_config``, so that transformers calls solpath."""
 
 _SMALL = 2**20
 _MODULES, _MODULES_PER_TENSOR = 1000, 10  # most of them hold no tensor, at most this many
@@ -134,10 +138,11 @@ def build_skeleton(
         raise SolpathError(f"options has {unknown.pop()!r}, which {head['class']} does not take.")
     if head["model_type"] == TIMM_WRAPPER:
         timm.check_settings(config)
-    settings = model_class.config_class.from_dict(copy.deepcopy(dict(config)))
+    values = {name: value for name, value in config.items() if value != AUTO_MARK}
+    settings = model_class.config_class.from_dict(copy.deepcopy(values))
     parts = [settings, *(getattr(settings, name) for name in settings.sub_configs)]
     dtypes = [(part, part.dtype) for part in parts if part is not None]
-    with without_weights(), _modules_for(tensors):
+    with entered(without_weights(), _modules_for(tensors)):
         dense = model_class._from_config(
             settings,
             dtype=getattr(torch, head["dtype"]),
@@ -149,17 +154,34 @@ def build_skeleton(
     dense.tie_weights()
     for part, dtype in dtypes:  # building sets them to the dtype of the model
         part.dtype = dtype
-    pairs = find_pairs(dense)
+    return dense, cut_skeleton_(dense, head, plan)
+
+
+def cut_skeleton_(model: nn.Module, head: Mapping[str, Any], plan: Plan) -> Expected:
+    """Cut a dense model without data, in place.
+
+    Args:
+        model: The model, on the meta device.
+        head: The fields of `solpath.json`.
+        plan: The plan to cut it to.
+
+    Returns:
+        The name, dtype and shape of every tensor that the weight files must hold.
+
+    Raises:
+        SolpathError: The plan is not for this model, or the model has a tensor that cannot be
+            saved.
+    """
+    pairs = find_pairs(model)
     if tuple(pair for pair in pairs if pair.name not in plan.unreached) != plan.pairs:
         raise SolpathError(f"plan: its pairs are not those of this {head['class']}.")
-    model = extract(
-        dense, replace(plan, dropped_rotations=()), check=False
-    )  # a rotation changes no shape
+    whole = replace(plan, dropped_rotations=())  # a rotation changes no shape
+    vars(model).update(vars(extract(model, whole, check=False)))
     setattr(model, EXTRACTED, plan)
     for path, module in model.named_modules():
         if stray := [key for key, v in vars(module).items() if isinstance(v, Tensor) and v.is_meta]:
             raise SolpathError(f"{path}.{stray[0]} is a tensor but no parameter or buffer.")
-    return model, {
+    return {
         name: (tensor.dtype, tuple(tensor.shape))
         for name, tensor in state_of(model).items()
         if tensor.is_meta

@@ -22,7 +22,9 @@ from torch import nn
 from solpath.errors import ConfigError, FileError, SolpathError
 from solpath.files import check_output, json_bytes, new_folder, sync
 from solpath.planning.plan import Plan, plan_of
+from solpath.pretrained import unwrapped
 from solpath.reading import digests, dtype_name, sealed
+from solpath.running.modes import contained
 from solpath.running.provenance import version_of
 from solpath.storing.manifest import (
     ATTENTION,
@@ -35,6 +37,7 @@ from solpath.storing.manifest import (
     INDEX,
 )
 from solpath.storing.skeleton import (
+    AUTO_MARK,
     build_skeleton,
     check_same,
     check_sizes,
@@ -52,6 +55,7 @@ class Tokenizer(Protocol):
         """Write the files into the folder."""
 
 
+@contained
 def save(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -83,11 +87,12 @@ def save(
         ['config.json', 'model.safetensors', 'solpath.json']
     """
     check_output(folder, overwrite=overwrite)
-    contents = _contents(model)
+    contents = contents_of(model)
     with new_folder(folder, overwrite=overwrite) as temporary:
-        _write(contents, temporary, tokenizer, max_shard_size)
+        write(contents, temporary, tokenizer, max_shard_size)
 
 
+@contained
 def push_to_hub(
     model: nn.Module,
     repo_id: str,
@@ -130,12 +135,12 @@ def push_to_hub(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    contents = _contents(model)
+    contents = contents_of(model)
     if os.path.isabs(str(contents.config.get("_name_or_path", ""))):
         contents.config["_name_or_path"] = ""
     with tempfile.TemporaryDirectory() as parent:
         with new_folder(Path(parent) / "model") as folder:
-            _write(contents, folder, tokenizer, "5GB")
+            write(contents, folder, tokenizer, "5GB")
         try:
             api = HfApi(token=token)
             api.create_repo(repo_id, private=private, exist_ok=True)
@@ -147,7 +152,7 @@ def push_to_hub(
     return str(commit)
 
 
-class _Contents:
+class Contents:
     """What goes into a folder. Building it checks that `load` rebuilds exactly this model."""
 
     def __init__(self, model: Any, plan: Plan) -> None:
@@ -161,6 +166,7 @@ class _Contents:
         self.config: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
         self.config["transformers_version"] = config.transformers_version
         self.config["_name_or_path"] = config.name_or_path
+        self.config["quantization_config"] = AUTO_MARK
         self.generation: dict[str, Any] | None = None
         if model.can_generate() and model.generation_config is not None:
             self.generation = json.loads(model.generation_config.to_json_string(use_diff=False))
@@ -198,7 +204,17 @@ class _Contents:
         check_sizes(self.config, [header])
 
 
-def _contents(model: nn.Module) -> _Contents:
+def contents_of(model: nn.Module) -> Contents:
+    """Return what goes into the folder of a model.
+
+    Args:
+        model: A model from `extract`.
+
+    Raises:
+        SolpathError: The model was not extracted, or `load` could not rebuild it.
+        FileError: The model has a dtype that cannot be stored.
+    """
+    model = unwrapped(model)
     plan = plan_of(model)
     if plan is None:
         raise SolpathError(
@@ -211,12 +227,24 @@ def _contents(model: nn.Module) -> _Contents:
             "to rebuild it from. Wrap a timm model in TimmWrapperForImageClassification or "
             "TimmWrapperModel before the search; or keep state_dict() and extract again."
         )
-    return _Contents(model, plan)
+    return Contents(model, plan)
 
 
-def _write(
-    contents: _Contents, folder: Path, tokenizer: Tokenizer | None, max_shard_size: int | str
+def write(
+    contents: Contents, folder: Path, tokenizer: Tokenizer | None, max_shard_size: int | str
 ) -> None:
+    """Write the files of a model into an empty folder.
+
+    Args:
+        contents: From `contents_of`.
+        folder: The folder.
+        tokenizer: See `save`.
+        max_shard_size: See `save`.
+
+    Raises:
+        ConfigError: See `save`.
+        FileError: A file cannot be written.
+    """
     from huggingface_hub import split_torch_state_dict_into_shards
 
     if tokenizer is not None:
