@@ -92,7 +92,7 @@ REFUSED = {
 @pytest.mark.parametrize("wrapper", REFUSED)
 def test_what_to_pass_instead(wrapper, tmp_path):
     wrap, message = REFUSED[wrapper]
-    for name in ("extract", "masked", "save"):
+    for name in ("masked", "compensate") if wrapper == "compiled in place" else ("extract", "save"):
         with pytest.raises(UnsupportedModelError, match=message):
             calls(wrap, tmp_path)[name]()
 
@@ -102,6 +102,12 @@ def test_a_pipeline_is_refused_everywhere(name, tmp_path):
     wrap, message = REFUSED["pipeline"]
     with pytest.raises(UnsupportedModelError, match=message):
         calls(wrap, tmp_path)[name]()
+
+
+def test_what_was_compiled_in_place_is_cut_and_evaluated(tmp_path):
+    """Hooks are all that it cannot run."""
+    for name in ("extract", "evaluate", "save"):
+        assert calls(InPlace, tmp_path)[name]()
 
 
 def test_only_what_takes_batches_is_measured():

@@ -142,7 +142,7 @@ def quiet_transformers() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def unwrapped(model: Any, *, adapters: bool = False) -> nn.Module:
+def unwrapped(model: Any, *, adapters: bool = False, hooks: bool = False) -> nn.Module:
     """Return the model of transformers or timm inside a wrapper, or say what to pass instead.
 
     ``DataParallel``, ``DistributedDataParallel`` and what `torch.compile` returns hold one model,
@@ -151,11 +151,12 @@ def unwrapped(model: Any, *, adapters: bool = False) -> nn.Module:
     Args:
         model: What a user passed as a model.
         adapters: Whether a model that peft wrapped will do.
+        hooks: Whether hooks on its layers will have to run.
 
     Raises:
         UnsupportedModelError: It is a pipeline or a ``SentenceTransformer``, whose inputs are not
-            the batches of its model; a model that peft wrapped; one that was compiled in place; or
-            no model at all. The message says what to pass.
+            the batches of its model; a model that peft wrapped; one that was compiled in place,
+            which runs no hooks; or no model at all. The message says what to pass.
 
     Example:
         >>> unwrapped(torch.nn.DataParallel(model)) is model
@@ -174,7 +175,7 @@ def unwrapped(model: Any, *, adapters: bool = False) -> nn.Module:
             f"{type(model).__name__} has adapters of peft on its layers; pass "
             "model.merge_and_unload(), or model.unload() to leave them out."
         )
-    if any(module._compiled_call_impl is not None for module in model.modules()):
+    if hooks and any(module._compiled_call_impl is not None for module in model.modules()):
         raise UnsupportedModelError(
             f"this {type(model).__name__} was compiled in place, and compiled code takes no notice "
             "of masks; pass a model without model.compile(), and compile the extracted one."
@@ -231,7 +232,7 @@ def for_batches(model: nn.Module | Name, batches: Iterable[Any]) -> tuple[nn.Mod
         back.
     """
     if not isinstance(model, str | os.PathLike):
-        return unwrapped(model), batches
+        return unwrapped(model, hooks=True), batches
     if isinstance(batches, Iterator):
         first = next(batches, None)
         batches = () if first is None else chain([first], batches)

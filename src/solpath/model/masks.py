@@ -98,7 +98,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
         >>> torch.allclose(outputs.logits, small(**batch).logits, atol=1e-5)
         True
     """
-    given, model = model, unwrapped(model)
+    given, model = model, unwrapped(model, hooks=True)
     if plan_of(model) is not None:
         raise UnsupportedModelError(
             f"this {type(model).__name__} was already extracted; mask the dense model."

@@ -116,11 +116,11 @@ def compensate(
         True
     """
     models = list(small) if isinstance(small, Sequence) else [small]
-    models = [cast("Model", unwrapped(model)) for model in models]
+    models = [cast("Model", unwrapped(model, hooks=True)) for model in models]
     if not models:
         return []
     pairs = [_pairs_of(model) for model in models]
-    dense = unwrapped(dense)
+    dense = unwrapped(dense, hooks=True)
     if not ridge > 0:
         raise ConfigError(f"ridge must be positive, got {ridge!r}.")
     check_ends(batches)
