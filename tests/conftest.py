@@ -442,12 +442,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--minutes", type=float, help="how long all attacks take together")
 
 
+SHORT = 1.0  # seconds that an attack may take among all other tests
+
+
 @pytest.fixture
 def seconds(request: pytest.FixtureRequest) -> float:
     """How long one attack may take: its share of ``--minutes``, or what suits the whole suite."""
     minutes = request.config.getoption("--minutes")
     attacks = sum("seconds" in item.fixturenames for item in request.session.items)
-    return 1.0 if minutes is None else 60 * minutes / attacks
+    return SHORT if minutes is None else 60 * minutes / attacks
 
 
 def build(label: str, *, seed: int = 0, **changes: object) -> nn.Module:

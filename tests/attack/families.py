@@ -1,21 +1,16 @@
 """Random plans for random families: masked and cut models must compute the same.
 
-`run` draws until its time is over; ``python tests/attack/families.py 600 0`` prints what it found.
+`run` draws until its time is over.
 """
 
 import copy
-import json
 import random
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import solpath
 from conftest import CASES, build, inputs
@@ -104,10 +99,3 @@ def _difference(model: nn.Module, widths: list[int], samples: int, seed: int) ->
 def _width(chance: random.Random, width: int) -> int:
     """None, one, all but one or all units more often than chance alone would."""
     return chance.choice([0, 1, width - 1, width, *(chance.randint(0, width) for _ in range(4))])
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    result = run(float(sys.argv[1]), int(sys.argv[2]))
-    print(json.dumps(vars(result), indent=1))
-    sys.exit(bool(result.faults))

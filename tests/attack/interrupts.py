@@ -4,11 +4,8 @@
 solpath each time. After each it compares the models and torch with how they were found, while the
 exception is still there, as in an interactive session: whatever is undone only when the traceback
 is dropped counts as left behind.
-
-    python tests/attack/interrupts.py --minutes 10
 """
 
-import argparse
 import gc
 import random
 import sys
@@ -199,32 +196,3 @@ def works() -> dict[str, tuple[Callable[[], Any], list[nn.Module]]]:
         "masked": (masked, [model]),
         "measure": (lambda: solpath.measure({"a": model, "b": small}, batches[0], repeats=1), both),
     }
-
-
-def interrupt_all(*, seconds: float, seed: int, limit: int = sys.maxsize) -> dict[str, Found]:
-    """Interrupt every work of `works`, each for its share of the time.
-
-    Args:
-        seconds: How long all of them may take together.
-        seed: Seeds the choice of the lines.
-        limit: How many interrupts of each work to make at most.
-    """
-    every = works()
-    return {
-        name: interrupt(work, models, seconds=seconds / len(every), seed=seed, limit=limit)
-        for name, (work, models) in every.items()
-    }
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    results = interrupt_all(seconds=60 * options.minutes, seed=options.seed)
-    for name, one in results.items():
-        print(f"{name}: {one.interrupts} interrupts at {one.lines} lines, left: {dict(one.left)}")
-        for what, places in one.where.items():
-            print(f"    {what}: {', '.join(sorted(set(places)))}")
-    sys.exit(any(one.left for one in results.values()))

@@ -1,10 +1,16 @@
-"""A short attack on all families; the long one is a command."""
+"""Masked and cut agree, for random plans of random families.
+
+``pytest tests/attack --minutes 30`` runs longer.
+"""
 
 from families import run
 
 
-def test_random_plans_of_random_families():
-    found = run(4, seed=1)
+def test_random_plans_of_random_families(seconds):
+    found = run(max(seconds, 4), seed=1)
+    print(
+        f"{found.plans} plans of {len(found.families)} families, {found.zeros} pairs cut to nothing"
+    )
     assert not found.faults
     assert found.plans > 20
     assert found.zeros
