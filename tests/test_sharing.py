@@ -223,3 +223,22 @@ def test_checkpoints_of_a_trainer(tmp_path):
 def test_importing_solpath_imports_neither_torch_nor_transformers():
     code = "import sys, solpath; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+@pytest.mark.parametrize("label", ["llama", "qwen3"])
+def test_weights_of_other_units_are_refused(label, weights_only):
+    """Of rotary couples and norms, the weights do not tell which units they are."""
+    dense = build(label)
+    small, other = (solpath.extract(dense, random_plan(dense, [0.5], seed=s)) for s in (0, 1))
+    file = io.BytesIO()
+    torch.save(small.state_dict(), file)
+    file.seek(0)
+    weights = torch.load(file, weights_only=weights_only)
+    with pytest.raises(RuntimeError, match=r"layers\.0\.self_attn keeps other units"):
+        other.load_state_dict(weights)
+    again = solpath.extract(dense, random_plan(dense, [0.5], seed=0))
+    assert again.load_state_dict(weights)
+    batch = inputs(dense)
+    assert torch.equal(again(**batch).logits, small(**batch).logits)
+    again.load_state_dict(dict(weights))  # without metadata nobody can tell
