@@ -19,7 +19,7 @@ from solpath.arch.table import _REGISTERED
 from solpath.errors import UnsupportedModelError
 from solpath.model import checking
 from solpath.model.discovery import survey
-from solpath.nn.attention import rotary
+from solpath.nn.rotary import rotary
 from solpath.running.forward import forward
 
 

@@ -23,7 +23,7 @@ from solpath.measuring.evaluation import reference_outputs
 from solpath.model.counting import count_costs
 from solpath.model.discovery import find_pairs
 from solpath.model.fingerprint import fingerprint
-from solpath.planning.path import flatten
+from solpath.pair import flatten
 from solpath.running.forward import forward
 from test_generation import GENERATORS, PLANS, assert_same, generate, prompts, pruned
 from test_search import assert_equal, everything, same

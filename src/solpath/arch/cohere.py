@@ -3,7 +3,7 @@
 from functools import partial
 
 from solpath.arch.llama import stacks
-from solpath.nn.attention import rotary
+from solpath.nn.rotary import rotary
 
 _rotary = partial(rotary, neighbours=True)
 _cohere2 = _rotary(

@@ -8,7 +8,8 @@ from torch.nn.functional import pad
 
 from solpath.arch.table import Mlp, Stack
 from solpath.arch.vit import ATTENTION, GATED
-from solpath.nn.attention import attend, rotate, split_heads
+from solpath.nn.attention import attend, split_heads
+from solpath.nn.rotary import rotate
 
 
 def _forward(

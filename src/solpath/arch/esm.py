@@ -7,7 +7,8 @@ from torch import Tensor
 
 from solpath.arch.bert import ATTENTION, MLP
 from solpath.arch.table import Stack
-from solpath.nn.attention import attend, rotate_kept, split_heads
+from solpath.nn.attention import attend, split_heads
+from solpath.nn.rotary import rotate_kept
 
 
 def _forward(

@@ -7,7 +7,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from solpath.arch.gpt_neox import MLP, attention
 from solpath.arch.table import Stack
-from solpath.nn.attention import cached_states, pad_to, rotate_couples, split_groups
+from solpath.nn.attention import cached_states, pad_to, split_groups
+from solpath.nn.rotary import rotate_couples
 
 
 def _forward(

@@ -5,7 +5,7 @@ from dataclasses import replace
 from solpath.arch.clip import tower
 from solpath.arch.llama import ATTENTION, MLP
 from solpath.arch.table import Stack
-from solpath.nn.attention import rotary
+from solpath.nn.rotary import rotary
 
 _ATTENTION = replace(
     ATTENTION,

@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from solpath.arch.table import Attention, Mlp, Stack
-from solpath.nn.attention import rotary, split_groups
+from solpath.nn.attention import split_groups
+from solpath.nn.rotary import rotary
 
 MLP = Mlp(left=("mlp.dense_h_to_4h",), right="mlp.dense_4h_to_h")
 

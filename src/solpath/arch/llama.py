@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from solpath.arch.table import Attention, Mlp, Stack
-from solpath.nn.attention import rotary, with_residual_dropout
+from solpath.nn.rotary import rotary, with_residual_dropout
 
 ATTENTION = Attention(
     module="self_attn",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from solpath.arch.llama import stacks
-from solpath.nn.attention import project_apart, rotary
+from solpath.nn.rotary import project_apart, rotary
 
 
 def _project(

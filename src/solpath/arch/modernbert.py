@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from solpath.arch.table import Attention, Mlp, Stack
-from solpath.nn.attention import attend, rotate_kept, split_fused
+from solpath.nn.attention import attend, split_fused
+from solpath.nn.rotary import rotate_kept
 
 
 def _forward(

@@ -5,7 +5,7 @@ from dataclasses import replace
 from solpath.arch.llama import ATTENTION, MLP
 from solpath.arch.qwen3 import ATTENTION as NORMED
 from solpath.arch.table import Attention, Mlp, Stack
-from solpath.nn.attention import rotary
+from solpath.nn.rotary import rotary
 
 _SHARED = Mlp(
     left=("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),

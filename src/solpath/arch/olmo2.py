@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from solpath.arch.llama import stacks
-from solpath.nn.attention import attend, by_head, cached_states, rotate
+from solpath.nn.attention import attend, by_head, cached_states
+from solpath.nn.rotary import rotate
 
 
 def _forward(

@@ -2,7 +2,7 @@
 
 from solpath.arch.llama import stacks
 from solpath.arch.table import Mlp
-from solpath.nn.attention import rotary
+from solpath.nn.rotary import rotary
 
 TABLES = {
     "phi": stacks(

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from solpath.arch.llama import stacks
 from solpath.arch.table import Mlp
-from solpath.nn.attention import rotary, split_fused
+from solpath.nn.attention import split_fused
+from solpath.nn.rotary import rotary
 
 
 def _project(self: Any, hidden: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from solpath.arch import llama
 from solpath.arch.table import Stack
-from solpath.nn.attention import rotary
+from solpath.nn.rotary import rotary
 
 ATTENTION = replace(
     llama.ATTENTION,

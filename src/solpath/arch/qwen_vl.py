@@ -7,7 +7,7 @@ from dataclasses import replace
 from solpath.arch.llama import ATTENTION, MLP
 from solpath.arch.qwen3 import ATTENTION as NORMED
 from solpath.arch.table import Attention, Stack
-from solpath.nn.attention import rotary
+from solpath.nn.rotary import rotary
 
 _PLAIN = replace(ATTENTION, forward=rotary("sliding_window"))
 _NORMED = replace(NORMED, forward=rotary())

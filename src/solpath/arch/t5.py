@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from solpath.arch.table import Attention, Mlp, Stack
-from solpath.nn.attention import Forward, attend, cached_states, split_heads
+from solpath.nn.attention import attend, cached_states, split_heads
+from solpath.nn.slim import Forward
 
 
 def _forward(

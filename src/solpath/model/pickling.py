@@ -3,7 +3,7 @@
 from torch import nn
 
 from solpath.arch import Attention, lookup
-from solpath.nn.attention import slim_class
+from solpath.nn.slim import slim_class
 
 
 def slimmed(stock: type[nn.Module], model_type: str, table: Attention) -> type[nn.Module]:

@@ -1,9 +1,7 @@
 """Attention with separate query-key and value-output widths, either of which may be 0."""
 
-import hashlib
 import sys
 from collections.abc import Callable, Iterable
-from functools import cache
 from typing import Any
 
 import torch
@@ -11,12 +9,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from solpath.nn.slim import Forward, stock_class
+
 _ALIGNED = 8  # elements: what fused kernels of GPUs want the width of a head to be a multiple of
-
-_UNITS = "solpath.units"  # in the metadata of a state_dict
-
-Forward = Callable[..., Any]
-"""The `forward` of an attention module, as a function whose first argument is the module."""
 
 
 def split_heads(linear: nn.Module, hidden: Tensor, heads: int) -> Tensor:
@@ -102,7 +97,7 @@ def attend(
         The states ``[batch, tokens, heads * vo]``, and the attention probabilities, or None if the
         function does not return them.
     """
-    eager = sys.modules[_stock(module).__module__].eager_attention_forward
+    eager = sys.modules[stock_class(module).__module__].eager_attention_forward
     config: Any = module.config
     function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
         config._attn_implementation, eager
@@ -175,6 +170,18 @@ def cached_states(
     return updated
 
 
+def getter(path: str) -> Callable[[Any], Any]:
+    """Return an `operator.attrgetter` that `torch.compile` can look into."""
+    names = path.split(".")
+
+    def get(value: Any) -> Any:
+        for name in names:
+            value = getattr(value, name)
+        return value
+
+    return get
+
+
 def separate(
     query: str,
     key: str,
@@ -194,7 +201,7 @@ def separate(
         output: The attribute that holds the output projection; empty if that is outside the module.
         heads, scaling, dropout: The attributes that hold these numbers; dots are allowed.
     """
-    count, scale, drop = _getter(heads), _getter(scaling), _getter(dropout)
+    count, scale, drop = getter(heads), getter(scaling), getter(dropout)
 
     def forward(
         self: Any,
@@ -224,198 +231,6 @@ def separate(
     return forward
 
 
-def _getter(path: str) -> Callable[[Any], Any]:
-    """Return an `operator.attrgetter` that `torch.compile` can look into."""
-    names = path.split(".")
-
-    def get(value: Any) -> Any:
-        for name in names:
-            value = getattr(value, name)
-        return value
-
-    return get
-
-
-def project_apart(self: Any, hidden: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values ``[batch, heads, tokens, width]`` of three projections."""
-    heads = self.config.num_attention_heads
-    kv_heads = heads // self.num_key_value_groups
-    return (
-        split_heads(self.q_proj, hidden, heads),
-        split_heads(self.k_proj, hidden, kv_heads),
-        split_heads(self.v_proj, hidden, kv_heads),
-    )
-
-
-def always(self: Any) -> bool:
-    """Return True: every attention of the model rotates."""
-    return True
-
-
-def rotary(
-    sliding_window: str = "",
-    *,
-    softcap: str = "",
-    sinks: str = "",
-    project: Callable[..., tuple[Tensor, Tensor, Tensor]] = project_apart,
-    rotates: Callable[[Any], bool] = always,
-    table: int = 1,
-    neighbours: bool = False,
-    upcast: bool = False,
-    output: str = "o_proj",
-) -> Forward:
-    """Return the `forward` of LLaMA's attention and its relatives: rotary couples, grouped queries.
-
-    With norms over the heads, the module has `q_norm` and `k_norm`, which run on the kept channels
-    among zeros, and the query is multiplied by the buffer ``gain``, ``[heads]``. Channels of a head
-    after its couples are not rotated.
-
-    Args:
-        sliding_window: The attribute that holds the window; dots are allowed. Empty if there is
-            none.
-        softcap: The attribute that holds the bound of the logits; empty if there is none.
-        sinks: The attribute that holds one more logit per head; empty if there is none.
-        project: The function of the module, the hidden states and the other arguments of `forward`
-            that returns queries, keys and values.
-        rotates: The function that tells whether a module rotates at all.
-        table: The number of columns of the rotary tables per couple.
-        neighbours: Whether the channels of a couple are neighbours.
-        upcast: Whether the stock module rotates in float32.
-        output: The attribute that holds the output projection.
-    """
-    extras = {"sliding_window": sliding_window, "softcap": softcap, "s_aux": sinks}
-    getters = {name: _getter(path) for name, path in extras.items() if path}
-
-    def forward(
-        self: Any,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        cache: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        query, key, value = project(self, hidden_states, **kwargs)
-        if self.couples.numel():
-            if "gain" in self._buffers:
-                query = _norm(self.q_norm, query, self.couples, self.head_dim)
-                query = query * self.gain.to(query.dtype).view(-1, 1, 1)
-                key = _norm(self.k_norm, key, self.couples, self.head_dim)
-            if rotates(self):
-                columns = self.couples * table
-                query, key = rotate_couples(
-                    query, key, columns, position_embeddings, neighbours, upcast
-                )
-        kwargs |= {name: get(self) for name, get in getters.items()}
-        states, weights = attend(
-            self,
-            query,
-            *cached_states(self, lambda _: (key, value), hidden_states, cache),
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.attention_dropout,
-            **kwargs,
-        )
-        return getattr(self, output)(states), weights
-
-    return forward
-
-
-def with_residual_dropout(forward: Forward) -> Forward:
-    """Return a `forward` whose output is dropped out with probability `residual_dropout`."""
-
-    def dropped(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        states, weights = forward(self, *args, **kwargs)
-        return nn.functional.dropout(states, self.residual_dropout, self.training), weights
-
-    return dropped
-
-
-def _norm(norm: nn.Module, states: Tensor, couples: Tensor, width: int) -> Tensor:
-    """Norm the kept channels among zeros. ``[batch, heads, tokens, 2 * couples]`` both ways.
-
-    Args:
-        norm: The norm of the dense head.
-        states: The kept channels.
-        couples: The index of every kept couple, int64 ``[kv_heads, couples]``.
-        width: The number of channels of the dense head.
-    """
-    channels = torch.cat((couples, couples + width // 2), dim=-1)
-    channels = channels.repeat_interleave(states.shape[1] // len(couples), 0)
-    index = channels.unsqueeze(1).expand(states.shape)
-    whole = states.new_zeros(*states.shape[:-1], width).scatter(-1, index, states)
-    normed: Tensor = norm(whole).gather(-1, index)
-    return normed
-
-
-def rotate_couples(
-    query: Tensor,
-    key: Tensor,
-    columns: Tensor,
-    tables: tuple[Tensor, Tensor] | None,
-    neighbours: bool = False,
-    upcast: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Apply the rotary embedding to the kept couples of queries and keys.
-
-    Args:
-        query: ``[batch, heads, tokens, 2 * couples + others]``.
-        key: ``[batch, kv_heads, tokens, 2 * couples + others]``.
-        columns: The columns of the tables for every kept couple, int64 ``[kv_heads, couples]``.
-        tables: Cosines and sines, ``[batch, tokens, head_dim]``, or None to rotate nothing.
-        neighbours: Whether the channels of a couple are neighbours.
-        upcast: Whether to rotate in float32.
-    """
-    if tables is None or not columns.numel():
-        return query, key
-    # [batch, tokens, head_dim] -> [batch, kv_heads, tokens, couples]
-    cos, sin = (table[..., columns].transpose(1, 2) for table in tables)
-    key = rotate(key, cos, sin, neighbours, upcast)
-    groups = query.shape[1] // cos.shape[1]
-    cos, sin = (table.repeat_interleave(groups, dim=1) for table in (cos, sin))
-    return rotate(query, cos, sin, neighbours, upcast), key
-
-
-def rotate(
-    states: Tensor, cos: Tensor, sin: Tensor, neighbours: bool = False, upcast: bool = False
-) -> Tensor:
-    """Apply the rotary embedding to the kept couples, which come first in every head.
-
-    Args:
-        states: ``[batch, heads, tokens, 2 * couples + others]``.
-        cos: ``[batch, heads, tokens, couples]``, gathered for the couples of each head.
-        sin: ``[batch, heads, tokens, couples]``, gathered in the same way.
-        neighbours: Whether the channels of a couple are neighbours, which they are not in the
-            result. Otherwise they are in the half-split layout.
-        upcast: Whether to rotate in float32.
-    """
-    count = 2 * cos.shape[-1]
-    couples, others = states[..., :count], states[..., count:]
-    couples = couples.float() if upcast else couples
-    first, second = (
-        (couples[..., ::2], couples[..., 1::2]) if neighbours else couples.chunk(2, dim=-1)
-    )
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    turned = turned.to(states.dtype)
-    return torch.cat((turned, others), dim=-1) if others.shape[-1] else turned
-
-
-def rotate_kept(states: Tensor, couples: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of kept couples in float32, by tables of whole heads.
-
-    Args:
-        states: ``[batch, heads, tokens, 2 * couples]``.
-        couples: int64 ``[heads, couples]``.
-        tables: cosines and sines, ``[batch, tokens, width]``.
-    """
-    if not couples.numel():
-        return states
-    cos, sin = (table[..., couples].transpose(1, 2).repeat(1, 1, 1, 2) for table in tables)
-    first, second = states.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    # Two casts, as in transformers: gradients are rounded to float32 before they are added up.
-    return (states.float() * cos + turned.float() * sin).to(states.dtype)
-
-
 def plain_attention(
     query: Tensor,
     key: Tensor,
@@ -439,61 +254,3 @@ def plain_attention(
     logits = sum(added, query @ key.mT * scaling)
     weights = dropout(logits.softmax(-1))
     return (weights @ value).transpose(1, 2).flatten(2), weights
-
-
-@cache
-def slim_class(
-    stock: type[nn.Module],
-    forward: Forward,
-    maker: tuple[Callable[..., nn.Module], tuple[Any, ...]] | None = None,
-) -> type[nn.Module]:
-    """Return a subclass of a stock attention class that replaces `forward`.
-
-    It also lets a ``state_dict`` say which units its buffers stand for, and refuses weights that
-    belong to others: of rotary couples, only the plan knows which were kept. Its modules stay
-    instances of the stock class, so output recording and attention backends find them. transformers
-    names the key-value cache ``cache`` from 5.24 on, and ``past_key_values`` before; `forward`
-    always gets it as ``cache``.
-
-    Args:
-        stock: The stock class.
-        forward: The function that replaces its `forward`.
-        maker: A function and its arguments that return a module of this class without contents, for
-            copies and pickles; the class itself has no place where a pickle could find it.
-    """
-
-    def call(self: Any, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        if past_key_values is not None:
-            kwargs["cache"] = past_key_values
-        return forward(self, *args, **kwargs)
-
-    def reduce(self: Any, protocol: int) -> tuple[Any, ...]:
-        return (*(maker or ()), *object.__reduce_ex__(self, protocol)[2:])
-
-    def save(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
-        stock._save_to_state_dict(self, destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]][_UNITS] = _units_of(self)
-
-    def load(self: Any, state: Any, prefix: str, metadata: Any, *others: Any) -> None:
-        if metadata.get(_UNITS) not in (None, _units_of(self)):
-            others[-1].append(
-                f"{prefix[:-1]} keeps other units than the model that these weights come from; "
-                "load them into a model that was extracted with the same plan."
-            )
-        stock._load_from_state_dict(self, state, prefix, metadata, *others)
-
-    added = {"forward": call, "_save_to_state_dict": save, "_load_from_state_dict": load}
-    added |= {"__reduce_ex__": reduce} if maker else {}
-    return type(f"Slim{stock.__name__}", (stock,), added)
-
-
-def _units_of(module: nn.Module) -> str | None:
-    """Return a digest of the buffers that say which units a cut attention keeps, or None."""
-    buffers = [module._buffers[name] for name in ("couples", "gain") if name in module._buffers]
-    values = [value.tolist() for value in buffers if value is not None and not value.is_meta]
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:16] if values else None
-
-
-def _stock(module: nn.Module) -> type:
-    return type(module).__mro__[1]

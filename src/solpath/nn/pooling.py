@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from solpath.nn.attention import by_head, pad_to, slim_class
+from solpath.nn.attention import by_head, pad_to
+from solpath.nn.slim import slim_class
 
 
 def pooling_forward(
