@@ -75,7 +75,7 @@ def rotary(
                 query = query * self.gain.to(query.dtype).view(-1, 1, 1)
                 key = _norm(self.k_norm, key, self.couples, self.head_dim)
             if rotates(self):
-                columns = self.couples * table
+                columns = self.couples if table == 1 else self.couples * table
                 query, key = rotate_couples(
                     query, key, columns, position_embeddings, neighbours, upcast
                 )
@@ -144,9 +144,9 @@ def rotate_couples(
     # [batch, tokens, head_dim] -> [batch, kv_heads, tokens, couples]
     cos, sin = (table[..., columns].transpose(1, 2) for table in tables)
     key = rotate(key, cos, sin, neighbours, upcast)
-    groups = query.shape[1] // cos.shape[1]
-    cos, sin = (table.repeat_interleave(groups, dim=1) for table in (cos, sin))
-    return rotate(query, cos, sin, neighbours, upcast), key
+    groups = query.unflatten(1, (cos.shape[1], -1))  # every query head of a key-value head
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    return rotate(groups, cos, sin, neighbours, upcast).flatten(1, 2), key
 
 
 def rotate(
@@ -155,9 +155,9 @@ def rotate(
     """Apply the rotary embedding to the kept couples, which come first in every head.
 
     Args:
-        states: ``[batch, heads, tokens, 2 * couples + others]``.
-        cos: ``[batch, heads, tokens, couples]``, gathered for the couples of each head.
-        sin: ``[batch, heads, tokens, couples]``, gathered in the same way.
+        states: ``[..., tokens, 2 * couples + others]``.
+        cos: ``[..., tokens, couples]``, gathered for the couples of each head.
+        sin: ``[..., tokens, couples]``, gathered in the same way.
         neighbours: Whether the channels of a couple are neighbours, which they are not in the
             result. Otherwise they are in the half-split layout.
         upcast: Whether to rotate in float32.
