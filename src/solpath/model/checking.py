@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from solpath.arch import is_foreign, lookup, type_of
@@ -313,6 +313,13 @@ def _copied(value: Any) -> Any:
     return value
 
 
+def _vocabulary(model: nn.Module, config: Any) -> int:
+    """Return how many tokens a model knows, or fewer; 0 if it has no embeddings."""
+    text = config.get_text_config() if isinstance(config, PreTrainedConfig) else config
+    sizes = [part.num_embeddings for part in model.modules() if isinstance(part, nn.Embedding)]
+    return int(getattr(text, "vocab_size", 0) or min(sizes, default=0))
+
+
 def _samples(model: nn.Module) -> list[dict[str, Tensor]]:
     """Return inputs that a model may take: tokens, pixels, or both."""
     parameters = inspect.signature(model.forward).parameters
@@ -320,14 +327,11 @@ def _samples(model: nn.Module) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     text: dict[str, Tensor] = {}
     images: dict[str, Tensor] = {}
-    if "input_ids" in parameters:
-        size = config.get_text_config().vocab_size
-        names = ["input_ids"] + ["decoder_input_ids"] * bool(config.is_encoder_decoder)
-        # Ends of a vocabulary are special tokens.
-        text = {
-            name: torch.randint(size // 4, size // 2, (2, 12), generator=generator)
-            for name in names
-        }
+    size = _vocabulary(model, config)
+    if "input_ids" in parameters and size:
+        names = ["input_ids"] + ["decoder_input_ids"] * ("decoder_input_ids" in parameters)
+        low, high = size // 4, max(size // 2, size // 4 + 1)  # special tokens are at the ends
+        text = {name: torch.randint(low, high, (2, 12), generator=generator) for name in names}
     tower = getattr(config, "vision_config", config)
     side, channels = (getattr(tower, name, None) for name in ("image_size", "num_channels"))
     if "pixel_values" in parameters and isinstance(side, int) and isinstance(channels, int):

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from solpath.errors import UnsupportedModelError
 from solpath.model.discovery import Site
 from solpath.model.linear import linear_map
 from solpath.model.pickling import slimmed
@@ -34,46 +33,25 @@ def cut_model(
         sites: Its attentions.
         kept: Pair name to the kept units of every head, int64 ``[heads, r]``, ascending.
         gains: See `Plan.gains`.
-
-    Raises:
-        UnsupportedModelError: A module that needs another `forward` has one that was set on it.
     """
     # deepcopy finds the cut parameters in `memo`, so a matrix that is cut is never copied whole.
     cut = {pair.name for pair in pairs if kept[pair.name].shape[1] < pair.width}
     layers = _sides_of_layers(pairs, cut)
     slim = [site for site in sites if cut & {pair.name for pair in site.pairs}]
     changed = *layers, *(site.path for site in slim)
-    _check_own_forward(model, changed)
     memo: dict[int, Any] = {}
     for path, sides in layers.items():
         index = [pair.channel_index(side, kept[pair.name]) for pair, side in sides]
         order = torch.cat(index).sort().values
         memo |= cut_linear(linear_map(model, path), order, sides[0][1].axis)
     result = copy.deepcopy(model, memo)
-    for path in changed:
+    for path in changed:  # accelerate's hooks, once removed, leave the `forward` of the class
         vars(result.get_submodule(path)).pop("forward", None)
     for path in layers:
         resize_(result.get_submodule(path))
     for site in slim:
         _slim_(result, site, kept, gains)
     return result
-
-
-def _check_own_forward(model: nn.Module, paths: Iterable[str]) -> None:
-    """Refuse modules with a `forward` of their own, which would run in place of the new one.
-
-    That of the class may be set on a module: accelerate leaves it when it removes its hooks.
-    """
-    for path in paths:
-        module = model.get_submodule(path)
-        own = vars(module).get("forward")
-        if own is not None and getattr(own, "__func__", None) is not type(module).forward:
-            raise UnsupportedModelError(
-                f"{path} has a `forward` that was set on it, as accelerate does on models that are "
-                "spread over devices; put the model on one device, call "
-                "accelerate.hooks.remove_hook_from_submodules(model), and cut it then. The path "
-                "and its plans stay valid."
-            )
 
 
 def _sides_of_layers(pairs: Sequence[Pair], cut: set[str]) -> dict[str, list[tuple[Pair, Side]]]:

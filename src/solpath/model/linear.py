@@ -84,7 +84,7 @@ def linear_map(model: nn.Module, path: str) -> LinearMap:
 
 
 # Where `forward` of an `nn.MultiheadAttention` comes from: its own, or that of a cut or masked one.
-_MULTIHEAD = (nn.MultiheadAttention.forward.__module__, "solpath.nn.attention")
+_MULTIHEAD = (nn.MultiheadAttention.forward.__module__, "solpath.nn.slim")
 
 
 def is_falcon(kind: type) -> bool:

@@ -92,23 +92,20 @@ def check_forward(module: nn.Module, path: str, *, registered: bool) -> None:
                 f"{stock[0].__name__}, which a cut would put in its place."
             )
     _check_own_forward(module, path)
-    if "forward" in vars(module):  # it would stay in the way of the one that a cut puts in place
-        raise UnsupportedModelError(f"{path} {_OWN_FORWARD}")
-
-
-_OWN_FORWARD = "has a forward of its own, beside that of its class; del module.forward first."
 
 
 def _check_own_forward(module: nn.Module, path: str) -> None:
     """Raise `UnsupportedModelError` if a module does not run the `forward` of its class."""
     if hasattr(module, "_hf_hook"):
         raise UnsupportedModelError(
-            f"{path} has a hook of accelerate; call "
-            "accelerate.hooks.remove_hook_from_module(model, recurse=True) first."
+            f"{path} has a hook of accelerate, as models have that are spread over devices; put "
+            "the model on one device and call accelerate.hooks.remove_hook_from_submodules(model)."
         )
     own: Any = vars(module).get("forward")  # accelerate's hooks, once removed, leave the same one
     if own is not None and getattr(own, "__func__", None) is not type(module).forward:
-        raise UnsupportedModelError(f"{path} {_OWN_FORWARD}")
+        raise UnsupportedModelError(
+            f"{path} has a forward of its own, beside that of its class; del module.forward first."
+        )
 
 
 def _inside(model: nn.Module, pair: Pair) -> Iterator[str]:

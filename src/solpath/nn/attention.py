@@ -123,12 +123,12 @@ def attend(
 def _aligned(states: Tensor) -> Tensor:
     """Return states whose rows start where the kernels of a GPU can read them, copied if need be.
 
-    Views of a fused projection that was cut may start anywhere.
+    Views of a fused projection that was cut may start anywhere. A compiler sees to that itself.
     """
+    if not states.is_cuda or torch.compiler.is_compiling():
+        return states
     starts = (*states.stride()[:-1], states.storage_offset())
-    if states.is_cuda and any(start % _ALIGNED for start in starts):
-        return states.contiguous()
-    return states
+    return states.contiguous() if any(start % _ALIGNED for start in starts) else states
 
 
 def pad_to(states: Tensor, width: int) -> Tensor:

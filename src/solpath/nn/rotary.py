@@ -144,7 +144,7 @@ def rotate_couples(
     # [batch, tokens, head_dim] -> [batch, kv_heads, tokens, couples]
     cos, sin = (table[..., columns].transpose(1, 2) for table in tables)
     key = rotate(key, cos, sin, neighbours, upcast)
-    groups = query.unflatten(1, (cos.shape[1], -1))  # every query head of a key-value head
+    groups = query.view(query.shape[0], cos.shape[1], -1, *query.shape[2:])  # by key-value head
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     return rotate(groups, cos, sin, neighbours, upcast).flatten(1, 2), key
 
