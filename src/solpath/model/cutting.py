@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from solpath.errors import UnsupportedModelError
 from solpath.model.discovery import Site
-from solpath.model.linear import linear_map
+from solpath.model.linear import layer_at, linear_map
 from solpath.model.pickling import slimmed
 from solpath.model.slicing import cut_linear, resize_
 from solpath.pair import Pair, Side
@@ -51,9 +51,9 @@ def cut_model(
         memo |= cut_linear(linear_map(model, path), order, sides[0][1].axis)
     result = copy.deepcopy(model, memo)
     for path in changed:
-        vars(result.get_submodule(path)).pop("forward", None)
-    for path in layers:
-        resize_(result.get_submodule(path))
+        vars(layer_at(result, path)).pop("forward", None)
+    for layer in {layer_at(result, path) for path in layers}:
+        resize_(layer)
     for site in slim:
         _slim_(result, site, kept, gains)
     return result
@@ -65,7 +65,7 @@ def _check_own_forward(model: nn.Module, paths: Iterable[str]) -> None:
     That of the class may be set on a module: accelerate leaves it when it removes its hooks.
     """
     for path in paths:
-        module = model.get_submodule(path)
+        module = layer_at(model, path)
         own = vars(module).get("forward")
         if own is not None and getattr(own, "__func__", None) is not type(module).forward:
             raise UnsupportedModelError(
