@@ -173,7 +173,7 @@ def _counted_experts(model: nn.Module) -> Iterator[None]:
 
     with undoing(restore):
         for module, kind in stock:
-            counted: Any = slim_class(kind, counted_forward)
+            counted: Any = slim_class(kind, counted_forward)  # type: ignore[arg-type]
             module.__class__ = counted
         yield
 

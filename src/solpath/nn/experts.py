@@ -37,7 +37,8 @@ def experts_forward(
     """
     on_neurons: OnNeurons | None = vars(self).get("on_neurons")
     states = torch.zeros_like(hidden_states)
-    for expert in top_k_index.unique().tolist():
+    chosen: Any = top_k_index
+    for expert in chosen.unique().tolist():
         token, place = torch.where(top_k_index == expert)
         neurons = self._apply_gate(_project(self, "gate_up_proj", expert, hidden_states[token]))
         if on_neurons is not None:
@@ -82,18 +83,21 @@ def _project(experts: Any, name: str, expert: int, states: Tensor) -> Tensor:
 
 def cut_experts_(module: Any) -> None:
     """Let experts run with the width of their cut parameters, in place."""
-    stock = type(module)
     width = module.down_proj.shape[1 if module.is_transposed else 2]
     for name in ("intermediate_dim", "intermediate_size"):
         if name in vars(module):
             setattr(module, name, width)
-    module.__class__ = slim_class(stock, cut_forward, (remake, (stock,)))
+    module.__class__ = _cut_class(type(module))
 
 
 def remake(stock: type[nn.Module]) -> nn.Module:
     """Return cut experts without contents, which a pickle then fills."""
-    kind = slim_class(stock, cut_forward, (remake, (stock,)))
+    kind = _cut_class(stock)
     return kind.__new__(kind)
+
+
+def _cut_class(stock: type[nn.Module]) -> type[nn.Module]:
+    return slim_class(stock, cut_forward, (remake, (stock,)))  # type: ignore[arg-type]
 
 
 def hook_neurons_(module: nn.Module, hook: OnNeurons) -> None:
@@ -104,7 +108,7 @@ def hook_neurons_(module: nn.Module, hook: OnNeurons) -> None:
         hook: The function.
     """
     vars(module)["on_neurons"] = hook
-    slim: Any = slim_class(type(module), experts_forward)
+    slim: Any = slim_class(type(module), experts_forward)  # type: ignore[arg-type]
     module.__class__ = slim
 
 
