@@ -7,6 +7,7 @@ from operator import attrgetter
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from solpath.arch import UNSUITED, Attention, Experts, Mlp, Stack, is_foreign, lookup, type_of
 from solpath.errors import UnsupportedModelError
@@ -307,7 +308,7 @@ def _experts(model: nn.Module, block: str, stack: Stack, checked: bool) -> Pair 
 def _check_experts(model: nn.Module, path: str, module: Any, table: Experts) -> None:
     """Refuse experts that compute something else than their table knows."""
     kind = type(module).__name__
-    if kind != table.kind:
+    if kind != table.kind and not parametrize.is_parametrized(module):  # `linear_map` refuses that
         raise UnsupportedModelError(
             f"{path} is a {kind}, not a {table.kind}; prune before quantising, and merge adapters "
             "first."

@@ -102,7 +102,7 @@ def linear_map(model: nn.Module, path: str) -> LinearMap:
     layer: Any = layer_at(model, path)
     kind = type(layer)
     name = path.rpartition(".")[2]
-    if is_experts(layer) and name in layer._parameters:
+    if is_experts(layer) and name in layer._parameters and not parametrize.is_parametrized(layer):
         return LinearMap(
             layer._parameters[name],
             layer._parameters.get(f"{name}_bias"),
@@ -122,7 +122,7 @@ def linear_map(model: nn.Module, path: str) -> LinearMap:
     if parametrize.is_parametrized(layer):
         name = next(iter(layer.parametrizations))
         raise UnsupportedModelError(
-            f"{path}.{name} is parametrised; call torch.nn.utils.parametrize."
+            f"{name} of {path} is parametrised; call torch.nn.utils.parametrize."
             f"remove_parametrizations(layer, {name!r}) on it first."
         )
     raise UnsupportedModelError(
