@@ -125,8 +125,8 @@ REFUSED = {
     "led": "it attends in overlapping blocks",
     "longformer": "it attends in overlapping blocks",
     "longt5": "it attends in overlapping blocks",
-    "nllb-moe": "its experts are one tensor, and most of its neurons are in them",
-    "switch_transformers": "its experts are one tensor, and most of its neurons are in them",
+    "nllb-moe": "its experts have no gate, and most of its neurons are in them",
+    "switch_transformers": "its experts have no gate, and most of its neurons are in them",
     "xmod": "it has adapters inside its blocks",
 }
 """Types that are refused, and why."""
