@@ -124,6 +124,33 @@ def test_what_members_cost_is_what_is_counted(mixture, way):
     assert costs.unit["macs"][first.name] == tokens * k * 3 * mixture.config.hidden_size // experts
 
 
+def test_costs_that_experts_cannot_share_evenly_are_rounded_down():
+    model = build("mixtral", num_local_experts=5)
+    sample, pairs = inputs(model, samples=1), find_pairs(model)
+    plan = plan_of(model, [3 if p.kind == "experts" else p.width for p in pairs])
+    removed = sum(p.heads * (p.width - plan.widths[p.name]) for p in pairs)
+    over = plan.achieved.macs - count_macs(solpath.extract(model, plan), sample)
+    assert 0 < over < removed
+
+
+@pytest.mark.parametrize("label", ["gpt_oss", "mixtral"])
+def test_neurons_that_say_nothing_leave_first_in_every_expert(label):
+    model = build(label)
+    model.get_input_embeddings().weight.data.mul_(20)  # so that tokens go to different experts
+    generator = torch.Generator().manual_seed(0)
+    silent = {p.name: torch.rand(p.heads, p.width, generator=generator) for p in experts_of(model)}
+    silent = {name: value.argsort(1)[:, :20] for name, value in silent.items()}
+    for pair, module in zip(experts_of(model), modules_of(model), strict=True):
+        for expert, units in enumerate(silent[pair.name].tolist()):
+            down = module.down_proj.data[expert]
+            (down if module.is_transposed else down.T)[units] = 0
+    config = solpath.SearchConfig(steps=20)
+    path = solpath.search(model, batches(model, 4, 8), config, progress=False)
+    for pair in experts_of(model):
+        last = path.score[pair.name].argsort(1)[:, :20].sort(1).values
+        assert torch.equal(last, silent[pair.name].sort(1).values)
+
+
 @pytest.mark.parametrize(
     "search",
     [
