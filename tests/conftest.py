@@ -401,7 +401,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
 
 # Types with nothing that another type does not have too for searches, tuning, compensation and
 # runtimes, which are not tested with them.
-KIN = {"data2vec-audio", "gpt_oss", "hubert", "mixtral", "olmo3", "qwen2_5_vl", "qwen2_moe"}
+KIN = {"data2vec-audio", "gpt_oss", "hubert", "olmo3", "qwen2_5_vl", "qwen2_moe"}
 KIN |= {"qwen2_vl", "qwen3_moe", "qwen3_vl", "swinv2", "wav2vec2", "wavlm"}
 KIN |= {"bert-generation", "blenderbot", "camembert", "data2vec-text", "plbart", "vit_msn"}
 KIN |= {"xlm-roberta", "xlm-roberta-xl"}

@@ -209,7 +209,7 @@ def test_what_the_kept_variables_cannot_predict():
     assert abs(alone[0] - (1 - correlation[0, 3] ** 2)) < 0.03
 
 
-@pytest.mark.parametrize("label", COMMON)
+@pytest.mark.parametrize("label", [label for label in COMMON if label != "mixtral"])
 def test_twins_are_told_apart_from_loners(label):
     """Of a neuron that is there twice, one can go; the search for compensation knows."""
     model = build(label)

@@ -162,11 +162,13 @@ def test_types_that_cannot_be_pruned_say_why(model_type):
     assert model_type not in known_model_types()
 
 
-def test_experts_stay_whole_and_the_rest_of_a_block_is_pruned():
+def test_experts_are_heads_of_one_pair_beside_the_expert_that_all_tokens_share():
     model = build("qwen2_moe")
-    kinds = [(pair.kind, pair.width) for pair in find_pairs(model)]
-    assert kinds == [("qk", 4), ("vo", 8), ("mlp", 21), ("qk", 4), ("vo", 8), ("mlp", 48)]
-    assert [pair.kind for pair in find_pairs(build("mixtral"))] == ["qk", "vo"] * 2
+    found = [(pair.kind, pair.heads, pair.width) for pair in find_pairs(model)]
+    attention = [("qk", 2, 4), ("vo", 2, 8)]
+    experts = [("mlp", 1, 21), ("experts", 4, 8)]
+    assert found == [*attention, *experts, *attention, ("mlp", 1, 48)]
+    assert [pair.kind for pair in find_pairs(build("mixtral"))] == ["qk", "vo", "experts"] * 2
     del model.model.layers[1].mlp.gate_proj
     with pytest.raises(UnsupportedModelError, match=r"layers\.1 has 0 MLPs"):
         find_pairs(model)

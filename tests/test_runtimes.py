@@ -139,6 +139,8 @@ def test_compiled_in_one_graph_is_equal(label, changes):
 @pytest.mark.parametrize("label", [label for label in COMMON if " " not in label])
 def test_exported_is_equal(label):
     _, small = pair_of(label)
+    if label == "mixtral":  # the loop over experts depends on data, in the dense model too
+        small.set_experts_implementation("batched_mm")
     batch = inputs(small)
     if label == "llava" or "use_cache" in inspect.signature(small.forward).parameters:
         batch["use_cache"] = False  # torch.export returns tensors only

@@ -82,7 +82,7 @@ def test_another_process_gets_it(tmp_path):
     small.save_pretrained(tmp_path / "saved")
     (tmp_path / "model").write_bytes(pickle.dumps((small, inputs(small), output(small))))
     code = (
-        "import pickle, sys, torch\n"
+        "import pickle, sys, torch; torch.set_num_threads(1)\n"
         "model, batch, wanted = pickle.load(open(sys.argv[1] + '/model', 'rb'))\n"
         "from transformers import AutoModelForCausalLM\n"
         "again = AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/saved')\n"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from solpath.reading import whole
 
-Kind = Literal["qk", "vo", "mlp"]
+Kind = Literal["qk", "vo", "mlp", "experts"]
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,11 @@ class Side:
     The inner dimension runs along the layer's outputs or its inputs, as
     ``[heads, repeat, channels, width]`` with the `heads`, `channels` and `width` of the pair, or as
     ``[heads, repeat, width, channels]`` where the pair is interleaved. Channels of other pairs may
-    lie between two heads.
+    lie between two heads. The experts of a mixture are one layer, whose channels are those of one
+    expert after the other.
 
     Attributes:
-        module: Dotted name of the layer in the model.
+        module: Dotted name of the layer in the model; of experts, that of their weights.
         axis: 0 where units are outputs of the layer (and entries of its bias), 1 where they are
             inputs.
         repeat: Heads of this layer per head of the pair: query heads per key-value head under
@@ -32,6 +33,7 @@ class Side:
         step: Channels from one head of the layer to the next; 0 where they are adjacent.
         pitch: Channels from the first head of the layer in one head of the pair to that in the
             next; 0 where it is ``repeat`` steps.
+        stride: Channels from one unit to the next. It is 2 where gate and up of experts alternate.
     """
 
     module: str
@@ -40,6 +42,7 @@ class Side:
     offset: int = 0
     step: int = 0
     pitch: int = 0
+    stride: int = 1
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,10 @@ class Pair:
 
     Attributes:
         name: Name of the pair, unique in the model, such as ``encoder.layer.0.attention.qk``.
-        kind: ``"qk"`` (query-key), ``"vo"`` (value-output) or ``"mlp"`` (fc1-fc2).
-        heads: Heads, each of which keeps the same number of units: key-value heads, or 1 for
-            ``mlp``.
+        kind: ``"qk"`` (query-key), ``"vo"`` (value-output), ``"mlp"`` (fc1-fc2) or ``"experts"``
+            (the MLPs of a mixture).
+        heads: Heads, each of which keeps the same number of units: key-value heads, experts, or 1
+            for ``mlp``.
         width: Units per head in the dense model.
         left: The layers before the inner dimension: query; value; fc1, or gate and up.
         right: The layer after it: output; fc2. For ``qk`` it is the key projection.
@@ -130,7 +134,7 @@ class Pair:
         copy = torch.arange(side.repeat).view(-1, 1, 1) * step
         apart, stride = (1, self.channels) if self.interleaved else (self.width, 1)
         channel = torch.arange(self.channels).view(-1, 1) * apart
-        unit = kept.view(self.heads, 1, 1, -1) * stride
+        unit = kept.view(self.heads, 1, 1, -1) * (stride * side.stride)
         return (side.offset + head + copy + channel + unit).flatten()
 
     def channels_of(self, side: Side) -> Tensor:
@@ -225,6 +229,7 @@ def _side(value: Mapping[str, Any]) -> Side:
     side = Side(**value)
     for number, least in ((side.repeat, 1), (side.offset, 0), (side.step, 0), (side.pitch, 0)):
         whole(number, least)
+    whole(side.stride, 1)
     if not isinstance(side.module, str) or whole(side.axis) > 1:
         raise ValueError(f"pairs: {side.module!r} is no name of a layer, or its axis not 0 or 1")
     return side

@@ -61,6 +61,9 @@ def run(seconds: float, seed: int, labels: list[str] | None = None) -> Found:
             # Eager attention takes the softmax in float32, where a mask of float64 is infinite.
             kinds = ["eager", "sdpa"] if dtype is torch.float32 else ["sdpa"]
             model.set_attn_implementation(chance.choice(kinds))
+        if any(pair.kind == "experts" for pair in find_pairs(model)):
+            kinds = ["eager", "batched_mm"] + ["grouped_mm"] * (dtype is torch.float32)
+            model.set_experts_implementation(chance.choice(kinds))
         for _ in range(PLANS_PER_MODEL):
             if time.monotonic() < end:
                 _try(model, f"{label} {number}", chance.randrange(10**6), found)

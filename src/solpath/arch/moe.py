@@ -1,10 +1,10 @@
-"""Mixtral, Qwen2-MoE, Qwen3-MoE, GPT-OSS: experts stay whole, attentions and other MLPs do not."""
+"""Mixtral, Qwen2-MoE, Qwen3-MoE, GPT-OSS: experts in the place of MLPs, or beside them."""
 
 from dataclasses import replace
 
 from solpath.arch.llama import ATTENTION, MLP
 from solpath.arch.qwen3 import ATTENTION as NORMED
-from solpath.arch.table import Attention, Mlp, Stack
+from solpath.arch.table import Attention, Experts, Mlp, Stack
 from solpath.nn.rotary import rotary
 
 _SHARED = Mlp(
@@ -15,13 +15,13 @@ _SINKS = replace(ATTENTION, forward=rotary("sliding_window", sinks="sinks"))
 _WINDOW = replace(ATTENTION, forward=rotary("config.sliding_window"))
 
 
-def _stack(attention: Attention, *mlps: Mlp) -> tuple[Stack]:
-    return (Stack("layers", (attention,), mlps, experts=("mlp.experts",)),)
+def _stack(attention: Attention, kind: str, *mlps: Mlp) -> tuple[Stack]:
+    return (Stack("layers", (attention,), mlps, (Experts("mlp.experts", kind),)),)
 
 
 TABLES = {
-    "gpt_oss": _stack(_SINKS),
-    "mixtral": _stack(_WINDOW),
-    "qwen2_moe": _stack(ATTENTION, MLP, _SHARED),
-    "qwen3_moe": _stack(NORMED, MLP),
+    "gpt_oss": _stack(_SINKS, "GptOssExperts"),
+    "mixtral": _stack(_WINDOW, "MixtralExperts"),
+    "qwen2_moe": _stack(ATTENTION, "Qwen2MoeExperts", MLP, _SHARED),
+    "qwen3_moe": _stack(NORMED, "Qwen3MoeExperts", MLP),
 }

@@ -125,8 +125,8 @@ REFUSED = {
     "led": "it attends in overlapping blocks",
     "longformer": "it attends in overlapping blocks",
     "longt5": "it attends in overlapping blocks",
-    "nllb-moe": "its experts are one tensor, and most of its neurons are in them",
-    "switch_transformers": "its experts are one tensor, and most of its neurons are in them",
+    "nllb-moe": "its experts have no gate, and most of its neurons are in them",
+    "switch_transformers": "its experts have no gate, and most of its neurons are in them",
     "xmod": "it has adapters inside its blocks",
 }
 """Types that are refused, and why."""
@@ -213,6 +213,20 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Where the experts of a mixture are, as tensors ``gate_up_proj`` and ``down_proj``.
+
+    Attributes:
+        module: The dotted name of the module that holds them, relative to the block.
+        kind: The name of the class that it must have. The class tells how its tensors are laid out,
+            see `use_experts_implementation` of transformers.
+    """
+
+    module: str
+    kind: str
+
+
+@dataclass(frozen=True)
 class Stack:
     """One list of equal blocks in a model.
 
@@ -222,8 +236,7 @@ class Stack:
         attentions: The attentions of a block, in the order in which they run.
         mlps: The MLP of a block. Where a family has several forms of it, each has an entry, and the
             one whose layers a block has is taken.
-        experts: The modules of a block that hold a mixture of experts, which stays whole. A block
-            that has one of them needs no MLP beside it.
+        experts: The experts of a block, likewise. A block that has some needs no MLP beside them.
 
     Example:
         >>> Stack("layers", attentions=(), mlps=(Mlp(left=("fc1",), right="fc2"),)).blocks
@@ -233,7 +246,7 @@ class Stack:
     blocks: str
     attentions: tuple[Attention, ...]
     mlps: tuple[Mlp, ...]
-    experts: tuple[str, ...] = ()
+    experts: tuple[Experts, ...] = ()
 
 
 def register(model_type: str, *stacks: Stack) -> None:

@@ -44,7 +44,7 @@ def obstacle(model: nn.Module, pair: Pair) -> str | None:
         >>> obstacle(model, qk) is None
         True
     """
-    if pair.kind == "mlp":
+    if pair.kind in ("mlp", "experts"):
         return "an activation"
     if pair.channels > 1:
         return "a rotary embedding"

@@ -14,11 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from solpath.errors import ConfigError
 from solpath.model.discovery import find_blocks
 from solpath.model.hooks import Hook, hooked
-from solpath.model.linear import linear_map
-from solpath.pair import Pair
+from solpath.model.linear import layer_at, linear_map
+from solpath.nn.experts import counted_forward, is_experts
+from solpath.nn.slim import slim_class
+from solpath.pair import Pair, Side
 from solpath.planning.cost import CostTable
 from solpath.running.forward import Batch, device_of, run
-from solpath.running.modes import differentiating, entered
+from solpath.running.modes import differentiating, entered, undoing
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,9 @@ def count_costs(model: nn.Module, pairs: Sequence[Pair], sample: Batch) -> CostT
     """Count what a dense model and its units cost on one sample, under every measure in `MEASURES`.
 
     A unit costs its rows and columns of the linear layers once per token. A ``qk`` or ``vo`` unit
-    also costs one multiply-accumulate for each query, key and query head. Units of layers that did
+    also costs one multiply-accumulate for each query, key and query head. A unit of experts costs
+    its share of what a token runs through, which is the same for all experts of a layer and rounded
+    down to a whole number. Units of layers that did
     not run on the sample (those of another tower, for example) cost no MACs. Bytes are counted in
     the dtype that the tensors have, and the key-value cache in that of the layers it belongs to.
 
@@ -122,7 +126,7 @@ def count_costs(model: nn.Module, pairs: Sequence[Pair], sample: Batch) -> CostT
 
     def watched() -> Iterator[Hook]:
         for path in {side.module for pair in pairs for side in pair.sides}:
-            yield Hook(model.get_submodule(path), "after", note(path))
+            yield Hook(layer_at(model, path), "after", note(path))
 
     with hooked(watched()), _without_data(model):
         seen = Seen(model, pairs, count_macs(model, sample), shapes)
@@ -141,7 +145,7 @@ def count_macs(model: nn.Module, batch: Batch) -> int:
     """Count the multiply-accumulates of matrix products and convolutions in one forward pass.
 
     Attention runs in its plain form during the count, because the counter knows no formula for some
-    fused kernels.
+    fused kernels. Experts do too, one product for every token and each of its experts.
 
     Args:
         model: Any model. It runs once, without gradients.
@@ -152,9 +156,26 @@ def count_macs(model: nn.Module, batch: Batch) -> int:
     """
     counter = FlopCounterMode(display=False)
     # The counter fails on a slice of a whole parameter (DeBERTa's positions) unless that is frozen.
-    with differentiating(model), entered(torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter):
+    plain = torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _counted_experts(model), counter
+    with differentiating(model), entered(*plain):
         run(model, batch, labels=False)
     return int(counter.get_total_flops()) // 2
+
+
+@contextlib.contextmanager
+def _counted_experts(model: nn.Module) -> Iterator[None]:
+    """Let all experts of a model run in a way that can be counted until the block ends."""
+    stock = [(module, type(module)) for module in model.modules() if is_experts(module)]
+
+    def restore() -> None:
+        for module, kind in stock:
+            module.__class__ = kind
+
+    with undoing(restore):
+        for module, kind in stock:
+            counted: Any = slim_class(kind, counted_forward)  # type: ignore[arg-type]
+            module.__class__ = counted
+        yield
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -188,6 +209,9 @@ def _unit_macs(seen: Seen, pair: Pair) -> int:
     if first not in seen.shapes:
         return 0
     # nn.MultiheadAttention takes query, key and value as three inputs; every side reads its own.
+    if pair.kind == "experts":  # their inputs are the tokens, and the experts of every token
+        runs = sum(experts.numel() for _, experts, *_ in seen.shapes[first])
+        return runs * sum(_outside(seen.model, side) for side in pair.sides) // pair.heads
     argument = {"qk": (0, 1), "vo": (2, 0), "mlp": (0, 0)}[pair.kind]
     sides = [(side, argument[0]) for side in pair.left] + [(pair.right, argument[1])]
     macs, rows, tokens = 0, [], []
@@ -195,14 +219,18 @@ def _unit_macs(seen: Seen, pair: Pair) -> int:
         # nn.MultiheadAttention does not call its output layer, which has one row for every query.
         calls = seen.shapes.get(side.module, seen.shapes[first])
         shapes = [given[index] if index < len(given) else given[0] for given in calls]
-        linear = linear_map(seen.model, side.module)
-        outside = linear.in_features if side.axis == 0 else linear.out_features
         rows.append([shape[:-1].numel() for shape in shapes])
         tokens.append([shape[-2] for shape in shapes])
-        macs += side.repeat * pair.channels * outside * sum(rows[-1])
+        macs += side.repeat * pair.channels * _outside(seen.model, side) * sum(rows[-1])
     if pair.kind != "mlp":
         # Logits and weighted sums take one multiplication for each query, key and query head.
         queries, keys = (rows[0], tokens[1]) if pair.kind == "qk" else (rows[1], tokens[0])
         met = sum(query * key for query, key in zip(queries, keys, strict=True))
         macs += max(side.repeat for side in pair.sides) * pair.channels * met
     return macs
+
+
+def _outside(model: nn.Module, side: Side) -> int:
+    """Return how many channels a layer has on the side that stays whole."""
+    linear = linear_map(model, side.module)
+    return linear.in_features if side.axis == 0 else linear.out_features

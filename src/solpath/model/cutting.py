@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from solpath.model.discovery import Site
-from solpath.model.linear import linear_map
+from solpath.model.linear import layer_at, linear_map
 from solpath.model.pickling import slimmed
 from solpath.model.slicing import cut_linear, resize_
 from solpath.pair import Pair, Side
@@ -46,9 +46,9 @@ def cut_model(
         memo |= cut_linear(linear_map(model, path), order, sides[0][1].axis)
     result = copy.deepcopy(model, memo)
     for path in changed:  # accelerate's hooks, once removed, leave the `forward` of the class
-        vars(result.get_submodule(path)).pop("forward", None)
-    for path in layers:
-        resize_(result.get_submodule(path))
+        vars(layer_at(result, path)).pop("forward", None)
+    for layer in {layer_at(result, path) for path in layers}:
+        resize_(layer)
     for site in slim:
         _slim_(result, site, kept, gains)
     return result

@@ -7,8 +7,9 @@ from operator import attrgetter
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
-from solpath.arch import UNSUITED, Attention, Mlp, Stack, is_foreign, lookup, type_of
+from solpath.arch import UNSUITED, Attention, Experts, Mlp, Stack, is_foreign, lookup, type_of
 from solpath.errors import UnsupportedModelError
 from solpath.model.linear import linear_map
 from solpath.model.plain import check_forward, check_plain
@@ -52,18 +53,20 @@ class Block:
     Attributes:
         path: Dotted path of the block in the model.
         sites: Its attentions.
-        mlp: The pair of its MLP; None if it has experts alone.
+        mlp: The pair of its MLP, or of the expert that all tokens share; None if it has neither.
+        experts: The pair of its experts, if it has any.
     """
 
     path: str
     sites: tuple[Site, ...]
     mlp: Pair | None
+    experts: Pair | None = None
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
         """Its pairs, in the order of `find_pairs`."""
         inside = tuple(pair for site in self.sites for pair in site.pairs)
-        return inside if self.mlp is None else (*inside, self.mlp)
+        return inside + tuple(pair for pair in (self.mlp, self.experts) if pair is not None)
 
 
 def find_pairs(model: nn.Module | Name) -> tuple[Pair, ...]:
@@ -74,9 +77,9 @@ def find_pairs(model: nn.Module | Name) -> tuple[Pair, ...]:
             from a folder or an id it is built without reading its weights.
 
     Returns:
-        For every block, the ``qk`` and ``vo`` pairs of its attentions, then its ``mlp`` pair.
-        Mixtures of experts have no pair: they stay whole, and their parameters do not count as
-        prunable. docs/your-model-and-data.md lists what else stays whole in which architecture.
+        For every block, the ``qk`` and ``vo`` pairs of its attentions, then its ``mlp`` pair, then
+        that of its ``experts``. docs/your-model-and-data.md lists what stays whole in which
+        architecture.
 
     Raises:
         UnsupportedModelError: The type of model is unknown (the message lists the known ones), the
@@ -130,6 +133,7 @@ def find_blocks(model: nn.Module, *, checked: bool = False) -> tuple[Block, ...]
             path,
             tuple(_site(model, path, table, checked) for table in stack.attentions),
             _mlp(model, path, stack),
+            _experts(model, path, stack, checked),
         )
         for stack in stacks
         for path in _blocks(model, ".".join(filter(None, (prefix, stack.blocks))))
@@ -254,7 +258,7 @@ def _mlp(model: nn.Module, block: str, stack: Stack) -> Pair | None:
 
     forms = [mlp for mlp in stack.mlps if exists(mlp)]
     forms = [mlp for mlp in forms if not any({*mlp.left} < {*other.left} for other in forms)]
-    if not forms and any(_has(model, f"{block}.{experts}") for experts in stack.experts):
+    if not forms and any(_has(model, f"{block}.{experts.module}") for experts in stack.experts):
         return None
     if len(forms) != 1:
         names = " or ".join("+".join((*mlp.left, mlp.right)) for mlp in stack.mlps)
@@ -274,6 +278,43 @@ def _mlp(model: nn.Module, block: str, stack: Stack) -> Pair | None:
                 f"{layer} has {outputs} outputs for the {width} inputs of {right.module}."
             )
     return Pair(f"{block}.mlp", "mlp", 1, width, left, right, _unit_cost(model, *left, right))
+
+
+def _experts(model: nn.Module, block: str, stack: Stack, checked: bool) -> Pair | None:
+    forms = [table for table in stack.experts if _has(model, f"{block}.{table.module}")]
+    if not forms:
+        return None
+    [table] = forms
+    path = f"{block}.{table.module}"
+    module: Any = model.get_submodule(path)
+    if not checked:
+        _check_experts(model, path, module, table)
+    right = Side(f"{path}.down_proj", 1)
+    linear = linear_map(model, right.module)
+    experts, width = len(linear.weight), linear.weight.shape[linear.dim(1)]
+    apart, stride = (width, 1) if module.is_concatenated else (1, 2)
+    gate = Side(f"{path}.gate_up_proj", 0, pitch=2 * width, stride=stride)
+    left = gate, replace(gate, offset=apart)
+    outputs = linear_map(model, gate.module).out_features
+    if outputs != 2 * experts * width:
+        raise UnsupportedModelError(
+            f"{gate.module} has {outputs} outputs for the {experts * width} inputs of "
+            f"{right.module}."
+        )
+    cost = _unit_cost(model, *left, right)
+    return Pair(f"{block}.experts", "experts", experts, width, left, right, cost)
+
+
+def _check_experts(model: nn.Module, path: str, module: Any, table: Experts) -> None:
+    """Refuse experts that compute something else than their table knows."""
+    kind = type(module).__name__
+    if kind != table.kind and not parametrize.is_parametrized(module):  # `linear_map` refuses that
+        raise UnsupportedModelError(
+            f"{path} is a {kind}, not a {table.kind}; prune before quantising, and merge adapters "
+            "first."
+        )
+    check_forward(module, path, registered=is_foreign(type_of(model)))
+    _check_unset(module, path, ("_is_expert_parallel",))
 
 
 def _check_identity(model: nn.Module, parent: str, names: tuple[str, ...]) -> None:

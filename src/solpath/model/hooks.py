@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
+from solpath.nn.experts import hook_neurons_, unhook_neurons_
 from solpath.nn.pooling import hook_query_, unhook_query_
 from solpath.running.modes import undoing
 
@@ -17,14 +18,15 @@ class Hook(NamedTuple):
         module: The module that calls the function.
         when: ``"before"`` the module runs, as ``function(module, args)``; ``"call"`` likewise, as
             ``function(module, args, kwargs)``; ``"after"`` it has run, as ``function(module, args,
-            output)``; or ``"query"``, as ``function(query)`` on the projected query of an
-            `nn.MultiheadAttention`.
-        function: The function. Its result replaces the inputs, the output or the query. None leaves
-            inputs and outputs untouched; on a query it is not allowed. No two hooks may share one.
+            output)``; ``"query"``, as ``function(query)`` on the projected query of an
+            `nn.MultiheadAttention`; or ``"neurons"``, on those of every expert (see `OnNeurons`).
+        function: The function. Its result replaces the inputs, the output, the query or the
+            neurons. None leaves inputs and outputs untouched; on others it is not allowed. No two
+            hooks may share one.
     """
 
     module: nn.Module
-    when: Literal["before", "call", "after", "query"]
+    when: Literal["before", "call", "after", "query", "neurons"]
     function: Callable[..., Any]
 
 
@@ -59,8 +61,10 @@ def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
                 hook.module.register_forward_pre_hook(hook.function, with_kwargs=True)
             elif hook.when == "after":
                 hook.module.register_forward_hook(hook.function)
-            else:
+            elif hook.when == "query":
                 hook_query_(hook.module, hook.function)
+            else:
+                hook_neurons_(hook.module, hook.function)
         yield
 
 
@@ -73,6 +77,9 @@ def _unregister_(hook: Hook, stock: type[nn.Module]) -> None:
     module = hook.module
     if hook.when == "query":
         unhook_query_(module, stock)
+        return
+    if hook.when == "neurons":
+        unhook_neurons_(module, stock)
         return
     registered = module._forward_hooks if hook.when == "after" else module._forward_pre_hooks
     for key in [key for key, function in registered.items() if function is hook.function]:

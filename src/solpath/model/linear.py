@@ -14,30 +14,69 @@ from solpath.errors import UnsupportedModelError
 class LinearMap:
     """Weight and bias of a linear layer, whatever its class.
 
+    The weights of all experts of a mixture are one layer too. Their neurons, one expert after the
+    other, are its outputs before the neurons and its inputs after them.
+
     Attributes:
-        weight: The weight, ``[out, in]``, or ``[in, out]`` when `outputs` is 1.
-        bias: The bias, ``[out]``, or None.
-        outputs: The dimension of `weight` that runs over outputs, 0 or 1.
+        weight: The weight, ``[out, in]``, or ``[in, out]`` when `outputs` is 1; of experts
+            ``[experts, out, in]`` or ``[experts, in, out]``.
+        bias: The bias, ``[out]`` or ``[experts, out]``, or None.
+        outputs: The dimension of the weight, or of that of one expert, that runs over outputs, 0
+            or 1.
+        neurons: For experts, the axis of their neurons: 0 for outputs, 1 for inputs. Else None.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     outputs: int = 0
+    neurons: int | None = None
 
     @property
     def out_features(self) -> int:
         """Number of outputs."""
-        return self.weight.shape[self.outputs]
+        return self._features(0)
 
     @property
     def in_features(self) -> int:
         """Number of inputs."""
-        return self.weight.shape[1 - self.outputs]
+        return self._features(1)
+
+    def dim(self, axis: int) -> int:
+        """Return the dimension of the weight that runs over outputs (axis 0) or inputs (axis 1).
+
+        For experts it runs over those of one expert.
+        """
+        return (self.outputs if axis == 0 else 1 - self.outputs) + (self.neurons is not None)
+
+    def _features(self, axis: int) -> int:
+        experts = self.weight.shape[0] if axis == self.neurons else 1
+        return experts * self.weight.shape[self.dim(axis)]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the weight, and the bias if there is one, by name."""
         found = {"weight": self.weight}
         return found if self.bias is None else found | {"bias": self.bias}
+
+
+def layer_at(model: nn.Module, path: str) -> nn.Module:
+    """Return the module that runs the layer at `path`.
+
+    Args:
+        model: The model.
+        path: Dotted path of the layer. If it is that of the weights of experts, their module is
+            returned.
+
+    Raises:
+        AttributeError: There is no such module.
+    """
+    parent, _, name = path.rpartition(".")
+    holder = model.get_submodule(parent)
+    return holder if _holds(holder, name) else model.get_submodule(path)
+
+
+def _holds(module: nn.Module, name: str) -> bool:
+    """Return whether a module has weights of experts of this name, parametrised or not."""
+    return name in module._parameters or name in getattr(module, "parametrizations", ())
 
 
 def linear_map(model: nn.Module, path: str) -> LinearMap:
@@ -47,7 +86,7 @@ def linear_map(model: nn.Module, path: str) -> LinearMap:
 
     Args:
         model: The model. Its parameters are returned as they are, not copied.
-        path: Dotted path of the layer.
+        path: Dotted path of the layer, or of the weights of experts.
 
     Returns:
         The linear map.
@@ -58,9 +97,18 @@ def linear_map(model: nn.Module, path: str) -> LinearMap:
     from transformers.pytorch_utils import Conv1D
 
     from solpath.nn.conv1d import CutConv1D
+    from solpath.nn.experts import is_experts
 
-    layer: Any = model.get_submodule(path)
+    layer: Any = layer_at(model, path)
     kind = type(layer)
+    name = path.rpartition(".")[2]
+    if is_experts(layer) and name in layer._parameters and not parametrize.is_parametrized(layer):
+        return LinearMap(
+            layer._parameters[name],
+            layer._parameters.get(f"{name}_bias"),
+            outputs=int(layer.is_transposed),
+            neurons=int(name == "down_proj"),
+        )
     if kind in (nn.Linear, NonDynamicallyQuantizableLinear) or is_falcon(kind):
         return LinearMap(layer.weight, layer.bias)
     if kind in (Conv1D, CutConv1D):
@@ -74,7 +122,7 @@ def linear_map(model: nn.Module, path: str) -> LinearMap:
     if parametrize.is_parametrized(layer):
         name = next(iter(layer.parametrizations))
         raise UnsupportedModelError(
-            f"{path}.{name} is parametrised; call torch.nn.utils.parametrize."
+            f"{name} of {path} is parametrised; call torch.nn.utils.parametrize."
             f"remove_parametrizations(layer, {name!r}) on it first."
         )
     raise UnsupportedModelError(

@@ -14,6 +14,8 @@ from solpath.model.basis import rotated
 from solpath.model.discovery import find_pairs
 from solpath.model.fingerprint import check_pairs
 from solpath.model.hooks import Hook, hooked
+from solpath.model.linear import layer_at
+from solpath.nn.experts import OnNeurons
 from solpath.pair import Norm, Pair
 from solpath.planning.plan import Plan, norm_gain, plan_of
 from solpath.pretrained import unwrapped
@@ -43,7 +45,8 @@ def mask_hooks(model: nn.Module, pairs: Sequence[Pair]) -> Iterator[Masks]:
     """Hook every pair, so that forward passes inside the block obey masks.
 
     A mask multiplies the inner activation: the output of the query projection (or of the norms over
-    the heads), or the input of the right-hand layer.
+    the heads), or the input of the right-hand layer. What a token gives in an expert is multiplied
+    by the mask of its sample.
 
     Args:
         model: The dense model. Its hooks are removed when the block ends.
@@ -57,13 +60,15 @@ def mask_hooks(model: nn.Module, pairs: Sequence[Pair]) -> Iterator[Masks]:
     def masking() -> Iterator[Hook]:
         for pair in pairs:
             side = pair.mask_side
-            module = model.get_submodule(side.module)
+            module = layer_at(model, side.module)
             if pair.norms:
                 for norm, query in zip(pair.norms, (True, False), strict=True):
                     function = _on_norm(masks, pair, norm, query)
                     yield Hook(model.get_submodule(norm.module), "after", function)
             elif isinstance(module, nn.MultiheadAttention):
                 yield Hook(module, "query", _on_query(masks, pair))
+            elif pair.kind == "experts":
+                yield Hook(module, "neurons", _on_neurons(masks, pair))
             elif side.axis == 0:
                 yield Hook(module, "after", _on_output(masks, pair))
             else:
@@ -148,6 +153,19 @@ def _on_input(masks: Masks, pair: Pair) -> Any:
     return hook
 
 
+def _on_neurons(masks: Masks, pair: Pair) -> OnNeurons:
+    def hook(neurons: Tensor, expert: int, token: Tensor, tokens: int) -> Tensor:
+        mask = masks.units.get(pair.name)
+        if mask is None:
+            return neurons
+        mask = mask.to(neurons.dtype).view(*mask.shape[:-1], pair.heads, pair.width)[..., expert, :]
+        if mask.dim() == 2:  # tokens of one sample lie next to each other
+            mask = mask[token // _rows_per_sample(tokens, len(mask), pair)]
+        return neurons * mask
+
+    return hook
+
+
 def _on_norm(masks: Masks, pair: Pair, norm: Norm, query: bool) -> Any:
     """Return a hook that lets a norm over the heads see the kept channels alone.
 
@@ -220,7 +238,9 @@ def energy_hooks(
 def run_hooks(
     model: nn.Module, pairs: Sequence[Pair], batch: Batch
 ) -> Iterator[Mapping[str, Tensor]]:
-    """Count how often the masked layer of every pair runs in the block.
+    """Count how often the masked layer of every head runs in the block.
+
+    An expert runs once for every token that it gets, padding included.
 
     Args:
         model: The model.
@@ -228,24 +248,27 @@ def run_hooks(
         batch: The batch that the model runs on.
 
     Yields:
-        Pair name to float64 ``[]``.
+        Pair name to float64 ``[heads]``.
     """
-    counts = {pair.name: torch.zeros((), dtype=torch.float64) for pair in pairs}
+    counts = {pair.name: torch.zeros(pair.heads, dtype=torch.float64) for pair in pairs}
 
     def counting() -> Iterator[Hook]:
         for pair in pairs:
-            module = model.get_submodule(
-                pair.norms[0].module if pair.norms else pair.mask_side.module
-            )
-            count = counts[pair.name]
-            yield Hook(module, "before", lambda *args, count=count: _count(count))
+            path = pair.norms[0].module if pair.norms else pair.mask_side.module
+            yield Hook(layer_at(model, path), "before", _on_run(counts[pair.name], pair))
 
     with hooked(counting()):
         yield counts
 
 
-def _count(total: Tensor) -> None:
-    total.add_(1)
+def _on_run(total: Tensor, pair: Pair) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if pair.kind == "experts":
+            total.add_(args[1].flatten().bincount(minlength=pair.heads).cpu())
+        else:
+            total.add_(1)
+
+    return hook
 
 
 def _on_energy(total: Tensor, pair: Pair, norm: Norm, batch: Batch) -> Any:
@@ -293,12 +316,17 @@ def _rows(mask: Tensor, inner: Tensor, pair: Pair) -> Tensor:
     """
     if mask.dim() == 1:
         return mask
-    samples, rows = mask.shape[0], inner.shape[0]
+    rows = inner.shape[0]
+    each = _rows_per_sample(rows, len(mask), pair)
+    if each > 1:
+        mask = mask.repeat_interleave(each, 0)
+    return mask.view(rows, *[1] * (inner.dim() - 2), -1)
+
+
+def _rows_per_sample(rows: int, samples: int, pair: Pair) -> int:
     if rows % samples:
         raise BatchError(
             f"{pair.name}: the inner activation has {rows} rows for {samples} samples; "
             "its first dimension must be the batch."
         )
-    if rows > samples:
-        mask = mask.repeat_interleave(rows // samples, 0)
-    return mask.view(rows, *[1] * (inner.dim() - 2), -1)
+    return rows // samples

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from solpath.errors import UnsupportedModelError
-from solpath.model.linear import linear_map
+from solpath.model.linear import layer_at, linear_map
 from solpath.pair import Pair
 
 _LEAVES_ITS_OWN = "transformers."  # its hooks only look on, and come back when a model is loaded
@@ -30,7 +30,7 @@ def check_plain(model: nn.Module, pairs: Sequence[Pair]) -> None:
         pairs: Its pairs.
     """
     for path in dict.fromkeys(side.module for pair in pairs for side in pair.sides):
-        layer = model.get_submodule(path)
+        layer = layer_at(model, path)
         _check_weights(layer, path)
         for name, parameter in linear_map(model, path).parameters().items():
             if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
@@ -39,7 +39,11 @@ def check_plain(model: nn.Module, pairs: Sequence[Pair]) -> None:
                     "plain parameter of floats; prune before quantising or sharding."
                 )
     for path in dict.fromkeys(path for pair in pairs for path in _inside(model, pair)):
-        _check_calls(model.get_submodule(path), path)
+        _check_calls(layer_at(model, path), path)
+    for pair in pairs:
+        if pair.kind == "experts":  # a kernel that runs the whole mixture passes its experts by
+            path = pair.right.module.rsplit(".", 2)[0]
+            _check_own_forward(model.get_submodule(path), path)
 
 
 def _check_weights(layer: nn.Module, path: str) -> None:
@@ -112,7 +116,7 @@ def _inside(model: nn.Module, pair: Pair) -> Iterator[str]:
     """Yield the paths of the modules that see the inner dimension of a pair."""
     yield from (side.module for side in pair.sides)
     yield from (norm.module for norm in pair.norms)
-    if pair.kind != "mlp":
+    if pair.kind not in ("mlp", "experts"):
         return
     for parent in dict.fromkeys(side.module.rpartition(".")[0] for side in pair.left):
         for name, module in model.get_submodule(parent).named_children():

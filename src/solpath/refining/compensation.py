@@ -164,7 +164,7 @@ def _pairs_of(model: nn.Module) -> Sequence[Pair]:
         raise UnsupportedModelError(
             f"this {type(model).__name__} was not extracted; call solpath.extract(model, plan)."
         )
-    return plan.pairs
+    return [pair for pair in plan.pairs if pair.kind != "experts"]
 
 
 def _refit_(

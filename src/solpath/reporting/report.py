@@ -17,7 +17,7 @@ LABELS = {
     "iterative_curvature": "iterative, curv.",
 }
 """Method to the name that the report shows, where the two differ."""
-KINDS = {"qk": "query–key", "vo": "value–output", "mlp": "MLP"}
+KINDS = {"qk": "query–key", "vo": "value–output", "mlp": "MLP", "experts": "experts"}
 """Kind of pair to the name that the report shows."""
 
 

@@ -183,7 +183,7 @@ class Probe:
 
     def measure_inputs(self, batches: int) -> Inputs:
         """See `Engine.measure_inputs`."""
-        pairs = [pair for pair in self.pairs if pair.kind != "qk"]
+        pairs = [pair for pair in self.pairs if pair.kind not in ("qk", "experts")]
         totals = self._add_up(batches, input_hooks, pairs)
         return {name: total for name, total in totals.items() if total.any()}
 
@@ -213,15 +213,14 @@ class Probe:
     def measure_reach(self, batches: int) -> Tensor:
         """See `Engine.measure_reach`."""
         seen = self._add_up(batches, run_hooks, self.pairs)
-        return torch.stack([seen[pair.name] > 0 for pair in self.pairs])
+        return torch.stack([(seen[pair.name] > 0).all() for pair in self.pairs])
 
     def weight_norms(self, pair: Pair, side: Side) -> Tensor:
         """See `Engine.weight_norms`."""
         linear = linear_map(self._model, side.module)
-        along = linear.outputs if side.axis == 0 else 1 - linear.outputs
         unit = pair.unit_of_channel(side)
-        channels = linear.weight.detach().double().cpu().square().sum(1 - along)
-        channels = channels[pair.channels_of(side)]
+        square = linear.weight.detach().double().cpu().square()
+        channels = square.sum(linear.dim(1 - side.axis)).flatten()[pair.channels_of(side)]
         return torch.zeros(pair.units, dtype=torch.float64).index_add(0, unit, channels)
 
     def count_costs(self) -> CostTable:

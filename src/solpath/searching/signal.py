@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from solpath.errors import BatchError
+from solpath.pair import unflatten
 from solpath.searching.engine import Engine
 
 _ROUNDING = 1e-12  # of a mean square, against the largest of all units
@@ -14,7 +15,8 @@ def keep_reached(engine: Engine, *values: Tensor) -> tuple[Tensor, ...]:
 
     A tower that gets no input, an attention over a single token or a layer that no token is sent
     to changes nothing on these batches. That says nothing about what it is worth, so it stays
-    whole. A pair has a signal if the first value of a unit is above rounding.
+    whole. A pair has a signal if the first value of a unit is above rounding. Experts of one layer
+    lose equally many units, so all of them stay whole if one of them has none.
 
     Args:
         engine: The engine that measured the values.
@@ -26,10 +28,12 @@ def keep_reached(engine: Engine, *values: Tensor) -> tuple[Tensor, ...]:
     Raises:
         BatchError: No pair is left.
     """
-    touched = values[0] > _ROUNDING * values[0].max()
-    reached = torch.zeros(len(engine.pairs), dtype=torch.bool)
-    reached[engine.pair[touched]] = True
-    return keep_pairs(engine, reached, *values)
+    touched = unflatten(engine.pairs, values[0] > _ROUNDING * values[0].max())
+    heads = {name: units.any(1) for name, units in touched.items()}
+    reached = [
+        heads[p.name].all() if p.kind == "experts" else heads[p.name].any() for p in engine.pairs
+    ]
+    return keep_pairs(engine, torch.stack(reached), *values)
 
 
 def keep_pairs(engine: Engine, reached: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
