@@ -143,7 +143,6 @@ def find_blocks(model: nn.Module, *, checked: bool = False) -> tuple[Block, ...]
         raise UnsupportedModelError(f"{type(model).__name__} has no blocks at {paths}.")
     if not checked:
         check_plain(model, _pairs(found))
-        _check_not_shared(model, _pairs(found))
     return found
 
 
@@ -346,14 +345,3 @@ def _unit_cost(model: nn.Module, *sides: Side) -> int:
         else:
             cost += side.repeat * linear.out_features
     return cost
-
-
-def _check_not_shared(model: nn.Module, pairs: tuple[Pair, ...]) -> None:
-    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for path in {side.module for pair in pairs for side in pair.sides}:
-        for name, parameter in linear_map(model, path).parameters().items():
-            if owners[id(parameter)] > 1:
-                raise UnsupportedModelError(
-                    f"{path}.{name} is shared with another module; cutting one would "
-                    "break the other. Give each its own copy first."
-                )

@@ -1,7 +1,7 @@
 """Linear layers of any class, seen alike: a weight, a bias, and which dimension is the output."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -69,14 +69,19 @@ def layer_at(model: nn.Module, path: str) -> nn.Module:
     Raises:
         AttributeError: There is no such module.
     """
-    parent, _, name = path.rpartition(".")
-    holder = model.get_submodule(parent)
-    return holder if _holds(holder, name) else model.get_submodule(path)
+    module: Any = model
+    try:  # an order of magnitude faster than get_submodule
+        for name in path.split("."):
+            module = module if _holds(module, name) else module._modules[name]
+    except KeyError:
+        return model.get_submodule(path)
+    return cast("nn.Module", module)
 
 
 def _holds(module: nn.Module, name: str) -> bool:
     """Return whether a module has weights of experts of this name, parametrised or not."""
-    return name in module._parameters or name in getattr(module, "parametrizations", ())
+    parametrized: Any = module._modules.get("parametrizations") or ()
+    return name in module._parameters or name in parametrized
 
 
 def linear_map(model: nn.Module, path: str) -> LinearMap:

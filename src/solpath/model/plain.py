@@ -4,6 +4,7 @@ A cut copies weights. What replaces a weight, an input or an output on the way i
 the small model would crash, or compute something else than the masked dense model.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,15 +21,16 @@ _LEAVES_ITS_OWN = "transformers."  # its hooks only look on, and come back when 
 def check_plain(model: nn.Module, pairs: Sequence[Pair]) -> None:
     """Raise `UnsupportedModelError` unless the layers of all pairs run as their classes say.
 
-    Weights may not be computed by pruning masks, weight norms or spectral norms, nor be tensors of
-    another class; parametrisations are refused by `linear_map`. No hook and no other `forward` may
-    have been put on a layer, on a norm over the heads, or on an activation between the layers of an
-    MLP. Hooks of transformers itself are let be.
+    Weights may not be computed by pruning masks, weight norms or spectral norms, be tensors of
+    another class, or belong to another module, too; parametrisations are refused by `linear_map`.
+    No hook and no other `forward` may have been put on a layer, on a norm over the heads, or on an
+    activation between the layers of an MLP. Hooks of transformers itself are let be.
 
     Args:
         model: The model, which is only looked at.
         pairs: Its pairs.
     """
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for path in dict.fromkeys(side.module for pair in pairs for side in pair.sides):
         layer = layer_at(model, path)
         _check_weights(layer, path)
@@ -37,6 +39,11 @@ def check_plain(model: nn.Module, pairs: Sequence[Pair]) -> None:
                 raise UnsupportedModelError(
                     f"{path}.{name} is a {type(parameter).__name__} of {parameter.dtype}, not a "
                     "plain parameter of floats; prune before quantising or sharding."
+                )
+            if owners[id(parameter)] > 1:
+                raise UnsupportedModelError(
+                    f"{path}.{name} is shared with another module; cutting one would break the "
+                    "other. Give each its own copy first."
                 )
     for path in dict.fromkeys(path for pair in pairs for path in _inside(model, pair)):
         _check_calls(layer_at(model, path), path)
