@@ -128,12 +128,11 @@ class Members(Work):
         return solpath.compensate(small, self.model, batches(self.model, 4), **QUIET)
 
     def run(self, folder):
-        solpath.save(self.member(), folder / str(len(os.listdir(folder))))
+        solpath.save(self.member(), folder / str(len(visible(folder))))
 
     def check(self, folder):
-        for name in os.listdir(folder):
-            if not name.startswith("."):
-                assert same_model(solpath.load(folder / name, verify=True), self.right)
+        for name in visible(folder):
+            assert same_model(solpath.load(folder / name, verify=True), self.right)
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +161,10 @@ def test_a_kill_loses_nothing(made, kind, seconds, tmp_path):
         assert not hidden(folder)
     print(f"{kind.__name__}: {dict(counts)}")
     assert counts["killed"]
+
+
+def visible(folder):
+    return [name for name in os.listdir(folder) if not name.startswith(".")]
 
 
 def hidden(folder):

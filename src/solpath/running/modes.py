@@ -157,7 +157,8 @@ def plain_torch() -> Iterator[None]:
             torch.set_autocast_enabled(kind, on)
         torch.set_grad_enabled(grad)
 
-    inference, device = torch.is_inference_mode_enabled(), torch.get_default_device()
+    inference = torch.is_inference_mode_enabled()
+    device = torch.empty(0).device  # get_default_device of torch 2.6 sees no `with` block
     blocks: list[AbstractContextManager[Any]] = []
     blocks += [torch.inference_mode(False)] if inference else []
     blocks += [torch.device("cpu")] if device.type != "cpu" else []
