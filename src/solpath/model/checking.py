@@ -20,7 +20,7 @@ from solpath.model.masks import mask_hooks
 from solpath.pair import Pair
 from solpath.planning.plan import Plan, best_units
 from solpath.running.forward import Batch, device_of, run
-from solpath.running.modes import inferring
+from solpath.running.modes import inferring, undoing
 
 _BOUND = 1e-4  # of the largest value; float32 rounds at 1e-6, and wrong tables are off by 1e-2
 _CACHES = ("cache", "past_key_values", "layer_past")  # what blocks call their cache
@@ -285,11 +285,9 @@ def _recording(settings: list[dict[str, Any]]) -> Iterator[None]:
 
         return call
 
-    vars(ALL_ATTENTION_FUNCTIONS)["get_interface"] = get_interface
-    try:
+    with undoing(lambda: vars(ALL_ATTENTION_FUNCTIONS).pop("get_interface", None)):
+        vars(ALL_ATTENTION_FUNCTIONS)["get_interface"] = get_interface
         yield
-    finally:
-        del vars(ALL_ATTENTION_FUNCTIONS)["get_interface"]
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import (
+    _global_module_registration_hooks,
+    register_module_module_registration_hook,
+)
 
 from solpath.arch import TIMM_WRAPPER, known_model_types, timm
 from solpath.arch.building import (
@@ -24,7 +27,7 @@ from solpath.model.discovery import find_pairs
 from solpath.model.extraction import extract
 from solpath.planning.plan import EXTRACTED, Plan
 from solpath.reading import Expected, Header, dtype_name
-from solpath.running.modes import entered
+from solpath.running.modes import entered, undoing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,11 +106,14 @@ def _modules_for(tensors: int) -> Iterator[None]:
                     f"hold {tensors} tensors."
                 )
 
-    handle = register_module_module_registration_hook(count)
-    try:
+    def remove() -> None:  # torch's own handle is lost if a Ctrl-C comes during the registration
+        hooks = _global_module_registration_hooks
+        for key in [key for key, hook in hooks.items() if hook is count]:
+            del hooks[key]
+
+    with undoing(remove):
+        register_module_module_registration_hook(count)
         yield
-    finally:
-        handle.remove()
 
 
 def build_skeleton(
