@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-_building = threading.Lock()  # transformers puts its own functions into torch.nn.init meanwhile
+_building = threading.RLock()  # transformers changes torch.nn.init for the process meanwhile
 
 
 @contextlib.contextmanager
