@@ -143,6 +143,15 @@ def test_other_files_stay_and_stale_shards_go(tmp_path):
     assert names == {"training_args.bin", "config.json", "model.safetensors", "solpath.json"}
 
 
+def test_what_a_killed_save_left_is_swept(tmp_path):
+    left = tmp_path / ".solpath-tmp-0123456789abcdef"
+    left.mkdir()
+    (left / "model.safetensors").write_text("half of it")
+    shrink("bert").save_pretrained(tmp_path)
+    assert not left.exists()
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
 def test_a_dense_model_is_saved_as_ever(tmp_path):
     dense = build("bert")
     dense.save_pretrained(tmp_path, variant="fp16")

@@ -56,8 +56,7 @@ def check_output(
         _check_replaceable(folder, marks)
         home = _home(folder)
         home.mkdir(parents=True, exist_ok=True)
-        _sweep(home)
-        with _temporary_folder(home):
+        with temporary_folder(home):
             pass
     return Path(path)
 
@@ -84,7 +83,7 @@ def new_folder(
     check_output(path, overwrite=overwrite, marks=marks)
     try:
         folder = Path(path).resolve()
-        with _temporary_folder(_home(folder)) as temporary:
+        with temporary_folder(_home(folder)) as temporary:
             yield temporary
             _set_modes(temporary, folder)
             for item in (*temporary.rglob("*"), temporary):
@@ -130,6 +129,24 @@ def write_file(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync(path.parent)
+
+
+@contextlib.contextmanager
+def temporary_folder(home: Path) -> Iterator[Path]:
+    """Yield a new folder in `home`; whatever has its name at the end is removed.
+
+    What killed processes left in `home` is removed, and the same happens to this folder then.
+
+    Args:
+        home: A folder that is there.
+    """
+    _sweep(home)
+    temporary, descriptor = _claim(home)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:
@@ -201,17 +218,6 @@ def _claim(home: Path, flags: int | None = None) -> tuple[Path, int]:
             if _lock(descriptor) is not False and path.exists():
                 return path, descriptor
             os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _temporary_folder(home: Path) -> Iterator[Path]:
-    """Yield a new folder in `home`; whatever has its name at the end is removed."""
-    temporary, descriptor = _claim(home)
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(descriptor)
 
 
 def _lock(descriptor: int) -> bool | None:

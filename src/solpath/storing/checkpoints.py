@@ -6,7 +6,6 @@ folder that `solpath.save` writes.
 """
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from solpath.errors import ConfigError, FileError
+from solpath.files import sync, temporary_folder
 from solpath.running.modes import contained
 from solpath.storing.manifest import GENERATION, HEADER, INDEX, SHARD
 from solpath.storing.skeleton import unshared
@@ -74,13 +74,16 @@ def save_pretrained(
     folder = Path(save_directory)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".solpath-") as temporary:
-            write(contents, Path(temporary), None, max_shard_size)
+        with temporary_folder(folder) as temporary:
+            write(contents, temporary, None, max_shard_size)
+            for new in temporary.iterdir():
+                sync(new)
             for old in folder.iterdir():
                 if SHARD.fullmatch(old.name) or old.name in (HEADER, INDEX, GENERATION):
                     old.unlink()
-            for new in sorted(Path(temporary).iterdir(), key=lambda file: file.name == HEADER):
+            for new in sorted(temporary.iterdir(), key=lambda file: file.name == HEADER):
                 new.replace(folder / new.name)
+            sync(folder)
     except OSError as error:
         raise FileError(f"cannot write to {save_directory}: {error}") from error
 
