@@ -6,9 +6,16 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from solpath.nn.experts import hook_neurons_, unhook_neurons_
-from solpath.nn.pooling import hook_query_, unhook_query_
+from solpath.nn.experts import experts_forward
+from solpath.nn.pooling import pooling_forward
+from solpath.nn.slim import Forward, hook_inside_, unhook_inside_
 from solpath.running.modes import undoing
+
+# What torch has no hook for: the attribute that holds the function, and a `forward` that calls it.
+_INSIDE: dict[str, tuple[str, Forward]] = {
+    "query": ("on_query", pooling_forward),
+    "neurons": ("on_neurons", experts_forward),
+}
 
 
 class Hook(NamedTuple):
@@ -61,10 +68,9 @@ def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
                 hook.module.register_forward_pre_hook(hook.function, with_kwargs=True)
             elif hook.when == "after":
                 hook.module.register_forward_hook(hook.function)
-            elif hook.when == "query":
-                hook_query_(hook.module, hook.function)
             else:
-                hook_neurons_(hook.module, hook.function)
+                name, forward = _INSIDE[hook.when]
+                hook_inside_(hook.module, name, hook.function, forward)
         yield
 
 
@@ -75,11 +81,8 @@ def _unregister_(hook: Hook, stock: type[nn.Module]) -> None:
     handle. Every hook has a function of its own, by which it is found.
     """
     module = hook.module
-    if hook.when == "query":
-        unhook_query_(module, stock)
-        return
-    if hook.when == "neurons":
-        unhook_neurons_(module, stock)
+    if hook.when in _INSIDE:
+        unhook_inside_(module, _INSIDE[hook.when][0], stock)
         return
     registered = module._forward_hooks if hook.when == "after" else module._forward_pre_hooks
     for key in [key for key, function in registered.items() if function is hook.function]:

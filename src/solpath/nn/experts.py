@@ -98,21 +98,3 @@ def remake(stock: type[nn.Module]) -> nn.Module:
 
 def _cut_class(stock: type[nn.Module]) -> type[nn.Module]:
     return slim_class(stock, cut_forward, (remake, (stock,)))  # type: ignore[arg-type]
-
-
-def hook_neurons_(module: nn.Module, hook: OnNeurons) -> None:
-    """Run a function on the neurons of every expert, before they leave it, in place.
-
-    Args:
-        module: The experts, whose class is replaced.
-        hook: The function.
-    """
-    vars(module)["on_neurons"] = hook
-    slim: Any = slim_class(type(module), experts_forward)  # type: ignore[arg-type]
-    module.__class__ = slim
-
-
-def unhook_neurons_(module: nn.Module, stock: type[nn.Module]) -> None:
-    """Give the module its own class `stock` back, and forget its hook, if there is one."""
-    module.__class__ = stock
-    vars(module).pop("on_neurons", None)

@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from solpath.nn.attention import by_head, pad_to
-from solpath.nn.slim import slim_class
 
 
 def pooling_forward(
@@ -53,21 +52,3 @@ def pooling_forward(
         queries, keys, values, attn_mask, scale=self.head_dim**-0.5
     )
     return self.out_proj(inner[..., :width].transpose(1, 2).flatten(2)), None
-
-
-def hook_query_(module: nn.Module, hook: Callable[[Tensor], Tensor]) -> None:
-    """Run a function on the projected queries of an `nn.MultiheadAttention`, in place.
-
-    Args:
-        module: The attention, whose class is replaced.
-        hook: The function, from queries to queries, ``[batch, queries, heads * qk]``.
-    """
-    vars(module)["on_query"] = hook
-    slim: Any = slim_class(type(module), pooling_forward)  # type: ignore[arg-type]
-    module.__class__ = slim
-
-
-def unhook_query_(module: nn.Module, stock: type[nn.Module]) -> None:
-    """Give the module its own class `stock` back, and forget its hook, if there is one."""
-    module.__class__ = stock
-    vars(module).pop("on_query", None)

@@ -60,6 +60,28 @@ def slim_class(
     return type(f"Slim{stock.__name__}", (stock,), added)
 
 
+def hook_inside_(
+    module: nn.Module, name: str, function: Callable[..., Any], forward: Forward
+) -> None:
+    """Let a module run a function in the middle of its `forward`, in place.
+
+    Args:
+        module: The module, whose class is replaced.
+        name: The attribute where `forward` looks for the function.
+        function: The function.
+        forward: Does what the stock `forward` does, and calls the function.
+    """
+    vars(module)[name] = function
+    slim: Any = slim_class(type(module), forward)  # type: ignore[arg-type]
+    module.__class__ = slim
+
+
+def unhook_inside_(module: nn.Module, name: str, stock: type[nn.Module]) -> None:
+    """Give a module its own class `stock` back, and forget its function, if there is one."""
+    module.__class__ = stock
+    vars(module).pop(name, None)
+
+
 def _units_of(module: nn.Module) -> str | None:
     """Return a digest of the buffers that say which units a cut attention keeps, or None."""
     buffers = [module._buffers[name] for name in ("couples", "gain") if name in module._buffers]
