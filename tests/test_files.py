@@ -17,7 +17,15 @@ from safetensors.torch import save_file
 from solpath import files
 from solpath.errors import FileError
 from solpath.files import new_folder, write_file
-from solpath.reading import digests, file_digest, file_in, read_header, read_json, read_tensors
+from solpath.reading import (
+    check_header,
+    digests,
+    file_digest,
+    file_in,
+    read_data,
+    read_header,
+    read_json,
+)
 
 
 def test_new_folder_appears_whole(tmp_path):
@@ -284,7 +292,9 @@ def test_tensors_of_every_shape(tmp_path, dtype):
     tensors["c"] = torch.ones(0, 4).to(dtype)
     save_file(tensors, tmp_path / "x")
     expected = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-    found = read_tensors(tmp_path / "x", expected)
+    header = read_header(tmp_path / "x")
+    check_header(tmp_path / "x", header, expected)
+    found = read_data(tmp_path / "x", header)
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     assert {name: shape for name, (_, shape) in read_header(tmp_path / "x").items()} == {
         name: shape for name, (_, shape) in expected.items()

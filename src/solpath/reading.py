@@ -258,24 +258,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return DTYPES[dtype]
 
 
-def read_tensors(path: Path, expected: Expected, *, exact: bool = True) -> dict[str, Tensor]:
-    """Read a safetensors file whose header must match `expected` before any data is read.
-
-    The tensors own their memory: the file may be changed or removed afterwards.
-
-    Args:
-        path: The file.
-        expected: Name to (dtype, shape). Any other name is refused.
-        exact: Whether every expected tensor must be there.
-
-    Raises:
-        FileError: The file is truncated or damaged, or a name, dtype or shape is wrong.
-    """
-    header = read_header(path)
-    check_header(path, header, expected, exact=exact)
-    return read_data(path, header)
-
-
 def read_data(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
     """Read the tensors `names` of a safetensors file whose header was checked.
 
