@@ -2,11 +2,13 @@
 
 import torch
 
+import solpath
 from conftest import inputs
 from solpath.model.counting import count_costs
 from solpath.model.discovery import find_pairs
 from solpath.model.fingerprint import fingerprint
 from solpath.planning.plan import Plan, best_units
+from solpath.running.forward import forward
 
 
 def random_plan(model, fractions, seed=0) -> Plan:
@@ -37,3 +39,12 @@ def plan_of(model, widths, seed=0) -> Plan:
             gains[p.name].fill_(1)
     achieved = costs.achieved(pairs, widths)
     return Plan(pairs, kept, {}, achieved, fingerprint(model, pairs), gains)
+
+
+def both(model, plan, batch):
+    """Outputs of the masked and of the extracted model."""
+    small = solpath.extract(model, plan)
+    with torch.no_grad():
+        with solpath.masked(model, plan):
+            masked = forward(model, batch)
+        return masked, forward(small, batch)

@@ -13,7 +13,7 @@ from torch import nn
 
 import solpath
 from conftest import CASES, batches, build, inputs
-from plans import plan_of, random_plan
+from plans import both, plan_of, random_plan
 from solpath.errors import UnsupportedModelError
 from solpath.model.counting import count_costs
 from solpath.model.discovery import find_pairs
@@ -22,16 +22,6 @@ from solpath.model.linear import linear_map
 from solpath.model.slicing import cut_linear
 from solpath.planning.plan import Plan
 from solpath.running.forward import forward, run
-
-
-def both(model, plan, batch):
-    """Outputs of the masked and of the extracted model."""
-    small = solpath.extract(model, plan)
-    with torch.no_grad():
-        with solpath.masked(model, plan):
-            masked = forward(model, batch)
-        return masked, forward(small, batch)
-
 
 FRACTIONS = [
     (0.5,),

@@ -16,7 +16,7 @@ from transformers.utils import is_flash_attn_2_available
 
 import solpath
 from conftest import batches, build, inputs
-from plans import random_plan
+from plans import both, random_plan
 from solpath import InclusionConfig, SearchConfig, TuneConfig, baselines
 from solpath.errors import BatchError
 from solpath.measuring.evaluation import reference_outputs
@@ -85,15 +85,6 @@ def run(model, config=CONFIGS["default"], given=None, **options):
 def plan_for(model, fractions=(0.5, 0.25, 0.75)):
     """A random plan; its costs are counted on the CPU, which is where the model is left."""
     return random_plan(model.cpu(), fractions)
-
-
-def both(model, plan, batch):
-    """Outputs of the masked and of the extracted model."""
-    small = solpath.extract(model, plan)
-    with torch.no_grad():
-        with solpath.masked(model, plan):
-            masked = forward(model, batch)
-        return masked, forward(small, batch)
 
 
 def state(model):
