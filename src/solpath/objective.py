@@ -14,14 +14,18 @@ Each is 0, with gradient 0, where output and target are equal.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from solpath.data.source import slice_samples
 from solpath.running.forward import (
     Batch,
+    at_least_float,
     attended,
     has_logits,
     has_spans,
@@ -30,12 +34,24 @@ from solpath.running.forward import (
     output_tensor,
     run,
 )
+from solpath.running.head import (
+    HeadTarget,
+    blocks_of,
+    head_divergence,
+    head_target,
+    mean_of_drawn,
+    run_without_head,
+    separable_head,
+)
 
 _TARGET_CACHE_BYTES = 256 * 2**20
 _TINY = 1e-30
+_DRAWS = 8  # tokens drawn for every token of a text, in the place of noise on its logits
 
 Loss = Callable[[Any, Batch], Tensor]
 """A function ``loss(outputs, batch)`` that returns a scalar: a mean over the batch's samples."""
+
+Kept = TypeVar("Kept")
 
 Kind = Literal["classes", "labels", "spans", "regression", "hidden"]
 """What an output means, and so how far one is from another."""
@@ -71,58 +87,142 @@ def kind_of(model: nn.Module, outputs: Any) -> Kind:
     return "classes"
 
 
+Target: TypeAlias = Tensor | HeadTarget
+"""What the dense model gives a batch: its output, or what stands for its logits."""
+
+
 class Objective:
     """How far the outputs of a smaller model are from those of its dense model.
 
-    The first target says what is compared. Only a regression looks at another batch, the first:
-    its spread is the mean squared distance of the dense outputs of that batch from their mean, or
-    their mean square if they are all equal.
+    The first batch says what is compared. Of a regression it also gives the spread: the mean
+    squared distance of the dense outputs from their mean, or their mean square if they are all
+    equal. Logits over a vocabulary are never made whole if the output embedding is a layer of its
+    own (see `separable_head`): models are run up to it, and compared block by block.
 
     Args:
+        dense: The dense model.
         first: Returns the whole first batch, on the device of the models. Every process must
             return the same.
+        smaller: The smaller models that will be compared, besides the dense model under masks.
+            Logits are made whole if one of them has another output embedding.
+        whole: Whether targets must be whole outputs, which `divergence` takes.
     """
 
-    def __init__(self, first: Callable[[], Batch]) -> None:
-        self._first = first
+    def __init__(
+        self,
+        dense: nn.Module,
+        first: Callable[[], Batch],
+        *,
+        smaller: Sequence[nn.Module] = (),
+        whole: bool = False,
+    ) -> None:
+        self._dense, self._first, self._smaller, self._whole = dense, first, smaller, whole
         self._kind: Kind | None = None
+        self._separable = False
         self._spread = 1.0
 
-    def target(self, dense: nn.Module, batch: Batch) -> Tensor:
-        """Return the dense model's output for a batch, without gradients; labels are left out."""
+    def run(self, model: nn.Module, batch: Batch) -> Any:
+        """Run a model without labels; return its outputs, or what its output embedding gets.
+
+        Args:
+            model: The dense model or a smaller one.
+            batch: The batch.
+        """
+        self._learn()
+        if self._separable:
+            return run_without_head(model, _head(model), batch)
+        return run(model, batch, labels=False)
+
+    def target(self, batch: Batch) -> Target:
+        """Return what the dense model gives a batch, without gradients; labels are left out."""
         with torch.no_grad():
-            outputs = run(dense, batch, labels=False)
-            if self._kind is None:
-                self._kind = kind_of(dense, outputs)
-                if self._kind == "regression":
-                    first = output_tensor(run(dense, self._first(), labels=False))
-                    self._spread = _spread(first.double().flatten(0, -2))
+            outputs = self.run(self._dense, batch)
+            if self._separable:
+                return head_target(_head(self._dense), outputs)
             return output_tensor(outputs).clone()
 
-    def divergence(self, target: Tensor, outputs: Any, batch: Batch) -> Tensor:
+    def divergence(self, target: Target, outputs: Any, batch: Batch) -> Tensor:
         """Return the `divergence` of every sample from the dense model's output, ``[batch]``.
 
         Args:
             target: From `target`, for the same batch.
-            outputs: What the smaller model returned.
+            outputs: From `run`, of the smaller model.
             batch: The batch, whose mask says which tokens count.
         """
+        if isinstance(target, HeadTarget):
+            tokens = head_divergence(_head(self._dense), outputs, target)
+            return _token_mean(tokens, output_mask(batch, outputs))
         output = output_tensor(outputs)
         mask = self._mask(batch, output)
         return divergence(output, target, mask, kind=self._known, spread=self._spread)
 
-    def sketch(self, target: Tensor, batch: Batch, noise: Tensor) -> Tensor:
-        """Return the `curvature_sketch` for a batch, of the shape of its output."""
-        mask = self._mask(batch, target)
-        return curvature_sketch(target, mask, noise, kind=self._known, spread=self._spread)
+    def projection(
+        self, target: Target, outputs: Any, batch: Batch, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Return a random projection of the outputs of every sample, ``[batch]``.
+
+        The derivatives of the projection have the second moments of the curvature of the
+        divergence at the target: it is ``⟨u, f⟩`` with u of that covariance. Where logits are
+        never whole, u is the mean of some draws of ``e_y - p``, y from p, times the root of their
+        number.
+
+        Args:
+            target: From `target`, for the same batch.
+            outputs: From `run`, of the dense model under masks.
+            batch: The batch, whose mask says which tokens count.
+            generators: One for every sample.
+        """
+        if isinstance(target, HeadTarget):
+            head, states = _head(self._dense), target.states
+            shape = (states.shape[1], _DRAWS, blocks_of(head))
+            chance = torch.stack([torch.rand(shape, generator=one) for one in generators])
+            drawn = mean_of_drawn(head, states, chance.to(states.device))
+            draw = _averaged((drawn - target.mean) * math.sqrt(_DRAWS), output_mask(batch, states))
+            return (draw * at_least_float(outputs)).flatten(1).sum(1)
+        output = output_tensor(outputs)
+        noise = torch.stack([torch.randn(output.shape[1:], generator=one) for one in generators])
+        mask, noise = self._mask(batch, target), noise.to(output.device)
+        draw = curvature_sketch(target, mask, noise, kind=self._known, spread=self._spread)
+        return _total(draw * at_least_float(output))
+
+    def _learn(self) -> None:
+        """Learn, once, from the dense model on the first batch what is compared, and how."""
+        if self._kind is not None:
+            return
+        first = self._first()
+        sample = slice_samples(first, 0, 1)
+        with torch.no_grad():
+            self._kind = kind_of(self._dense, run(self._dense, sample, labels=False))
+            if self._kind == "regression":
+                outputs = output_tensor(run(self._dense, first, labels=False))
+                self._spread = _spread(outputs.double().flatten(0, -2))
+            if self._kind == "classes" and not self._whole:
+                head = separable_head(self._dense, sample)
+                self._separable = head is not None and all(
+                    _equal(head, _head(model)) for model in self._smaller
+                )
 
     def _mask(self, batch: Batch, output: Tensor) -> Tensor | None:
         return attended(batch, output) if self._known == "spans" else output_mask(batch, output)
 
     @property
     def _known(self) -> Kind:
-        assert self._kind is not None, "take a target first"
+        self._learn()
+        assert self._kind is not None
         return self._kind
+
+
+def _equal(one: nn.Linear, other: nn.Linear) -> bool:
+    """Return whether two layers have equal weights and biases."""
+    with align_module_device(one), align_module_device(other):
+        mine, theirs = one.state_dict(), other.state_dict()
+        return mine.keys() == theirs.keys() and all(
+            torch.equal(value, theirs[name]) for name, value in mine.items()
+        )
+
+
+def _head(model: nn.Module) -> nn.Linear:
+    return cast("nn.Linear", cast("Any", model).get_output_embeddings())
 
 
 def _spread(values: Tensor) -> float:
@@ -132,14 +232,14 @@ def _spread(values: Tensor) -> float:
     return (error if error > 1e-12 * square else square) or 1.0
 
 
-class Targets:
+class Targets(Generic[Kept]):
     """A memory for the targets of batches that come again, of at most 256 MiB."""
 
     def __init__(self) -> None:
-        self._known: dict[int, Tensor] = {}
+        self._known: dict[int, Kept] = {}
         self._bytes = 0
 
-    def get(self, index: int | None, compute: Callable[[], Tensor]) -> Tensor:
+    def get(self, index: int | None, compute: Callable[[], Kept]) -> Kept:
         """Return the target of a batch, computed unless it is remembered.
 
         Args:
@@ -152,8 +252,9 @@ class Targets:
         if index in self._known:
             return self._known[index]
         target = compute()
-        if self._bytes + target.nbytes <= _TARGET_CACHE_BYTES:
-            self._bytes += target.nbytes
+        size = sum(part.nbytes for part in tree_leaves(target))
+        if self._bytes + size <= _TARGET_CACHE_BYTES:
+            self._bytes += size
             self._known[index] = target
         return target
 
@@ -236,10 +337,16 @@ def curvature_sketch(
             probability = logits.softmax(-1)
             root = noise * probability.sqrt()
             draw = root - probability * root.sum(-1, keepdim=True)
-        tokens = math.prod(target.shape[1:-1])
-        counts = torch.full((len(target),), tokens) if mask is None else mask.sum(1).clamp(min=1)
-        scale = counts.to(draw).rsqrt()
+        return _averaged(draw, mask)
     draw = draw * scale.view(-1, *[1] * (draw.dim() - 1))
+    return draw if mask is None else draw * mask.unsqueeze(-1)
+
+
+def _averaged(draw: Tensor, mask: Tensor | None) -> Tensor:
+    """Return a draw for every token as one for their mean: 0 at tokens that do not count."""
+    tokens = math.prod(draw.shape[1:-1])
+    counts = torch.full((len(draw),), tokens) if mask is None else mask.sum(1).clamp(min=1)
+    draw = draw * counts.to(draw).rsqrt().view(-1, *[1] * (draw.dim() - 1))
     return draw if mask is None else draw * mask.unsqueeze(-1)
 
 
@@ -257,15 +364,6 @@ def _yes_no(logit: Tensor) -> Tensor:
 def _inside(logits: Tensor, mask: Tensor | None) -> Tensor:
     """Logits over positions ``[batch, spans, tokens]`` with those of padding out of reach."""
     return logits if mask is None else logits.masked_fill(~mask.unsqueeze(1), -1e4)
-
-
-def at_least_float(value: Tensor) -> Tensor:
-    """Return half precision as float32, and float32 and float64 unchanged.
-
-    Args:
-        value: A tensor of any floating dtype.
-    """
-    return value if value.dtype == torch.float64 else value.float()
 
 
 def _total(values: Tensor) -> Tensor:

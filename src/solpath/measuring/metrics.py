@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from solpath.objective import Kind, at_least_float, divergence
+from solpath.objective import Kind, divergence
+from solpath.running.forward import at_least_float
 
 
 def compare(output: Tensor, target: Tensor, mask: Tensor | None, *, kind: Kind) -> dict[str, float]:

@@ -362,19 +362,18 @@ def _losses(
     Raise `NonFiniteLossError` if that of one of `models`, which are not refitted, is not finite.
     """
     held = range(_CHECKED - 1, len(batches), _CHECKED)
-    compared = Objective(lambda: batches[held[0]])
+    compared = Objective(dense, lambda: batches[held[0]], smaller=(*models, *refitted))
     totals = [0.0 for _ in (*models, *refitted)]
     for index in held:
         batch = batches[index]
-        target = compared.target(dense, batch) if loss is None else None
+        target = compared.target(batch) if loss is None else None
         for i, model in enumerate((*models, *refitted)):
-            outputs = run(model, batch, labels=loss is not None)
             if target is None:
                 assert loss is not None
-                errors = loss(outputs, batch)
+                errors = loss(run(model, batch, labels=True), batch)
                 value = float(errors) * batch_size(batch)
             else:
-                errors = compared.divergence(target, outputs, batch)
+                errors = compared.divergence(target, compared.run(model, batch), batch)
                 value = float(errors.double().sum())
             if i < len(models) and not math.isfinite(value):
                 where = prepare.place(index, row_not_finite(errors) if loss is None else None)

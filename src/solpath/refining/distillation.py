@@ -1,6 +1,6 @@
 """Make distillation batches, and measure how far a model is from the dense model on them."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -63,7 +63,8 @@ class Distillation:
         self._dense, self._source, self._device = dense, source, device
         self._prepare = prepare
         self._accelerator, self._bf16, self._loss = accelerator, bf16, loss
-        self._targets, self._compared = Targets(), Objective(self._first)
+        self._targets: Targets[Tensor] = Targets()
+        self._compared = Objective(dense, self._first, whole=True)
 
     def __getitem__(self, step: int) -> DistillationBatch:
         rank, world = self._accelerator.process_index, self._accelerator.num_processes
@@ -79,7 +80,7 @@ class Distillation:
     def _target(self, inputs: Batch) -> Tensor:
         check_device(inputs, device_of(self._dense))
         with self.autocast():
-            return self._compared.target(self._dense, inputs)
+            return cast("Tensor", self._compared.target(inputs))
 
     def autocast(self) -> torch.autocast:
         """Return a block that sets the precision of the forward passes."""

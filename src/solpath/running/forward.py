@@ -129,6 +129,15 @@ _OTHER_HEADS = (
 )
 
 
+def at_least_float(value: Tensor) -> Tensor:
+    """Return half precision as float32, and float32 and float64 unchanged.
+
+    Args:
+        value: A tensor of any floating dtype.
+    """
+    return value if value.dtype == torch.float64 else value.float()
+
+
 def row_not_finite(values: Tensor) -> int | None:
     """Return the first row of ``[rows, ...]`` that holds a NaN or an infinite value, if one does.
 

@@ -175,7 +175,13 @@ class Engine(Protocol):
 
 
 def open_engine(
-    model: nn.Module, batches: Iterable[Any], *, loss: Loss | None, seed: int
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss: Loss | None,
+    seed: int,
+    recompute: bool = False,
+    micro_batch: int | None = None,
 ) -> AbstractContextManager[Engine]:
     """Return a context manager that yields the engine of a model.
 
@@ -198,4 +204,12 @@ def open_engine(
         >>> gradients.shape
         torch.Size([8, 256])
     """
-    return probing(model, find_pairs(model), batches, loss=loss, seed=seed)
+    return probing(
+        model,
+        find_pairs(model),
+        batches,
+        loss=loss,
+        seed=seed,
+        recompute=recompute,
+        micro_batch=micro_batch,
+    )

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,15 @@ from solpath.model.masks import Masks, energy_hooks, mask_hooks, run_hooks
 from solpath.objective import (
     Loss,
     Objective,
+    Target,
     Targets,
-    at_least_float,
 )
 from solpath.pair import Pair, Side
 from solpath.planning.cost import CostTable
 from solpath.running.forward import Batch, device_of, output_tensor, row_not_finite, run
 from solpath.running.modes import differentiating
 from solpath.running.processes import process, sum_over_processes
+from solpath.running.recompute import blocks_of, recomputing
 from solpath.searching.redundancy import Inputs, input_hooks, unexplained_variances
 
 _ENERGY_BATCHES = 4
@@ -44,6 +45,22 @@ Hooks = Callable[
 ]
 """A context manager ``hooks(model, pairs, batch)``: while the model runs, it adds up some
 statistic of every pair, by pair name and on the CPU."""
+
+
+class _Part(NamedTuple):
+    """Some samples of one batch, which run at once.
+
+    Attributes:
+        batch: The samples.
+        low: Number of the first one in the whole batch.
+        high: Number after that of the last one.
+        target: What the dense model gives them; None where a user's loss takes its place.
+    """
+
+    batch: Batch
+    low: int
+    high: int
+    target: Target | None
 
 
 class Probe:
@@ -59,6 +76,7 @@ class Probe:
         masks: The masks that the hooked pairs obey.
         loss: Loss of the user, or None for the divergence from the dense model.
         seed: Seeds the mask draws and all other noise.
+        micro_batch: Samples that run at once. None runs all samples of a batch.
     """
 
     def __init__(
@@ -70,13 +88,15 @@ class Probe:
         masks: Masks,
         loss: Loss | None,
         seed: int,
+        micro_batch: int | None,
     ) -> None:
         self._model, self._source, self._masks = model, source, masks
-        self._prepare = prepare
+        self._prepare, self._micro_batch = prepare, micro_batch
         self._loss, self._seed = loss, seed
         self._device = device_of(model)
         self._rank, self._world = process()
-        self._targets, self._compared = Targets(), Objective(self._first)
+        self._targets: Targets[list[Target]] = Targets()
+        self._compared = Objective(model, self._first)
         self.restrict(pairs)
 
     def restrict(self, pairs: Sequence[Pair]) -> None:
@@ -94,8 +114,7 @@ class Probe:
 
     def gradients(self, step: int, mask: Tensor, *, binary: bool) -> tuple[float, Tensor, Tensor]:
         """See `Engine.gradients`."""
-        batch, low, high, size = self._local(step)
-        target = self._target(step, batch)
+        _, low, high, size = self._local(step)
         rows = mask.float().expand(high - low, -1)
         if binary:
             draws = [
@@ -103,17 +122,20 @@ class Probe:
                 for i in range(low, high)
             ]
             rows = (torch.stack(draws) < rows).float()
-        leaves = self._set(rows)
-        outputs = run(self._model, batch, labels=self._loss is not None)
-        errors = self._errors(outputs, batch, target)
-        loss = errors if target is None else errors.mean()
-        gradients = _slopes(loss * (high - low), leaves)
-        self._masks.units.clear()
-        value = self._sum(loss.detach().double().cpu().view(1) * ((high - low) / size)).item()
-        if not torch.isfinite(torch.tensor(value)):
-            where = self._where(step, low, errors, target)
-            raise NonFiniteLossError(f"the loss of {where} is {value} at step {step}.")
-        return value, rows.double(), torch.cat([g.double().cpu() for g in gradients], 1)
+        value, slopes, seen = torch.zeros(1, dtype=torch.float64), [], []
+        for part in self._parts(step):
+            leaves = self._set(rows[part.low - low : part.high - low])
+            errors = self._errors(self._run(part), part)
+            loss = errors.mean() * (part.high - part.low)
+            slopes.append(_slopes(loss, leaves))
+            self._masks.units.clear()
+            value += loss.detach().double().cpu() / size
+            seen.append((part, errors.detach()))
+        value = self._sum(value)
+        if not value.isfinite():
+            where = self._where(step, seen)
+            raise NonFiniteLossError(f"the loss of {where} is {value.item()} at step {step}.")
+        return value.item(), rows.double(), torch.cat(slopes)
 
     def mean(self, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """See `Engine.mean`."""
@@ -128,38 +150,42 @@ class Probe:
         """See `Engine.curvature`."""
         diagonal = torch.zeros(self.units, dtype=torch.float64)
         gradient = torch.zeros_like(diagonal)
-        dense = torch.ones(self.units) if mask is None else mask.float()
         for step in range(start, start + batches):
-            batch, low, high, size = self._local(step)
-            target = self._target(step, batch)
-            leaves = self._set(dense.repeat(high - low, 1))
-            outputs = run(self._model, batch, labels=self._loss is not None)
-            errors = self._errors(outputs, batch, target)
-            loss = (errors if target is None else errors.mean()) * (high - low)
-            if not torch.isfinite(loss):
-                where = self._where(step, low, errors, target)
-                raise NonFiniteLossError(f"the loss of {where} is {loss.item()}.")
-            if target is None:
-                slope = _slopes(loss, leaves)
-                jacobian = slope
-            else:
-                slope = _slopes(loss, leaves, keep=True)
-                output = output_tensor(outputs)
-                noise = torch.stack(
-                    [
-                        torch.randn(output.shape[1:], generator=self.generator("sketch", step, i))
-                        for i in range(low, high)
-                    ]
-                ).to(output.device)
-                draw = self._compared.sketch(target, batch, noise)
-                jacobian = _slopes((draw * at_least_float(output)).sum(), leaves)
-            self._masks.units.clear()
-            rows = torch.cat([j.double().cpu() for j in jacobian], 1)
-            rows = rows.abs() if absolute else rows.square()
-            first = torch.cat([s.double().cpu() for s in slope], 1)
-            diagonal += self._sum(rows.sum(0)) / size
-            gradient += self._sum(first.sum(0)) / size
-        return diagonal / batches, gradient / batches
+            size = self._local(step)[3]
+            for part in self._parts(step):
+                rows, slopes = self._derivatives(step, part, mask)
+                diagonal += (rows.abs() if absolute else rows.square()).sum(0) / size
+                gradient += slopes.sum(0) / size
+        return self._sum(diagonal) / batches, self._sum(gradient) / batches
+
+    def _derivatives(self, step: int, part: _Part, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the derivatives of the projected outputs of every sample, and those of its loss.
+
+        Under a loss of the user both are those of the loss. At the dense model, where `mask` is
+        None, the divergence is 0, and so is its derivative.
+        """
+        samples = part.high - part.low
+        rows = torch.ones(self.units) if mask is None else mask.float()
+        leaves = self._set(rows.repeat(samples, 1))
+        outputs = self._run(part)
+        slopes = torch.zeros(samples, self.units, dtype=torch.float64)
+        if part.target is None or mask is not None:
+            errors = self._errors(outputs, part)
+        else:
+            errors = output_tensor(outputs)
+        if not errors.isfinite().all():
+            where = self._where(step, [(part, errors)])
+            raise NonFiniteLossError(f"the loss of {where} is {float(errors.mean())}.")
+        if part.target is None or mask is not None:
+            slopes = _slopes(errors.mean() * samples, leaves, keep=part.target is not None)
+        if part.target is None:
+            projected = slopes
+        else:
+            generators = [self.generator("sketch", step, i) for i in range(part.low, part.high)]
+            draws = self._compared.projection(part.target, outputs, part.batch, generators)
+            projected = _slopes(draws.sum(), leaves)
+        self._masks.units.clear()
+        return projected, slopes
 
     @property
     def energy(self) -> dict[str, Tensor]:
@@ -193,7 +219,10 @@ class Probe:
         for step in range(batches if pairs else 0):
             batch, low = self._local(step)[:2]
             with torch.no_grad(), hooks(self._model, pairs, batch) as seen:
-                outputs = run(self._model, batch, labels=False)
+                if self._loss is None:
+                    outputs = self._compared.run(self._model, batch)
+                else:
+                    outputs = run(self._model, batch, labels=False)
             if not all(value.isfinite().all() for value in seen.values()):
                 first = next(part for part in tree_leaves(outputs) if isinstance(part, Tensor))
                 where = self._place(step, low, row_not_finite(first))
@@ -244,25 +273,42 @@ class Probe:
     def _first(self) -> Batch:
         return self._source[0]
 
-    def _target(self, step: int, batch: Batch) -> Tensor | None:
-        """The dense model's output; None where a user's loss takes its place."""
-        if self._loss is not None:
-            return None
-        index = self._source.index(step)
-        return self._targets.get(index, lambda: self._compared.target(self._model, batch))
+    def _parts(self, step: int) -> Iterator[_Part]:
+        """Yield the samples of this process in the batch of a step, a micro-batch at a time."""
+        batch, low, high, _ = self._local(step)
+        each = self._micro_batch or high - low
+        cuts = [(start, min(start + each, high)) for start in range(low, high, each)]
+        batches = [slice_samples(batch, start - low, end - low) for start, end in cuts]
+        targets: Sequence[Target | None] = [None] * len(cuts)
+        if self._loss is None:
+            index = self._source.index(step)
+            targets = self._targets.get(index, lambda: list(map(self._compared.target, batches)))
+        for cut, part, target in zip(cuts, batches, targets, strict=True):
+            yield _Part(part, *cut, target)
 
-    def _errors(self, outputs: Any, batch: Batch, target: Tensor | None) -> Tensor:
+    def _run(self, part: _Part) -> Any:
+        """The outputs that are compared, under the masks; those of the model for a user's loss."""
+        if part.target is None:
+            return run(self._model, part.batch, labels=True)
+        return self._compared.run(self._model, part.batch)
+
+    def _errors(self, outputs: Any, part: _Part) -> Tensor:
         """The divergence of every sample; a user's loss is one number for all of them."""
-        if target is None:
+        if part.target is None:
             assert self._loss is not None
-            return self._loss(outputs, batch)
-        return self._compared.divergence(target, outputs, batch)
+            return self._loss(outputs, part.batch)
+        return self._compared.divergence(part.target, outputs, part.batch)
 
-    def _where(self, step: int, low: int, errors: Tensor, target: Tensor | None) -> str:
+    def _where(self, step: int, seen: Sequence[tuple[_Part, Tensor]]) -> str:
         """The words for the batch, and the row if it is one of this process, that is not finite."""
-        place = self._place(step, low, row_not_finite(errors))
-        dense = target is not None and row_not_finite(target) is not None
-        return f"{place}, on which the dense model itself is not finite," if dense else place
+        for part, errors in seen:
+            row = row_not_finite(errors)
+            if row is None:
+                continue
+            place = self._place(step, part.low, row)
+            finite = all(value.isfinite().all() for value in tree_leaves(part.target))
+            return place if finite else f"{place}, on which the dense model itself is not finite,"
+        return self._place(step, 0, None)
 
     def _place(self, step: int, low: int, row: int | None) -> str:
         """The words for a row of this process in the batch of a step."""
@@ -282,6 +328,8 @@ def probing(
     *,
     loss: Loss | None,
     seed: int,
+    recompute: bool = False,
+    micro_batch: int | None = None,
 ) -> Iterator[Probe]:
     """Yield a `Probe` of `model`, frozen and hooked, and leave the model as it was found.
 
@@ -294,17 +342,19 @@ def probing(
         batches: See `solpath.search`.
         loss: See `solpath.search`.
         seed: Seeds the mask draws and all other noise.
+        recompute: See `solpath.search`.
+        micro_batch: See `solpath.search`.
 
     Raises:
-        UnsupportedModelError: The model is in half precision on a CPU, or its table was registered
-            and is wrong (see `check_table`).
+        UnsupportedModelError: The model is in float16, or its table was registered and is wrong
+            (see `check_table`).
         BatchError: There are no batches, or a single one in place of an iterable.
     """
     parameter = next(model.parameters())
-    if parameter.device.type == "cpu" and parameter.dtype in (torch.float16, torch.bfloat16):
+    if parameter.dtype == torch.float16:
         raise UnsupportedModelError(
-            f"the model is in {parameter.dtype} on the CPU, where masks lose their gradients to "
-            "rounding; use model.float(), or a GPU."
+            "the model is in float16, in which the gradients of masks underflow; load it with "
+            "dtype=torch.bfloat16 or dtype=torch.float32."
         )
     with (
         preparing(model, parameter.device) as prepare,
@@ -315,13 +365,20 @@ def probing(
         if is_foreign(type_of(model)):
             check_once(model, slice_samples(source[0], 0, 2))
         masks = stack.enter_context(mask_hooks(model, pairs))
-        probe = Probe(model, pairs, source, prepare, masks, loss, seed)
+        if recompute:
+            blocks = blocks_of(model, [pair.right.module for pair in pairs])
+            stack.enter_context(recomputing(model, blocks))
+        probe = Probe(model, pairs, source, prepare, masks, loss, seed, micro_batch)
         probe.measure_energy(_ENERGY_BATCHES)
         yield probe
 
 
-def _slopes(value: Tensor, leaves: list[Tensor], *, keep: bool = False) -> tuple[Tensor, ...]:
-    """Return the gradients of `value` by the masks: 0 for pairs that the batch did not reach."""
-    return torch.autograd.grad(
+def _slopes(value: Tensor, leaves: list[Tensor], *, keep: bool = False) -> Tensor:
+    """Return the gradients of `value` by the masks, float64 ``[samples, units]`` on the CPU.
+
+    They are 0 for pairs that the batch did not reach.
+    """
+    slopes = torch.autograd.grad(
         value, leaves, retain_graph=keep, allow_unused=True, materialize_grads=True
     )
+    return torch.cat(slopes, 1).double().cpu()
