@@ -34,12 +34,12 @@ from solpath import baselines
 from solpath.config import SearchConfig
 from solpath.measuring.latency import measure_latency
 from solpath.measuring.measurement import interquartile_range
-from solpath.measuring.memory import resident_bytes
 from solpath.model.counting import count_macs
 from solpath.model.extraction import extract
 from solpath.objective import Objective
 from solpath.planning.path import SolutionPath
 from solpath.running.forward import run
+from solpath.running.memory import resident_bytes
 from solpath.running.modes import differentiating, inferring
 from solpath.searching.search import search
 from workloads import Batch, quiet
@@ -179,16 +179,16 @@ class Floor:
     def __init__(self, model: Any, batch: Any) -> None:
         self.model, self.batch = model, batch
         self.inner: list[Tensor] = []
-        self.objective = Objective(lambda: batch)
+        self.objective = Objective(model, lambda: batch)
         with inferring(model):
-            self.target = self.objective.target(model, batch)
+            self.target = self.objective.target(batch)
         base = getattr(model, model.base_model_prefix, model)
         self.embeddings = getattr(base, "embeddings", None) or base.embed_tokens
 
     def __call__(self) -> None:
         """Run once; the model must be frozen and gradients on."""
         handle = self.embeddings.register_forward_hook(self._start)
-        outputs = run(self.model, self.batch, labels=False)
+        outputs = self.objective.run(self.model, self.batch)
         handle.remove()
         loss = self.objective.divergence(self.target, outputs, self.batch).mean()
         torch.autograd.grad(loss, self.inner)

@@ -31,9 +31,9 @@ from torch import nn
 from record import RESULTS, save, show
 from solpath.config import SearchConfig
 from solpath.measuring.measurement import interquartile_range
-from solpath.measuring.memory import LiveStorages
 from solpath.objective import divergence
 from solpath.running.forward import forward, output_mask
+from solpath.running.memory import LiveStorages
 from solpath.searching.search import search
 from workloads import Batch, installed_minilm, quiet, random_tokens
 

@@ -11,8 +11,9 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from solpath.errors import BatchError, ConfigError
 from solpath.measuring.measurement import interquartile_range, latencies, measure
-from solpath.measuring.memory import bytes_on_disk, peak_memory
+from solpath.measuring.memory import bytes_on_disk
 from solpath.model.counting import count_macs
+from solpath.running.memory import peak_memory
 from solpath.running.provenance import provenance
 
 HIDDEN, MLP, LAYERS, LENGTH, VOCAB = 24, 40, 2, 7, 50

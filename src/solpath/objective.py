@@ -44,7 +44,9 @@ from solpath.running.head import (
     separable_head,
 )
 
-_TARGET_CACHE_BYTES = 256 * 2**20
+TARGET_CACHE_BYTES = 256 * 2**20
+"""Most bytes of dense targets that are remembered."""
+
 _TINY = 1e-30
 _DRAWS = 8  # tokens drawn for every token of a text, in the place of noise on its logits
 
@@ -253,7 +255,7 @@ class Targets(Generic[Kept]):
             return self._known[index]
         target = compute()
         size = sum(part.nbytes for part in tree_leaves(target))
-        if self._bytes + size <= _TARGET_CACHE_BYTES:
+        if self._bytes + size <= TARGET_CACHE_BYTES:
             self._bytes += size
             self._known[index] = target
         return target

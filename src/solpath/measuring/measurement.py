@@ -14,11 +14,12 @@ from solpath.config import check_count
 from solpath.data.preparation import preparing
 from solpath.data.source import batch_size
 from solpath.errors import ConfigError
-from solpath.measuring.memory import bytes_on_disk, peak_memory, resident_bytes
+from solpath.measuring.memory import bytes_on_disk
 from solpath.model.counting import count_macs
 from solpath.pretrained import check_takes_batches
 from solpath.running.claims import claimed
 from solpath.running.forward import device_of, run
+from solpath.running.memory import peak_memory, resident_bytes
 from solpath.running.modes import contained, inferring, undoing
 
 WARM_UP = 3

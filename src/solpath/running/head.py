@@ -117,7 +117,7 @@ def head_target(head: nn.Linear, states: Tensor) -> HeadTarget:
         states: What it gets, ``[batch, tokens, features]``.
     """
     states = states.detach()
-    parts = [_softmax_mean(head, part) for part in states.flatten(0, -2).split(_TOKENS)]
+    parts = [_softmax_mean(head, part) for part in torch.split(states.flatten(0, -2), _TOKENS)]
     level, mean = (torch.cat(column) for column in zip(*parts, strict=True))
     return HeadTarget(states, level.view(states.shape[:-1]), mean.view(states.shape))
 
@@ -134,7 +134,7 @@ def mean_of_drawn(head: nn.Linear, states: Tensor, uniforms: Tensor) -> Tensor:
         Mean row of the embedding over the draws, of the shape of `states`.
     """
     rows, chances = states.detach().flatten(0, -2), uniforms.flatten(0, -3)
-    parts = zip(rows.split(_TOKENS), chances.split(_TOKENS), strict=True)
+    parts = zip(torch.split(rows, _TOKENS), torch.split(chances, _TOKENS), strict=True)
     return torch.cat([_drawn_mean(head, *part) for part in parts]).view(states.shape)
 
 
@@ -209,7 +209,7 @@ def _blocks(head: nn.Linear, states: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield some rows of the embedding and the logits that they give, block by block."""
     states = at_least_float(states)
     with align_module_device(head):  # the weight may be off-loaded
-        biases = (None,) * blocks_of(head) if head.bias is None else head.bias.detach().split(_ROWS)
-        for rows, bias in zip(head.weight.detach().split(_ROWS), biases, strict=True):
-            rows = rows.to(states.dtype)
-            yield rows, functional.linear(states, rows, None if bias is None else bias.to(rows))
+        for start in range(0, head.out_features, _ROWS):
+            rows = head.weight.detach()[start : start + _ROWS].to(states.dtype)
+            bias = None if head.bias is None else head.bias.detach()[start : start + _ROWS].to(rows)
+            yield rows, functional.linear(states, rows, bias)

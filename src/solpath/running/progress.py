@@ -53,3 +53,14 @@ def progress_bar(
         bar.start()
         task = bar.add_task(title, total=total, completed=done, **fields)
         yield lambda **fields: bar.update(task, advance=1, **fields)
+
+
+def say(text: str) -> None:
+    """Print a line about long work before it starts, where its progress bar will be.
+
+    Args:
+        text: The line.
+    """
+    from rich.console import Console
+
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)

@@ -76,9 +76,7 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(
-            forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-        )
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return checkpointed
 

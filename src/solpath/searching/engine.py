@@ -16,6 +16,7 @@ from solpath.model.discovery import find_pairs
 from solpath.objective import Loss
 from solpath.pair import Pair, Side
 from solpath.planning.cost import CostTable
+from solpath.searching.estimate import Estimate
 from solpath.searching.probe import probing
 from solpath.searching.redundancy import Inputs
 
@@ -173,6 +174,14 @@ class Engine(Protocol):
             ConfigError: A measure does not count one whole number for every pair.
         """
 
+    def estimate(self, passes: float, masks: int) -> Estimate:
+        """Return what some passes take, from one pass that is timed. Nothing is changed.
+
+        Args:
+            passes: Forward-backward passes, of one batch each.
+            masks: Masks of all units that are kept, in half precision.
+        """
+
 
 def open_engine(
     model: nn.Module,
@@ -180,7 +189,7 @@ def open_engine(
     *,
     loss: Loss | None,
     seed: int,
-    recompute: bool = False,
+    recompute: bool | None = None,
     micro_batch: int | None = None,
 ) -> AbstractContextManager[Engine]:
     """Return a context manager that yields the engine of a model.
@@ -192,10 +201,11 @@ def open_engine(
         batches: See `solpath.search`.
         loss: See `solpath.search`.
         seed: Seeds the mask draws and all other noise.
+        recompute: See `solpath.search`.
+        micro_batch: See `solpath.search`.
 
     Raises:
-        UnsupportedModelError: The model cannot be cut (see `find_pairs`), or it is in half
-            precision on a CPU.
+        UnsupportedModelError: The model cannot be cut (see `find_pairs`), or it is in float16.
         BatchError: There are no batches, or a single one in place of an iterable.
 
     Example:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from solpath.model.counting import count_costs
 from solpath.model.linear import linear_map
 from solpath.model.masks import Masks, energy_hooks, mask_hooks, run_hooks
 from solpath.objective import (
+    TARGET_CACHE_BYTES,
     Loss,
     Objective,
     Target,
@@ -32,12 +34,15 @@ from solpath.objective import (
 from solpath.pair import Pair, Side
 from solpath.planning.cost import CostTable
 from solpath.running.forward import Batch, device_of, output_tensor, row_not_finite, run
+from solpath.running.memory import free_memory, peak_memory, resident_bytes
 from solpath.running.modes import differentiating
 from solpath.running.processes import process, sum_over_processes
 from solpath.running.recompute import blocks_of, recomputing
+from solpath.searching.estimate import Estimate, must_recompute
 from solpath.searching.redundancy import Inputs, input_hooks, unexplained_variances
 
 _ENERGY_BATCHES = 4
+_LARGE = 32 * 2**20  # bytes of weights from which on the memory of a step is looked at
 
 Hooks = Callable[
     [nn.Module, Sequence[Pair], Batch],
@@ -77,6 +82,9 @@ class Probe:
         loss: Loss of the user, or None for the divergence from the dense model.
         seed: Seeds the mask draws and all other noise.
         micro_batch: Samples that run at once. None runs all samples of a batch.
+
+    Attributes:
+        recomputes: Whether `recomputing` is on.
     """
 
     def __init__(
@@ -92,6 +100,7 @@ class Probe:
     ) -> None:
         self._model, self._source, self._masks = model, source, masks
         self._prepare, self._micro_batch = prepare, micro_batch
+        self.recomputes = False
         self._loss, self._seed = loss, seed
         self._device = device_of(model)
         self._rank, self._world = process()
@@ -260,6 +269,57 @@ class Probe:
         """See `Engine.batch_size`."""
         return batch_size(self._source[step])
 
+    def step_memory(self) -> int:
+        """Return about how many bytes a pass has alive beyond the weights, from that of one sample.
+
+        A user's loss may not take a single sample; the sum of the outputs takes its place.
+        """
+        sample = slice_samples(self._first(), 0, 1)
+        target = None if self._loss is not None else self._compared.target(sample)
+        part = _Part(sample, 0, 1, target)
+
+        def one_pass() -> None:
+            leaves = self._set(torch.ones(1, self.units))
+            if target is None:
+                values = tree_leaves(run(self._model, sample, labels=False))
+                value = next(v for v in values if isinstance(v, Tensor) and v.requires_grad).sum()
+            else:
+                value = self._errors(self._run(part), part).sum()
+            _slopes(value, leaves)
+
+        one_pass()  # what is built on the first pass and kept does not count
+        once = peak_memory(one_pass, device=self._device)[0]
+        self._masks.units.clear()
+        each = -(-self.batch_size(0) // self._world)
+        return once * min(each, self._micro_batch or each)
+
+    def estimate(self, passes: float, masks: int) -> Estimate:
+        """See `Engine.estimate`. Processes do not wait for each other."""
+        known, distinct = self._source.index(1) is not None, self._source.length
+        start = perf_counter()
+        parts = list(self._parts(1))  # with their targets, which are remembered if they can be
+        target = perf_counter() - start
+        start = perf_counter()
+        for part in parts:
+            leaves = self._set(torch.ones(part.high - part.low, self.units))
+            _slopes(self._errors(self._run(part), part).mean(), leaves)
+            self._masks.units.clear()
+        seconds = perf_counter() - start
+        bytes_each = sum(v.nbytes for v in tree_leaves([p.target for p in parts]) if v is not None)
+        times = min(passes, distinct) if known and distinct is not None else passes
+        samples = -(-self.batch_size(0) // self._world)
+        return Estimate(
+            seconds=seconds * passes + target * times,
+            weights=resident_bytes(self._model),
+            step=self.step_memory(),
+            kept=round(min(times * bytes_each, TARGET_CACHE_BYTES))
+            + self.units * (4 * masks + 8 * (8 * samples + 16)),
+            free=free_memory(self._device),
+            samples=self.batch_size(0),
+            device=str(self._device),
+            recompute=self.recomputes,
+        )
+
     def _local(self, step: int) -> tuple[Batch, int, int, int]:
         return local_samples(self._source, step, self._rank, self._world)
 
@@ -328,7 +388,7 @@ def probing(
     *,
     loss: Loss | None,
     seed: int,
-    recompute: bool = False,
+    recompute: bool | None = None,
     micro_batch: int | None = None,
 ) -> Iterator[Probe]:
     """Yield a `Probe` of `model`, frozen and hooked, and leave the model as it was found.
@@ -365,11 +425,15 @@ def probing(
         if is_foreign(type_of(model)):
             check_once(model, slice_samples(source[0], 0, 2))
         masks = stack.enter_context(mask_hooks(model, pairs))
+        probe = Probe(model, pairs, source, prepare, masks, loss, seed, micro_batch)
+        probe.measure_energy(_ENERGY_BATCHES)
+        if recompute is None:
+            large = resident_bytes(model) > _LARGE
+            recompute = large and must_recompute(probe.step_memory(), free_memory(parameter.device))
         if recompute:
             blocks = blocks_of(model, [pair.right.module for pair in pairs])
             stack.enter_context(recomputing(model, blocks))
-        probe = Probe(model, pairs, source, prepare, masks, loss, seed, micro_batch)
-        probe.measure_energy(_ENERGY_BATCHES)
+            probe.recomputes = True
         yield probe
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +32,7 @@ from solpath.running.checkpoint import (
 from solpath.running.claims import claimed
 from solpath.running.modes import contained
 from solpath.running.processes import process
-from solpath.running.progress import Report, progress_bar
+from solpath.running.progress import Report, progress_bar, say
 from solpath.searching.engine import Engine, open_engine
 from solpath.searching.equilibrium import EquilibriumSearch
 from solpath.searching.inclusion import InclusionSearch
@@ -103,6 +104,8 @@ def search(
     loss: Loss | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 25,
+    recompute: bool | None = None,
+    micro_batch: int | None = None,
     progress: bool = True,
 ) -> SolutionPath:
     """Put every unit of `model` in order by one search, and return the path.
@@ -131,18 +134,24 @@ def search(
         checkpoint: Folder for the state of the search. If it holds the state of the same search,
             that search is resumed.
         checkpoint_every: Steps between two checkpoints. At least 1.
-        progress: Show a progress bar with the loss, the expected size and the time left.
+        recompute: Keep only what goes into the blocks of the model, and compute the activations of
+            one block after another again in the backward pass. The path is the same to the last
+            bit, in less memory and a third more time. None does it if a batch needs more than is
+            free.
+        micro_batch: Samples of a batch that run at once, the others after them. Less memory, with
+            sums that may round otherwise. None runs all of them.
+        progress: Say first what the search will take, and show a progress bar with the loss, the
+            expected size and the time left.
 
     Returns:
         The path; `SolutionPath.plan` cuts it to any size.
 
     Raises:
-        UnsupportedModelError: The model cannot be cut (see `find_pairs`), or it is in half
-            precision on a CPU.
+        UnsupportedModelError: The model cannot be cut (see `find_pairs`), or it is in float16.
         FileError: The model cannot be loaded (see `from_pretrained`), or the checkpoint is damaged
             or cannot be written.
-        ConfigError: `checkpoint_every` is out of its range, timm is needed and not installed, or a
-            measure in `MEASURES` does not count whole numbers.
+        ConfigError: `checkpoint_every` or `micro_batch` is out of its range, timm is needed and not
+            installed, or a measure in `MEASURES` does not count whole numbers.
         BatchError: There are no batches, or one is empty, on another device, or of a wrong type.
         NonFiniteLossError: The loss is NaN or infinite; the message names batch and row. The last
             checkpoint is kept.
@@ -157,18 +166,29 @@ def search(
         >>> small = solpath.extract(model, path.plan(sparsity=0.5))
     """
     check_count("checkpoint_every", checkpoint_every, 1)
+    if micro_batch is not None:
+        check_count("micro_batch", micro_batch, 1)
     check_batches(batches)
     model, batches = for_batches(model, batches)
     config = config or SearchConfig()
     with claimed(model, doing="searched"):
-        return _search(model, batches, config, loss, checkpoint, checkpoint_every, progress)
+        opened = open_engine(
+            model,
+            batches,
+            loss=loss,
+            seed=config.seed,
+            recompute=recompute,
+            micro_batch=micro_batch,
+        )
+        kind = "divergence" if loss is None else "user"
+        return _search(model, opened, config, kind, checkpoint, checkpoint_every, progress)
 
 
 def _search(
     model: nn.Module,
-    batches: Iterable[Any],
+    opened: AbstractContextManager[Engine],
     config: SearchConfig | InclusionConfig,
-    loss: Loss | None,
+    loss: str,
     checkpoint: str | os.PathLike[str] | None,
     checkpoint_every: int,
     progress: bool,
@@ -179,19 +199,26 @@ def _search(
         "version": 2,
         "kind": type(config).__name__,
         "config": config.to_dict(),
-        "loss": "divergence" if loss is None else "user",
+        "loss": loss,
         "fingerprint": asdict(identity),
     }
     state = None if file is None else read_checkpoint(file, header)
     method = _method(config)
-    with open_engine(model, batches, loss=loss, seed=config.seed) as engine:
+    with opened as engine:
         costs, every = engine.count_costs(), engine.pairs
-        if state is None or file is None:
-            basis = method.basis(engine)
-        else:
+        basis: dict[str, Tensor] = {}
+        done = 0
+        if state is not None and file is not None:
             basis = _check(file, state, model, engine, method, config)
             if _REACHED in state:
                 keep_pairs(engine, state[_REACHED])
+            done = state["history"].shape[1]
+        show = progress and process()[0] == 0
+        if show:
+            passes = config.steps - done + (config.scale_batches if state is None else 0)
+            say(f"search: {engine.estimate(passes, config.steps).line(config.steps - done)}")
+        if state is None:
+            basis = method.basis(engine)
         with engine.rotated(basis):
             if state is None:
                 state = method.start(engine)
@@ -201,7 +228,6 @@ def _search(
                 state["history"] = torch.zeros(2, 0, dtype=torch.float64)
                 if len(names) < len(every):
                     state[_REACHED] = torch.tensor([pair.name in names for pair in every])
-            show, done = progress and process()[0] == 0, state["history"].shape[1]
             with progress_bar(
                 "search", _FIGURES, config.steps, done, show=show, loss=0.0, size=1.0
             ) as report:

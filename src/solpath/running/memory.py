@@ -1,0 +1,144 @@
+"""Count bytes that tensors take: of a model, of a piece of work at its peak, and what is free."""
+
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from solpath.running.modes import entered
+
+
+def peak_memory(
+    function: Callable[[], Any], *, device: torch.device | str = "cpu"
+) -> tuple[int, str]:
+    """Return the most bytes that `function` has alive beyond those before it, and the source.
+
+    On CUDA the figure is the allocator's own peak. Elsewhere the storages of all tensors that
+    operators return are followed until they are freed; what an operator allocates and frees inside
+    is not seen.
+
+    Args:
+        function: The work to measure. It is called once.
+        device: Where the work is done.
+
+    Returns:
+        The bytes, and how they were counted.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before, "torch.cuda.max_memory_allocated"
+    live = LiveStorages()
+    with entered(live):
+        function()
+    return live.peak, "live tensor storages (TorchDispatchMode)"
+
+
+class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follow every storage that an operator returns until it is freed.
+
+    Storages that were there before the block do not count.
+
+    Attributes:
+        alive: Bytes that are alive now.
+        peak: Most bytes alive at once since the start, or since `peak` was last set.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.alive = 0
+        self.peak = 0
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operator and note the storages that it makes."""
+        kwargs = kwargs or {}
+        for tensor in _tensors((args, kwargs)):
+            self._follow(tensor, 0)
+        output = func(*args, **kwargs)
+        for tensor in _tensors(output):
+            self._follow(tensor, tensor.untyped_storage().nbytes())
+        return output
+
+    def _follow(self, tensor: Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+
+        def freed(_: Any) -> None:
+            del self._known[key]
+            self.alive -= size
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Return the bytes of all parameters and buffers of a model, each storage once."""
+    tensors = (*model.parameters(), *model.buffers())
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that this process can still allocate on a device.
+
+    On a GPU that is what the driver and torch's own cache have left. On the CPU it is what the
+    system can give without swapping, less if the process runs under a limit: that of its control
+    group, or of its address space (``ulimit -v``).
+
+    Args:
+        device: The device.
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    limits = [psutil.virtual_memory().available]
+    if hasattr(psutil, "RLIMIT_AS"):
+        own = psutil.Process()
+        soft, _ = own.rlimit(psutil.RLIMIT_AS)
+        if soft != psutil.RLIM_INFINITY:
+            limits.append(soft - own.memory_info().vms)
+    limits += _left_in_control_groups()
+    return max(0, int(min(limits)))
+
+
+def _left_in_control_groups() -> Iterator[int]:
+    """Yield what is left of the memory of every control group (version 2) that limits us."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    own = next((line.partition("::")[2] for line in lines if line.startswith("0::")), "")
+    root = Path("/sys/fs/cgroup")
+    group = root / own.lstrip("/")
+    for folder in (group, *group.parents):
+        if root not in (folder, *folder.parents):
+            return
+        try:
+            limit = (folder / "memory.max").read_text().strip()
+            if limit != "max":
+                statistics = dict(
+                    line.split() for line in (folder / "memory.stat").read_text().splitlines()
+                )
+                used = int((folder / "memory.current").read_text())
+                yield int(limit) - used + int(statistics.get("inactive_file", 0))
+        except (OSError, ValueError):
+            continue
