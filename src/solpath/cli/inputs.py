@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from solpath.cli.arguments import Precision
 from solpath.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -124,13 +125,36 @@ def split_batches(
     return batches[:-count], list(batches[-count:])  # these are read again and again
 
 
-def load_any(name: str) -> Any:
-    """Load the model of a folder or Hub id, dense or extracted."""
+def load_any(name: str, dtype: Precision = Precision.AUTO) -> Any:
+    """Load the model of a folder, Hub id or GGUF file, dense or extracted.
+
+    Args:
+        name: The name of the model.
+        dtype: The dtype of its weights.
+    """
     from solpath.pretrained import from_pretrained, quiet_transformers
-    from solpath.storing.reading import load
 
     quiet_transformers()
-    return load(name) if (Path(name) / "solpath.json").is_file() else from_pretrained(name)
+    if (Path(name) / "solpath.json").is_file():
+        return load_small(name, dtype)
+    return from_pretrained(name, dtype=dtype.dtype)
+
+
+def load_small(name: str, dtype: Precision = Precision.AUTO) -> Any:
+    """Load an extracted model of a folder or Hub id.
+
+    Args:
+        name: The name of the model.
+        dtype: The dtype of its weights.
+    """
+    from solpath.storing.reading import load
+
+    model: Any = load(name)
+    if dtype is not Precision.AUTO:
+        for parameter in model.parameters():  # buffers stay as they are
+            parameter.data = parameter.data.to(dtype.dtype)
+        model.config.dtype = dtype.dtype
+    return model
 
 
 def path_of(folder: Path) -> "SolutionPath":
