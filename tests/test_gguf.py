@@ -28,12 +28,12 @@ WORDS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "▁"]
 WORDS += [f"w{i}" for i in range(64 - len(WORDS))]
 
 
-def build(kind: str):
+def build(kind: str, **changes: object):
     name, sizes = CASES[kind]
     torch.manual_seed(0)
     cls = getattr(transformers, name)
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    model = cls(cls.config_class(**sizes, **ids)).eval()
+    model = cls(cls.config_class(**sizes | ids | changes)).eval()
     with torch.no_grad():  # norms start at 1
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.1)
@@ -176,6 +176,21 @@ def test_from_search_to_a_folder_that_loads(llama, tmp_path):
     assert tokenizer("a b").input_ids == load_processor(llama)("a b").input_ids
 
 
+def test_what_transformers_left_in_a_model_of_its_own_is_not_saved(llama, tmp_path):
+    loader = transformers.LlamaForCausalLM
+    model = loader.from_pretrained(llama.parent, gguf_file=llama.name).eval()
+    assert model.config.quantization_config.quant_method == "gguf"
+    path = solpath.baselines.magnitude(model, rows())
+    small = solpath.extract(model, path.plan(sparsity=0.4))
+    small.save_pretrained(tmp_path / "small")
+    for read in (solpath.load, loader.from_pretrained):
+        loaded = read(tmp_path / "small")
+        assert "quantization_config" not in loaded.config.to_dict()
+        assert not getattr(loaded, "is_quantized", False)
+        with torch.no_grad():
+            assert torch.equal(loaded(**rows()[0]).logits, small(**rows()[0]).logits)
+
+
 def test_the_command_line_takes_a_file(llama, tmp_path, capsys):
     (tmp_path / "texts.txt").write_text("\n".join(["a b c d e f g h " * 16] * 40))
     text, out = ["--text", str(tmp_path / "texts.txt")], tmp_path / "path"
@@ -208,13 +223,49 @@ def test_nothing_beside_the_file_is_read(llama):
     assert type(from_pretrained(llama)) is transformers.LlamaForCausalLM
 
 
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LINEAR = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
+def test_positions_that_llama_3_scales(tmp_path):
+    model = build("llama", head_dim=32, rope_parameters=LLAMA3)
+    rotary = model.model.rotary_emb
+    plain = 1 / 500_000 ** (torch.arange(0, 32, 2) / 32)
+    factors = (plain / rotary.inv_freq).numpy()
+    assert factors[0] == 1 < factors[8] < factors[-1] == 32
+    file = write(tmp_path / "l.gguf", model, "llama", tensors={"rope_freqs.weight": factors})
+    loaded, batch = from_pretrained(file), rows()[0]
+    torch.testing.assert_close(loaded.model.rotary_emb.inv_freq, rotary.inv_freq)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
+    loaded.save_pretrained(tmp_path / "dense")
+    again = from_pretrained(tmp_path / "dense")
+    assert torch.equal(again.model.rotary_emb.inv_freq, loaded.model.rotary_emb.inv_freq)
+
+
+def test_positions_that_gemma_3_scales(tmp_path):
+    types = ["sliding_attention"] * 5 + ["full_attention"]
+    model = build("gemma3", rope_parameters=LINEAR, layer_types=types, num_hidden_layers=6)
+    settings = {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
+    loaded = from_pretrained(write(tmp_path / "g.gguf", model, "gemma3", settings=settings))
+    assert loaded.config.layer_types == types
+    batch = rows()[0]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)
+
+
 @pytest.mark.parametrize(
     ("settings", "tensors", "words"),
     [
-        ({"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, {}, r"rope\.scaling\.type"),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0}, {}, r"scaling\.type = 'yarn'"),
         ({"attention.scale": 0.3}, {}, r"llama\.attention\.scale = 0\.3"),
         ({"attention.sliding_window": 16.0}, {}, r"sliding_window = 16"),
-        ({}, {"rope_freqs.weight": np.ones(4, np.float32)}, r"rope_freqs\.weight.*rotary"),
+        ({}, {"rope_freqs.weight": np.float32([1, 1, 2, 8])}, r"another way than Llama 3"),
+        ({}, {"rope_factors_long.weight": np.ones(4, np.float32)}, r"rope_factors_long.*rotary"),
         ({}, {"blk.0.attn_q.bias": np.ones(32, np.float32)}, r"holds \d+ numbers"),
     ],
 )
@@ -261,8 +312,8 @@ def test_damaged_files_are_named(llama, tmp_path):
         (data[:7], "ends after 7 bytes"),
         (b"", "ends after 0 bytes"),
         (b"PK\x03\x04" + data[4:], "does not start with GGUF"),
-        (data[:8] + huge + data[16:], "within its header|unknown"),
-        (data[:16] + huge + data[24:], "within its header|unknown"),
+        (data[:8] + huge + data[16:], "within its header|unknown kind|codec"),
+        (data[:16] + huge + data[24:], "within its header|unknown kind|codec"),
         (data[:24] + huge + data[32:], "within its header"),
     ):
         file.write_bytes(damaged)

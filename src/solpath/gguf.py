@@ -37,10 +37,14 @@ _NEUTRAL = {  # setting of a file that transformers does not read to the values 
     "logit_scale": (0.0, 1.0),
     "residual_scale": (0.0, 1.0),
     "rope.scale_linear": (0.0, 1.0),
-    "rope.scaling.factor": (0.0, 1.0),
-    "rope.scaling.type": ("none",),
+    "rope.scaling.type": ("none", "linear"),
 }
-_FACTORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")  # tensors that scale positions
+_LLAMA3, _PHI3 = "rope_freqs.weight", "rope_factors_long.weight"  # tensors that scale positions
+_WAVES = {  # of all versions of Llama 3
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 _CODES = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _TEXT, _ARRAY = 8, 9  # kinds of values beside the numbers above
 _UNEQUAL_SCALES = {"gemma2": 46, "gemma3": 62}  # blocks of those whose scale no file states
@@ -55,12 +59,14 @@ class GgufFile:
         architecture: What llama.cpp calls the architecture, such as ``"llama"``.
         settings: Settings of the architecture by name, without the architecture before it.
         shapes: Name to shape of every tensor.
+        factors: What the wavelengths of rotary positions are multiplied by, in Llama 3; else empty.
     """
 
     path: Path
     architecture: str
     settings: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
+    factors: tuple[float, ...] = ()
 
 
 def is_gguf(name: object) -> bool:
@@ -91,8 +97,8 @@ def read_gguf(path: Path) -> GgufFile:
         stream.seek(0)
         try:
             return _header(path, _Cursor(stream, size))
-        except (ValueError, KeyError) as error:
-            reason = str(error) if type(error) is ValueError else f"{error!r} is unknown"
+        except (ValueError, KeyError, TypeError, ArithmeticError) as error:
+            reason = f"unknown kind {error}" if isinstance(error, KeyError) else str(error)
             raise FileError(f"{path} is no GGUF file, or is damaged: {reason}.") from error
 
 
@@ -102,22 +108,24 @@ class _Cursor:
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self._stream, self.size = stream, size
 
-    def bytes(self, count: int) -> bytes:
-        self.skip(count, 0)
-        return self._stream.read(count)
-
-    def skip(self, count: int, width: int = 1) -> None:
-        """Check that so many bytes are left, and go on by `width` times as many."""
-        if count > self.size - self._stream.tell():
-            raise ValueError(f"it ends after {self.size} bytes, within its header")
-        self._stream.seek(count * width, os.SEEK_CUR)
-
     @property
     def place(self) -> int:
         return self._stream.tell()
 
+    def bytes(self, count: int) -> bytes:
+        self._check(count)
+        return self._stream.read(count)
+
+    def skip(self, count: int) -> None:
+        self._check(count)
+        self._stream.seek(count, os.SEEK_CUR)
+
+    def _check(self, count: int) -> None:
+        if count > self.size - self.place:
+            raise ValueError(f"it ends after {self.size} bytes, within its header")
+
     def number(self, code: str) -> Any:
-        return struct.unpack(f"<{code}", self.bytes(struct.calcsize(f"<{code}")))[0]
+        return struct.unpack(f"<{code}", self.bytes(struct.calcsize(code)))[0]
 
     def text(self) -> str:
         return self.bytes(self.number("Q")).decode()
@@ -129,11 +137,11 @@ class _Cursor:
         if kind != _ARRAY:
             return self.number(_CODES[kind])
         inner, count = self.number("I"), self.number("Q")
-        if inner in _CODES:
-            self.skip(count * struct.calcsize(f"<{_CODES[inner]}"))
-        else:
+        if inner == _TEXT:
             for _ in range(count):
-                self.skip(self.number("Q")) if inner == _TEXT else self.value(inner)
+                self.skip(self.number("Q"))
+        else:
+            self.skip(count * struct.calcsize(_CODES[inner]))
         return None
 
 
@@ -145,21 +153,26 @@ def _header(path: Path, cursor: _Cursor) -> GgufFile:
     tensors, settings = cursor.number("Q"), cursor.number("Q")
     found = {cursor.text(): cursor.value(cursor.number("I")) for _ in range(settings)}
     architecture = str(found["general.architecture"])
-    shapes, end = {}, 0
+    shapes, starts, end = {}, {}, 0
     for _ in range(tensors):
         name, dims = cursor.text(), cursor.number("I")
         shapes[name] = tuple(cursor.number("Q") for _ in range(dims))
         in_block, block = GGML_QUANT_SIZES[cursor.number("I")]
-        end = max(end, cursor.number("Q") + math.prod(shapes[name]) // in_block * block)
+        starts[name] = cursor.number("Q")
+        end = max(end, starts[name] + math.prod(shapes[name]) // in_block * block)
     aligned = found.get("general.alignment", 32)
-    end += math.ceil(cursor.place / aligned) * aligned
-    if shapes and end > cursor.size:
+    first = math.ceil(cursor.place / aligned) * aligned
+    if shapes and first + end > cursor.size:
         raise ValueError(
-            f"it was cut off: it has {cursor.size} bytes, and its tensors end at {end}"
+            f"it was cut off: it has {cursor.size} bytes, and its tensors end at {first + end}"
         )
+    factors: tuple[float, ...] = ()
+    if _LLAMA3 in shapes:
+        cursor.skip(first + starts[_LLAMA3] - cursor.place)
+        factors = tuple(cursor.number("f") for _ in range(math.prod(shapes[_LLAMA3])))
     prefix = f"{architecture}."
     own = {key.removeprefix(prefix): v for key, v in found.items() if key.startswith(prefix)}
-    return GgufFile(path, architecture, own, shapes)
+    return GgufFile(path, architecture, own, shapes, factors)
 
 
 @contextlib.contextmanager
@@ -196,6 +209,41 @@ def check_known(file: GgufFile) -> None:
         )
 
 
+def scale_positions_(file: GgufFile, config: Any) -> None:
+    """Write into a configuration how a file scales rotary positions, which transformers leaves out.
+
+    Args:
+        file: The file.
+        config: The configuration that transformers made of it, which is changed.
+
+    Raises:
+        UnsupportedModelError: The factors of the file are not those of a Llama 3.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    part = rope.get("full_attention", rope)  # windows of Gemma 3 are not scaled
+    if file.settings.get("rope.scaling.type") == "linear":
+        part |= {"rope_type": "linear", "factor": file.settings["rope.scaling.factor"]}
+    if file.factors:
+        part |= {"rope_type": "llama3", "factor": max(file.factors)} | _WAVES
+        usual = _llama3_factors(part["rope_theta"], len(file.factors), part["factor"])
+        if not all(map(_near, file.factors, usual)):
+            raise UnsupportedModelError(
+                f"{file.path}: {_LLAMA3} scales rotary positions in another way than Llama 3 does; "
+                f"{_WAY_OUT}."
+            )
+
+
+def _llama3_factors(theta: float, couples: int, factor: float) -> list[float]:
+    """Return what a Llama 3 multiplies its wavelengths by: long ones, between, and short ones."""
+    found = []
+    for i in range(couples):
+        turns = _WAVES["original_max_position_embeddings"] / (2 * math.pi * theta ** (i / couples))
+        low, high = _WAVES["low_freq_factor"], _WAVES["high_freq_factor"]
+        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
+        found.append(1 / ((1 - smooth) / factor + smooth))
+    return found
+
+
 def check_read_whole(file: GgufFile, config: Any, model: nn.Module) -> None:
     """Refuse a file with settings or tensors that did not find their place in a model.
 
@@ -217,14 +265,14 @@ def check_read_whole(file: GgufFile, config: Any, model: nn.Module) -> None:
     for name, value in file.settings.items():
         if not _agrees(name, value, config):
             raise refuse(f"{file.architecture}.{name} = {value!r}")
-    for name in file.shapes:
-        if name.removesuffix(".weight") in _FACTORS:
-            raise refuse(f"{name}, which scales rotary positions")
+    if _PHI3 in file.shapes:
+        raise refuse(f"{_PHI3}, which scales rotary positions")
     scale = getattr(config, "query_pre_attn_scalar", None)
     unequal = file.settings.get("block_count") == _UNEQUAL_SCALES.get(file.architecture, -1)
     if scale is not None and (unequal or scale != config.head_dim):
         raise refuse("the scale of the attention, which the file does not state")
     sizes = {name: math.prod(shape) for name, shape in file.shapes.items()}
+    sizes.pop(_LLAMA3, None)
     if config.tie_word_embeddings:  # files of Falcon and BLOOM hold it twice
         sizes.pop("output.weight", None)
     stored = sum(sizes.values())
@@ -256,7 +304,7 @@ def _agrees(name: str, value: Any, config: Any) -> bool:
 
 def _near(value: Any, other: Any) -> bool:
     numbers = isinstance(value, int | float) and isinstance(other, int | float)
-    return numbers and math.isclose(value, other, rel_tol=1e-6)
+    return numbers and math.isclose(value, other, rel_tol=1e-5)
 
 
 def _plain(name: str) -> str:

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from solpath.arch import TIMM_WRAPPER, lookup, timm
 from solpath.arch.building import drop_data_, without_weights
 from solpath.errors import FileError, SolpathError, UnsupportedModelError
-from solpath.gguf import alone, check_known, check_read_whole, is_gguf, read_gguf
+from solpath.gguf import (
+    alone,
+    check_known,
+    check_read_whole,
+    is_gguf,
+    read_gguf,
+    scale_positions_,
+)
 from solpath.vetting import INDEX, check_files, check_index, check_settings
 
 if TYPE_CHECKING:
@@ -121,6 +128,7 @@ def _from_gguf(
             found.pop("_model_name_or_path", None)  # the title of the model
             lookup(found.get("model_type"))
             config: Any = transformers.CONFIG_MAPPING[found["model_type"]].from_dict(found)
+            scale_positions_(file, config)
             kind = _class_of(config, language=True)
             dtype = dtype or torch.float32
             empty = _without_weights(kind, config, dtype)
