@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 import solpath
 from conftest import build, inputs
+from solpath.cli.inputs import takes
 from solpath.cli.main import run
 from solpath.pretrained import from_pretrained
 from solpath.reporting.retrieval import installed_model
@@ -280,6 +281,13 @@ def test_a_model_with_a_decoder_of_its_own_is_for_python(texts, tmp_path, capsys
     ):
         assert run(command) == 2
         assert "takes decoder input and text; " in capsys.readouterr().err
+
+
+def test_the_text_half_of_a_model_that_sees_takes_text():
+    kinds = {label: takes(build(label)) for label in ("gemma3", "gemma3_text", "bert", "vit")}
+    assert kinds == {
+        "gemma3": {"image", "text"}, "gemma3_text": {"text"}, "bert": {"text"}, "vit": {"image"}
+    }  # fmt: skip
 
 
 def test_a_decoder_without_padding_is_compared_on_blocks(tmp_path, capsys):

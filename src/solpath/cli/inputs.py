@@ -1,5 +1,6 @@
 """What commands work on: models, paths and tables by name, and batches of the user's data."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,10 +74,13 @@ def batches_for(name: str, model: Any, text: Path | None, images: Path | None, s
 def takes(model: Any) -> set[str]:
     """Return what a model takes, such as ``{"text"}`` or ``{"image"}``.
 
-    A decoder that follows an encoder adds ``"decoder input"``.
+    A decoder that follows an encoder adds ``"decoder input"``. The text half of a family that also
+    sees says that it takes images, but has no argument for them.
     """
     kinds = model.input_modalities
     found = {kinds} if isinstance(kinds, str) else set(kinds)
+    if not any(name.startswith("pixel") for name in inspect.signature(model.forward).parameters):
+        found.discard("image")
     return found | {"decoder input"} if model.config.is_encoder_decoder else found
 
 
