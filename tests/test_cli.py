@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 import solpath
 from conftest import build, inputs
+from solpath.cli.inputs import takes
 from solpath.cli.main import run
+from solpath.pretrained import from_pretrained
 from solpath.reporting.retrieval import installed_model
 
 
@@ -107,6 +110,44 @@ def test_a_latency_is_measured_once_and_planned_again(tmp_path, monkeypatch, cap
     assert file.read_bytes() == written
     assert out_of(capsys)["params"] == made["params"]
     assert run(["extract", dense, paths, *options, *out, "--samples", "3"]) == 2
+
+
+def test_dtypes(texts, tmp_path, capsys):
+    dense = tmp_path / "dense"
+    build("bert", num_hidden_layers=1, vocab_size=70).bfloat16().save_pretrained(dense)
+    words = Tokenizer(models.WordLevel({f"{i}": i for i in range(70)}, unk_token="1"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0").save_pretrained(dense)
+    (tmp_path / "texts.txt").write_text((texts.read_text() + "\n") * 2)
+    text, float32 = ["--text", tmp_path / "texts.txt", "--json"], ["--dtype", "float32"]
+
+    def command(*arguments):
+        assert run([*map(str, arguments)]) == 0
+        return out_of(capsys)
+
+    path, half, whole = (tmp_path / name for name in ("path", "half", "whole"))
+    search = "search", dense, "--method", "magnitude", "--out", path, *text
+    command(*search, *float32)
+    cut = "extract", dense, path, "--sparsity", 0.5, "--out", whole, "--json"
+    assert run([*map(str, cut)]) == 2  # the path is of other weights
+    command(*cut, *float32)
+    loaded = solpath.load(whole)
+    assert loaded.dtype == torch.float32
+    plan = loaded.solpath_plan
+    solpath.save(solpath.extract(from_pretrained(dense), plan, check=False), half)
+    assert solpath.load(half).dtype == torch.bfloat16
+    bench = "bench", dense, half, "--samples", 1, "--tokens", 8, "--repeats", 1, "--json"
+    stored, wide = (command(*bench, *more)["models"][str(half)] for more in ([], float32))
+    assert stored["bytes_on_disk"] < wide["bytes_on_disk"]
+    assert command("eval", half, "--reference", dense, *text, *float32)["metrics"]["cosine"] > 0
+    fit = "compensate", half, dense, "--batch-count", 4, "--out", tmp_path / "fit", *text
+    command(*fit, *float32)
+    assert solpath.load(tmp_path / "fit").dtype == torch.float32
+    tune = "tune", half, dense, "--out", tmp_path / "tuned", "--steps", 1, *text
+    assert run([*map(str, tune)]) == 2
+    assert "--dtype float32" in capsys.readouterr().err
+    command(*tune, *float32)
+    assert solpath.load(tmp_path / "tuned").dtype == torch.float32
 
 
 def test_tune(path, texts, tmp_path, capsys):
@@ -240,6 +281,13 @@ def test_a_model_with_a_decoder_of_its_own_is_for_python(texts, tmp_path, capsys
     ):
         assert run(command) == 2
         assert "takes decoder input and text; " in capsys.readouterr().err
+
+
+def test_the_text_half_of_a_model_that_sees_takes_text():
+    kinds = {label: takes(build(label)) for label in ("gemma3", "gemma3_text", "bert", "vit")}
+    assert kinds == {
+        "gemma3": {"image", "text"}, "gemma3_text": {"text"}, "bert": {"text"}, "vit": {"image"}
+    }  # fmt: skip
 
 
 def test_a_decoder_without_padding_is_compared_on_blocks(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -362,6 +363,27 @@ def test_weights_of_another_class_are_refused():
     whole = nn.Parameter(weight.detach().to(torch.int8), requires_grad=False)
     model.get_submodule(INNER).weight = whole
     with pytest.raises(UnsupportedModelError, match=r"of torch\.int8.*before quantising"):
+        find_pairs(model)
+
+
+@pytest.mark.parametrize("method", ["torchao", "bitsandbytes", "fp8"])
+def test_packed_weights_are_refused_wherever_they_are(method):
+    """Layers that no cut touches, too: no gradient passes them, or they cannot be saved."""
+
+    class AffineQuantizedTensor(torch.Tensor):  # says that it is of floats
+        pass
+
+    model = build("llama")
+    weight = model.lm_head.weight.detach()
+    model.lm_head.weight = {
+        "torchao": lambda: nn.Parameter(weight.as_subclass(AffineQuantizedTensor)),
+        "bitsandbytes": lambda: nn.Parameter(weight.to(torch.int8), requires_grad=False),
+        "fp8": lambda: nn.Parameter(weight.to(torch.float8_e4m3fn), requires_grad=False),
+    }[method]()
+    with pytest.raises(UnsupportedModelError, match=r"lm_head\.weight is a .*not a plain"):
+        find_pairs(model)
+    model.config.quantization_config = SimpleNamespace(quant_method=method)
+    with pytest.raises(UnsupportedModelError, match=rf"quantised by {method}.*dequantize\(\)"):
         find_pairs(model)
 
 

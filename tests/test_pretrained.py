@@ -102,6 +102,15 @@ def test_an_unknown_type_is_refused_before_weights_are_looked_for(tmp_path):
             from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("method", ["torchao", "bitsandbytes", "gptq", "awq", "fp8", "gguf"])
+def test_a_folder_of_packed_weights_is_refused_before_they_are_looked_for(method, tmp_path):
+    config = build("llama").config.to_dict() | {"quantization_config": {"quant_method": method}}
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    for read in (from_pretrained, solpath.find_pairs):
+        with pytest.raises(UnsupportedModelError, match=rf"quantization_config is of '{method}'"):
+            read(tmp_path)
+
+
 def test_pickled_weights_and_code_are_never_read(tmp_path):
     model = build("bert")
     config = model.config.to_dict() | {

@@ -28,7 +28,7 @@ from solpath.errors import (
     NonFiniteLossError,
     UnsupportedModelError,
 )
-from solpath.refining.adapters import adaptable
+from solpath.refining.adapters import adaptable, add_adapters_, merge_adapters_
 from solpath.refining.distillation import Distillation
 from solpath.refining.tuning import _width
 
@@ -433,6 +433,21 @@ def test_half_precision_weights(bert):
     tuned = run(small, bert, LORA)
     assert {p.dtype for p in tuned.parameters()} == {torch.bfloat16}
     assert error(tuned, bert) < error(small, bert)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_adapters_are_trained_in_float32_and_merged_with_one_rounding(bert, dtype):
+    small = cut(bert).to(dtype)
+    tuner = add_adapters_(copy.deepcopy(small), 3, 6.0)
+    wide = torch.promote_types(dtype, torch.float32)
+    factors = {n: p for n, p in tuner.model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in factors.values()} == {wide}
+    values = {name: torch.randn_like(p) for name, p in factors.items()}
+    path = "encoder.layer.0.intermediate.dense"
+    a, b = (values[f"{path}.lora_{side}.default.weight"].to(wide) for side in "AB")
+    merged = merge_adapters_(tuner, values)[f"{path}.weight"]
+    weight = small.get_submodule(path).weight.to(wide) + (b @ a) * 2.0
+    assert torch.equal(merged, weight.to(dtype))
 
 
 def test_a_checkpoint_of_another_tuning_is_refused(bert, tmp_path):

@@ -1,4 +1,4 @@
-"""Load dense models and their processors by folder or Hub id, with transformers' own loaders."""
+"""Load dense models and their processors by name, with transformers' own loaders."""
 
 import logging
 import os
@@ -14,13 +14,21 @@ from torch import Tensor, nn
 from solpath.arch import TIMM_WRAPPER, lookup, timm
 from solpath.arch.building import drop_data_, without_weights
 from solpath.errors import FileError, SolpathError, UnsupportedModelError
+from solpath.gguf import (
+    alone,
+    check_known,
+    check_read_whole,
+    is_gguf,
+    read_gguf,
+    scale_positions_,
+)
 from solpath.vetting import INDEX, check_files, check_index, check_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Name: TypeAlias = str | os.PathLike[str]
-"""A folder, or the id of a Hub repository."""
+"""A folder, the id of a Hub repository, or a GGUF file."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
@@ -31,32 +39,38 @@ def from_pretrained(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> "PreTrainedModel":
-    """Load a dense model in eval mode, from safetensors only. No code of the folder is run.
+    """Load a dense model in eval mode, from safetensors or GGUF. No code of a folder is run.
 
     The class is the one that the configuration names, so heads are kept, or else the plain model of
-    that type. Models of timm (``"timm/..."``) need the extra ``timm``.
+    that type. Models of timm (``"timm/..."``) need the extra ``timm``. A GGUF file needs the extra
+    ``gguf``; its model is the one with the language head, and its packed weights become floats.
 
     Args:
-        name: A folder, or the id of a Hub repository if there is no such folder.
+        name: A folder, a file whose name ends with ``.gguf``, or the id of a Hub repository if
+            there is no such folder.
         device: The device that the model is moved to. On ``"meta"`` it is built from its
             configuration alone, in seconds whatever its size; its weights are neither needed nor
             read.
-        dtype: The dtype of the weights. None keeps the dtype of the checkpoint.
+        dtype: The dtype of the weights. None keeps the dtype of the checkpoint; of a GGUF file it
+            is float32.
 
     Raises:
-        UnsupportedModelError: The ``model_type`` is unknown (the message lists the known ones), or
-            the folder holds an extracted model. Both are raised before any weights are read.
+        UnsupportedModelError: The ``model_type`` is unknown (the message lists the known ones), the
+            folder holds an extracted model or packed weights, or transformers passes over a setting
+            or a tensor of the GGUF file. All are raised before any weights are read.
         FileError: There is no such model, it has no safetensors, some of its weights are missing,
-            a file of the folder leads out of it, or the folder asks transformers for code, adapters
-            or other weights.
-        ConfigError: timm is needed and cannot be used, or the folder asks timm for more than to
-            build a model.
+            a file of the folder leads out of it, the GGUF file is damaged or truncated, or the
+            folder asks transformers for code, adapters or other weights.
+        ConfigError: timm or gguf is needed and cannot be used, or the folder asks timm for more
+            than to build a model.
 
     Example:
         >>> model.save_pretrained("dense")
         >>> type(from_pretrained("dense")).__name__
         'BertForSequenceClassification'
     """
+    if is_gguf(name):
+        return _from_gguf(Path(name), device, dtype)
     folder, local = _locate(name)
     if (folder / "solpath.json").is_file():
         raise UnsupportedModelError(
@@ -96,23 +110,69 @@ def from_pretrained(
         raise
     except Exception as error:  # forged settings can make transformers raise anything
         raise _unreadable(name, error) from error
+    _check_missing(name, kind, report)
+    return cast("PreTrainedModel", model.eval().to(device))
+
+
+def _from_gguf(
+    path: Path, device: str | torch.device, dtype: torch.dtype | None
+) -> "PreTrainedModel":
+    """Load the model of a GGUF file as floats."""
+    import transformers
+
+    file = read_gguf(path)
+    check_known(file)
+    try:
+        with alone(path) as place:
+            found = transformers.PreTrainedConfig.get_config_dict(**place)[0]
+            found.pop("_model_name_or_path", None)  # the title of the model
+            lookup(found.get("model_type"))
+            config: Any = transformers.CONFIG_MAPPING[found["model_type"]].from_dict(found)
+            scale_positions_(file, config)
+            kind = _class_of(config, language=True)
+            dtype = dtype or torch.float32
+            empty = _without_weights(kind, config, dtype)
+            check_read_whole(file, config, empty)
+            if torch.device(device).type == "meta":
+                return empty
+            model, report = kind.from_pretrained(
+                **place,
+                config=config,
+                quantization_config=transformers.GgufConfig(dequantize=True),
+                dtype=dtype,
+                output_loading_info=True,
+            )
+    except SolpathError:
+        raise
+    except Exception as error:  # forged settings can make transformers raise anything
+        raise _unreadable(path, error) from error
+    _check_missing(path, kind, report)
+    for left in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(left, None)  # the weights are floats by now
+    vars(model.config).pop("quantization_config", None)
+    model.name_or_path = model.config.name_or_path = str(path)
+    return cast("PreTrainedModel", model.eval().to(device))
+
+
+def _check_missing(name: Name, kind: type, report: Mapping[str, Any]) -> None:
     if missing := sorted(report["missing_keys"]):
         raise FileError(
             f"{name}: the weights of {kind.__name__} lack {missing[0]} and {len(missing) - 1} "
             "more, which would be random; load the class you want and pass the model instead."
         )
-    return cast("PreTrainedModel", model.eval().to(device))
 
 
 def load_processor(name: Name) -> Any:
     """Load the processor of a model: its tokenizer, its image processor, or both in one.
 
     Args:
-        name: A folder, or the id of a Hub repository if there is no such folder.
+        name: A folder, a GGUF file, or the id of a Hub repository if there is no such folder. The
+            tokenizer of a GGUF file is the one inside it, whatever lies beside it.
 
     Raises:
         FileError: There is no processor, transformers cannot read it, or a file of the folder
             leads out of it.
+        ConfigError: The package gguf is needed and missing.
 
     Example:
         >>> from transformers import ByT5Tokenizer
@@ -122,6 +182,8 @@ def load_processor(name: Name) -> Any:
     """
     import transformers
 
+    if is_gguf(name):
+        return _tokenizer_of(Path(name))
     folder, local = _locate(name)
     if local:
         check_files(folder)
@@ -130,6 +192,20 @@ def load_processor(name: Name) -> Any:
         return loader.from_pretrained(str(name), local_files_only=local, trust_remote_code=False)
     except Exception as error:  # forged settings can make transformers raise anything
         raise _unreadable(name, error) from error
+
+
+def _tokenizer_of(path: Path) -> Any:
+    """Load the tokenizer in a GGUF file."""
+    import transformers
+
+    check_known(read_gguf(path))
+    try:
+        with alone(path) as place:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(**place, trust_remote_code=False)
+    except Exception as error:  # forged settings can make transformers raise anything
+        raise _unreadable(path, error) from error
+    tokenizer.name_or_path = str(path)
+    return tokenizer
 
 
 def quiet_transformers() -> None:
@@ -262,8 +338,13 @@ def _cached_index(name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _class_of(config: Any) -> Any:
-    """Return the class that a configuration names, or else the plain model of that type."""
+def _class_of(config: Any, *, language: bool = False) -> Any:
+    """Return the class that a configuration names, or else the plain model of that type.
+
+    Args:
+        config: The configuration.
+        language: Whether one with a language head comes before the plain model.
+    """
     import transformers
 
     if config.model_type == TIMM_WRAPPER:
@@ -277,7 +358,11 @@ def _class_of(config: Any) -> Any:
             and getattr(found.config_class, "model_type", None) == config.model_type
         ):
             return found
-    return transformers.MODEL_MAPPING[type(config)]
+    heads: list[Any] = [transformers.MODEL_MAPPING]
+    if language:
+        heads.insert(0, transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
+        heads.insert(0, transformers.MODEL_FOR_CAUSAL_LM_MAPPING)
+    return next(kinds[type(config)] for kinds in heads if type(config) in kinds)
 
 
 def _without_weights(kind: Any, config: Any, dtype: torch.dtype | None) -> "PreTrainedModel":

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from solpath.errors import FileError
+from solpath.errors import FileError, UnsupportedModelError
 from solpath.reading import file_in, opened, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -60,7 +60,7 @@ def check_index(file: Path) -> None:
 
 
 def check_settings(name: object, config: Mapping[str, Any]) -> None:
-    """Refuse a configuration that makes transformers fetch code or other weights.
+    """Refuse a configuration that makes transformers fetch code or other weights, or pack them.
 
     Args:
         name: The folder or Hub id, for the message.
@@ -68,8 +68,16 @@ def check_settings(name: object, config: Mapping[str, Any]) -> None:
 
     Raises:
         FileError: The message names the setting and its value.
+        UnsupportedModelError: The weights are quantised.
     """
     for key, value in _settings(config):
+        if key == "quantization_config" and value is not None:
+            method = value.get("quant_method") if isinstance(value, dict) else value
+            raise UnsupportedModelError(
+                f"{name}: quantization_config is of {method!r}, so its weights are packed; load "
+                "the checkpoint that it was quantised from. If they are floats all the same, "
+                "remove that setting from config.json."
+            )
         if _IMPLEMENTATIONS.fullmatch(key):
             asked = list(value.values()) if isinstance(value, dict) else [value]
             if any(isinstance(choice, str) and "/" in choice for choice in asked):

@@ -3,14 +3,40 @@
 import functools
 import inspect
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from solpath.errors import BudgetError
 
-ModelName = Annotated[str, typer.Argument(help="Folder or hub id of a dense model.")]
+if TYPE_CHECKING:
+    import torch
+
+
+class Precision(StrEnum):
+    """Dtypes that models are loaded in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+    @property
+    def dtype(self) -> "torch.dtype | None":
+        """The dtype for `from_pretrained`; None keeps that of the checkpoint."""
+        import torch
+
+        return None if self is Precision.AUTO else getattr(torch, self.value)
+
+
+ModelName = Annotated[
+    str, typer.Argument(help="Folder or hub id of a dense model, or a GGUF file.")
+]
+Dtype = Annotated[
+    Precision,
+    typer.Option("--dtype", help="Dtype of the weights; auto: as stored, GGUF as float32."),
+]
 SmallName = Annotated[str, typer.Argument(help="Folder of an extracted model.")]
 PathFolder = Annotated[Path, typer.Argument(help="Folder of a path, written by search.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from solpath.cli.app import app
-from solpath.cli.arguments import Images, Json, ModelName, Samples, Text, Tokens
+from solpath.cli.arguments import Dtype, Images, Json, ModelName, Precision, Samples, Text, Tokens
 from solpath.cli.inputs import batches_for, load_any, random_tokens, rows_of, takes
 from solpath.cli.terminal import print_json, print_table, say
 
@@ -80,6 +80,7 @@ def evaluate_(
     reference: Annotated[str, typer.Option(help="Folder or hub id of the dense model.")],
     text: Text = None,
     images: Images = None,
+    dtype: Dtype = Precision.AUTO,
     as_json: Json = False,
 ) -> None:
     """Compare a model with the dense one on held-out text or images."""
@@ -88,7 +89,7 @@ def evaluate_(
     from solpath.pretrained import load_processor
     from solpath.reporting.retrieval import embedder, retrieval_accuracy
 
-    small, dense = load_any(model), load_any(reference)
+    small, dense = load_any(model, dtype), load_any(reference, dtype)
     if text is None and images is None and takes(dense) == {"text"}:
         tokenizer = load_processor(reference)
         pairs = read_corpus(search=0, calibration=0).test
@@ -117,13 +118,14 @@ def bench(
     samples: Samples = 8,
     tokens: Tokens = 128,
     repeats: Annotated[int, typer.Option(help="Timed passes of each model.", min=1)] = 20,
+    dtype: Dtype = Precision.AUTO,
     as_json: Json = False,
 ) -> None:
     """Measure size, memory and latency of several models in one run."""
     from solpath.measuring.measurement import measure
     from solpath.running.provenance import provenance
 
-    models = {name: load_any(name) for name in dict.fromkeys([dense, *small])}
+    models = {name: load_any(name, dtype) for name in dict.fromkeys([dense, *small])}
     found = measure(models, random_tokens(models[dense], samples, tokens), repeats=repeats)
     if as_json:
         figures = {name: value.to_dict() for name, value in found.items()}

@@ -1,9 +1,11 @@
 """What commands work on: models, paths and tables by name, and batches of the user's data."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from solpath.cli.arguments import Precision
 from solpath.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,10 +74,13 @@ def batches_for(name: str, model: Any, text: Path | None, images: Path | None, s
 def takes(model: Any) -> set[str]:
     """Return what a model takes, such as ``{"text"}`` or ``{"image"}``.
 
-    A decoder that follows an encoder adds ``"decoder input"``.
+    A decoder that follows an encoder adds ``"decoder input"``. The text half of a family that also
+    sees says that it takes images, but has no argument for them.
     """
     kinds = model.input_modalities
     found = {kinds} if isinstance(kinds, str) else set(kinds)
+    if not any(name.startswith("pixel") for name in inspect.signature(model.forward).parameters):
+        found.discard("image")
     return found | {"decoder input"} if model.config.is_encoder_decoder else found
 
 
@@ -124,13 +129,36 @@ def split_batches(
     return batches[:-count], list(batches[-count:])  # these are read again and again
 
 
-def load_any(name: str) -> Any:
-    """Load the model of a folder or Hub id, dense or extracted."""
+def load_any(name: str, dtype: Precision = Precision.AUTO) -> Any:
+    """Load the model of a folder, Hub id or GGUF file, dense or extracted.
+
+    Args:
+        name: The name of the model.
+        dtype: The dtype of its weights.
+    """
     from solpath.pretrained import from_pretrained, quiet_transformers
-    from solpath.storing.reading import load
 
     quiet_transformers()
-    return load(name) if (Path(name) / "solpath.json").is_file() else from_pretrained(name)
+    if (Path(name) / "solpath.json").is_file():
+        return load_small(name, dtype)
+    return from_pretrained(name, dtype=dtype.dtype)
+
+
+def load_small(name: str, dtype: Precision = Precision.AUTO) -> Any:
+    """Load an extracted model of a folder or Hub id.
+
+    Args:
+        name: The name of the model.
+        dtype: The dtype of its weights.
+    """
+    from solpath.storing.reading import load
+
+    model: Any = load(name)
+    if dtype is not Precision.AUTO:
+        for parameter in model.parameters():  # buffers stay as they are
+            parameter.data = parameter.data.to(dtype.dtype)
+        model.config.dtype = dtype.dtype
+    return model
 
 
 def path_of(folder: Path) -> "SolutionPath":

@@ -9,12 +9,14 @@ import typer
 
 from solpath.cli.app import app
 from solpath.cli.arguments import (
+    Dtype,
     Images,
     Json,
     MinWidth,
     ModelName,
     MultipleOf,
     PathFolder,
+    Precision,
     Protect,
     Samples,
     Text,
@@ -49,6 +51,7 @@ def search(
     compensated: Annotated[
         bool, typer.Option("--compensated", help="Order units for members that are compensated.")
     ] = False,
+    dtype: Dtype = Precision.AUTO,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder for the state, so that a search can go on.")
     ] = None,
@@ -78,7 +81,7 @@ def search(
     if method == "paper":
         config = InclusionConfig(**length, seed=seed)
     check_output(out)
-    loaded = load_any(model)
+    loaded = load_any(model, dtype)
     batches = batches_for(model, loaded, text, images, seed)
     if method in searches:
         context.obj.checkpoint = checkpoint
@@ -145,6 +148,7 @@ def extract(
     multiple_of: MultipleOf = 1,
     min_width: MinWidth = 0,
     protect: Protect = None,
+    dtype: Dtype = Precision.AUTO,
     as_json: Json = False,
 ) -> None:
     """Cut a model to a budget and save it. Latency is measured here, and verified."""
@@ -161,9 +165,9 @@ def extract(
         if latency is not None:
             raise BudgetError("--latency is for --latency-ms.")
         made = found.plan(Budget(measure, value), **options)
-        loaded = load_any(model)
+        loaded = load_any(model, dtype)
     else:
-        loaded = load_any(model)
+        loaded = load_any(model, dtype)
         batch = random_tokens(loaded, samples, tokens)
         made = _plan_for_latency(loaded, found, batch, value, latency, options)
     small = cut(loaded, made)

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from solpath.cli.app import app
-from solpath.cli.arguments import Images, Json, ModelName, SmallName, Text
-from solpath.cli.inputs import load_any, split_batches
+from solpath.cli.arguments import Dtype, Images, Json, ModelName, Precision, SmallName, Text
+from solpath.cli.inputs import load_any, load_small, split_batches
 from solpath.cli.terminal import print_json, print_table
 
 
@@ -28,6 +28,7 @@ def tune(
         float | None, typer.Option(help="Peak; default: by the distance to the dense model.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of texts and of the adapters.")] = 0,
+    dtype: Dtype = Precision.AUTO,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder for the state, so that tuning can go on.")
     ] = None,
@@ -51,7 +52,7 @@ def tune(
             progress=not as_json,
         )
 
-    _improve(small, dense, out, text, images, seed, config.to_dict(), tuned, as_json)
+    _improve(small, dense, out, text, images, seed, dtype, config.to_dict(), tuned, as_json)
 
 
 @app.command()
@@ -65,6 +66,7 @@ def compensate(
         int, typer.Option(help="Batches to fit on; more is better.", min=4)
     ] = 128,
     seed: Annotated[int, typer.Option(help="Seed of the order of texts.")] = 0,
+    dtype: Dtype = Precision.AUTO,
     as_json: Json = False,
 ) -> None:
     """Refit an extracted model to the dense one, layer by layer, without training."""
@@ -74,7 +76,7 @@ def compensate(
         return refit(start, teacher, batches[:batch_count], progress=not as_json)
 
     config = {"batch_count": batch_count}
-    _improve(small, dense, out, text, images, seed, config, refitted, as_json)
+    _improve(small, dense, out, text, images, seed, dtype, config, refitted, as_json)
 
 
 def _improve(
@@ -84,6 +86,7 @@ def _improve(
     text: Path | None,
     images: Path | None,
     seed: int,
+    dtype: Precision,
     config: dict[str, Any],
     improved: Callable[[Any, Any, Sequence[Any], Sequence[Any]], Any],
     as_json: bool,
@@ -92,11 +95,10 @@ def _improve(
     from solpath.files import check_output
     from solpath.measuring.evaluation import evaluate
     from solpath.pretrained import load_processor
-    from solpath.storing.reading import load
     from solpath.storing.writing import save
 
     check_output(out)
-    start, teacher = load(small), load_any(dense)
+    start, teacher = load_small(small, dtype), load_any(dense, dtype)
     batches, heldout = split_batches(dense, teacher, text, images, seed)
     better = improved(start, teacher, batches, heldout)
     save(better, out, tokenizer=load_processor(dense))

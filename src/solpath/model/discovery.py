@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from solpath.arch import UNSUITED, Attention, Experts, Mlp, Stack, is_foreign, lookup, type_of
 from solpath.errors import UnsupportedModelError
 from solpath.model.linear import linear_map
-from solpath.model.plain import check_forward, check_plain
+from solpath.model.plain import check_floats, check_forward, check_plain
 from solpath.pair import Norm, Pair, Side
 from solpath.planning.plan import plan_of
 from solpath.pretrained import Name, as_model
@@ -126,6 +126,8 @@ def find_blocks(model: nn.Module, *, checked: bool = False) -> tuple[Block, ...]
     if reason := UNSUITED.get(type(model).__name__):
         raise UnsupportedModelError(f"{type(model).__name__} cannot be pruned: {reason}.")
     stacks = lookup(type_of(model))
+    if not checked:
+        check_floats(model)
     base = getattr(model, "base_model", model)
     [prefix] = [name for name, module in model.named_modules() if module is base]
     found = tuple(

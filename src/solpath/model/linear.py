@@ -132,7 +132,8 @@ def linear_map(model: nn.Module, path: str) -> LinearMap:
         )
     raise UnsupportedModelError(
         f"{path} is a {kind.__module__}.{kind.__name__}, not a plain nn.Linear; "
-        "prune before quantising, and merge adapters first."
+        "prune before quantising (load the checkpoint that it was quantised from), and merge "
+        "adapters first."
     )
 
 

@@ -182,10 +182,12 @@ def _on_norm(masks: Masks, pair: Pair, norm: Norm, query: bool) -> Any:
         mask = masks.units.get(pair.name)
         if mask is None:
             return output
-        mask = mask.to(output.dtype).view(*mask.shape[:-1], pair.heads, pair.width)
+        wide = torch.promote_types(output.dtype, torch.float32)  # sums of squares overflow float16
+        mask = mask.to(wide).view(*mask.shape[:-1], pair.heads, pair.width)
         gain = masks.gains.get(pair.name)
         if gain is None:
             gain = norm_gain(mask, masks.energy[pair.name])
+        mask = mask.to(output.dtype)
         if query:
             mask = mask.repeat_interleave(pair.left[0].repeat, -2)
         kept = by_head(mask, pair.channels)

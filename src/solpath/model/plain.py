@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import prune
 
@@ -15,14 +16,35 @@ from solpath.errors import UnsupportedModelError
 from solpath.model.linear import layer_at, linear_map
 from solpath.pair import Pair
 
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LEAVES_ITS_OWN = "transformers."  # its hooks only look on, and come back when a model is loaded
+
+
+def check_floats(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` if a parameter is packed: quantised, or a part of a tensor.
+
+    Layers that stay whole count, too: no gradient passes them, or they cannot be saved.
+
+    Args:
+        model: The model, which is only looked at.
+    """
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter or parameter.dtype not in _FLOATS:
+            settings: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+            method = getattr(settings, "quant_method", None)
+            by = f" (quantised by {getattr(method, 'value', method)})" if method else ""
+            raise UnsupportedModelError(
+                f"{name} is a {type(parameter).__name__} of {parameter.dtype}{by}, not a plain "
+                "parameter of floats; prune before quantising or sharding: call "
+                "model.dequantize(), or load the checkpoint that it was quantised from."
+            )
 
 
 def check_plain(model: nn.Module, pairs: Sequence[Pair]) -> None:
     """Raise `UnsupportedModelError` unless the layers of all pairs run as their classes say.
 
-    Weights may not be computed by pruning masks, weight norms or spectral norms, be tensors of
-    another class, or belong to another module, too; parametrisations are refused by `linear_map`.
+    Weights may not be computed by pruning masks, weight norms or spectral norms, or belong to
+    another module, too; parametrisations are refused by `linear_map`.
     No hook and no other `forward` may have been put on a layer, on a norm over the heads, or on an
     activation between the layers of an MLP. Hooks of transformers itself are let be.
 
@@ -35,11 +57,6 @@ def check_plain(model: nn.Module, pairs: Sequence[Pair]) -> None:
         layer = layer_at(model, path)
         _check_weights(layer, path)
         for name, parameter in linear_map(model, path).parameters().items():
-            if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
-                raise UnsupportedModelError(
-                    f"{path}.{name} is a {type(parameter).__name__} of {parameter.dtype}, not a "
-                    "plain parameter of floats; prune before quantising or sharding."
-                )
             if owners[id(parameter)] > 1:
                 raise UnsupportedModelError(
                     f"{path}.{name} is shared with another module; cutting one would break the "

@@ -199,18 +199,21 @@ def norm_gain(mask: Tensor, energy: Tensor) -> Tensor:
     and keys keep their size on average (docs/method.md, "What is removed").
 
     Args:
-        mask: Mask of the units, ``[..., heads, width]``.
+        mask: Mask of the units, ``[..., heads, width]``. Half precision is computed in float32,
+            because sums of squares exceed its range.
         energy: Sums of squares of every unit of the queries, then of the key,
             ``[heads, query heads per head + 1, width]``.
 
     Returns:
-        The product of the factors of query and key, ``[..., heads, query heads per head]``.
+        The product of the factors of query and key, ``[..., heads, query heads per head]``, in
+        float32 at least.
 
     Example:
         >>> mask, energy = torch.tensor([[1.0, 0.0]]), torch.tensor([[[3.0, 1.0], [3.0, 1.0]]])
         >>> norm_gain(mask, energy).tolist()
         [[0.75]]
     """
+    mask = mask.to(torch.promote_types(mask.dtype, torch.float32))
     energy = energy.to(mask)
     share = (mask.unsqueeze(-2) * energy).sum(-1) / energy.sum(-1).clamp(min=1e-30)
     root = share.clamp(min=1e-6).sqrt()

@@ -22,7 +22,8 @@ def add_adapters_(model: nn.Module, rank: int, alpha: float) -> "LoraModel":
     Only adapters require gradients afterwards. The model computes what it computed before. Three
     kinds of layers get no adapter: those whose weight is empty, frozen ones, and those whose weight
     another module shares, because a merge would change that module too. The first factor of every
-    adapter is drawn from torch's global generator.
+    adapter is drawn from torch's global generator. Factors are in float32 at least, so that small
+    updates are not lost to rounding; a merge rounds once, to the dtype of the weight.
 
     Args:
         model: The model, which is changed.
@@ -55,7 +56,11 @@ def add_adapters_(model: nn.Module, rank: int, alpha: float) -> "LoraModel":
         target_modules=layers,
         fan_in_fan_out=turned,
     )
-    return LoraModel(model, config, "default")
+    tuner = LoraModel(model, config, "default")
+    for parameter in tuner.model.parameters():
+        if parameter.requires_grad:  # the factors alone
+            parameter.data = parameter.to(torch.promote_types(parameter.dtype, torch.float32)).data
+    return tuner
 
 
 def adaptable(model: nn.Module) -> list[str]:

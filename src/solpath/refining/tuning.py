@@ -94,7 +94,7 @@ def tune(
             ``accelerate`` is set up in a way that does not fit.
         FileError: A checkpoint is damaged or cannot be written.
         UnsupportedModelError: No parameter can be trained, or one that is to be trained is in half
-            precision.
+            precision and `lora_rank` is None. Adapters are trained in float32 and merged once.
         NonFiniteLossError: The loss became NaN or infinite; the message names batch and row. The
             last checkpoint is kept.
         FingerprintError: The checkpoint belongs to other models or other settings.
@@ -232,6 +232,7 @@ def _check_model(model: nn.Module, config: TuneConfig) -> torch.device:
         if config.lora_rank is None and parameter.dtype in (torch.float16, torch.bfloat16):
             raise UnsupportedModelError(
                 f"{name} is {parameter.dtype}, in which small updates are lost to rounding; use "
-                "model.float() with mixed_precision='bf16', or lora_rank."
+                "lora_rank, or tune model.float() (--dtype float32 on the command line) and cast "
+                "the result back."
             )
     return trained[0][1].device
