@@ -19,7 +19,7 @@ from rich.console import Console
 from gemma import Judge
 from quality_runs import add_run, same_run, stored_runs
 from record import RESULTS
-from rivals import METHODS
+from rivals import DECODERS, METHODS
 from rivals.moments import Calibration, calibrate
 from rivals.weights import remaining
 from solpath.running.provenance import provenance
@@ -84,7 +84,7 @@ def run_rival(
     sizes, seconds = [], 0.0
     for keep in work.keeps:
         start = time.perf_counter()
-        pruned = METHODS[name](work.model, calibration, keep)
+        pruned = {**METHODS, **DECODERS}[name](work.model, calibration, keep)
         seconds += time.perf_counter() - start
         metrics = judge(pruned)
         sparsity = 1 - remaining(work.model, pruned, calibration.pairs)

@@ -1,0 +1,130 @@
+"""The benchmark of a pretrained decoder, on a tiny random one that reads bytes."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import gemma
+import language
+import passages
+import workloads
+from solpath.model.discovery import find_pairs
+
+
+@pytest.fixture(autouse=True)
+def _few_texts(monkeypatch):
+    """Every twentieth file and topic: no time is spent on reading the others."""
+    few = {text: getattr(passages, f"_{text}") for text in passages.TEXTS}
+    for text, sources in few.items():
+        found = dict(list(sources().items())[:: 20 if text == "code" else 3])
+        monkeypatch.setattr(passages, f"_{text}", lambda found=found: found)
+    passages.split.cache_clear()
+    yield
+    passages.split.cache_clear()
+
+
+def smoke(tmp_path, **options):
+    language.main(
+        seeds="0",
+        checkpoint=None,
+        out=tmp_path / "runs.json",
+        paths=tmp_path / "paths",
+        steps=96,
+        windows=64,
+        threads=1,
+        smoke=True,
+        **{"tune": None, "tuned_keeps": "0.6", "methods": "spp_best", "texts": "code"} | options,
+    )
+    return json.loads((tmp_path / "runs.json").read_text())["runs"]
+
+
+def test_runs_are_added_once_and_judged_on_both_texts(tmp_path, monkeypatch):
+    methods = "spp_best,best_unfitted,random,flap,slicegpt"
+    runs = smoke(tmp_path, methods=methods)
+    assert [run["method"] for run in runs] == methods.split(",")
+    for run in runs:
+        assert [size["keep"] for size in run["sizes"]] == [0.95, 0.9, 0.8, 0.7, 0.6, 0.4]
+        for metrics in (run["dense"], *(size["metrics"] for size in run["sizes"])):
+            assert set(metrics) == {"code", "code_agreement", "english", "english_agreement"}
+            assert all(math.isfinite(value) for value in metrics.values())
+    for size in runs[0]["sizes"]:
+        assert len(size["written"]) == len(runs[0]["prompts"]) == len(runs[0]["dense_written"]) == 5
+    assert "written" not in runs[2]["sizes"][0]
+
+    monkeypatch.setattr(language.quality, "run_method", None)  # nothing runs again
+    assert smoke(tmp_path, methods=methods) == runs
+
+
+def test_an_order_that_was_found_is_not_searched_again(tmp_path, monkeypatch):
+    first = smoke(tmp_path, methods="spp_best")
+    monkeypatch.setattr(language.quality, "find_path", None)
+    again = smoke(tmp_path, methods="best_unfitted")
+    assert again[1]["seconds"] == first[0]["seconds"]
+
+
+def test_a_search_on_both_texts_takes_them_in_turn(tmp_path):
+    decoder = gemma.tiny()
+    single = [workloads.gemma(None, 2, texts=[t], decoder=decoder) for t in passages.TEXTS]
+    both = workloads.gemma(None, 2, texts=passages.TEXTS, decoder=decoder)
+    (mixed,) = both.batches(0, 1, 4)
+    for i, work in enumerate(single):
+        (batch,) = work.batches(0, 1, 2)
+        assert torch.equal(mixed["input_ids"][i::2], batch["input_ids"])
+    assert both.data["searched"] == ["code", "english"]
+
+
+def test_members_are_tuned(tmp_path):
+    (run,) = smoke(tmp_path, tune="1")
+    assert run["settings"]["keep"] == 0.6
+    assert run["before"].keys() == run["after"].keys() == run["dense"].keys()
+
+
+def test_unknown_names_are_refused(tmp_path):
+    with pytest.raises(SystemExit, match="unknown method 'nonsense'"):
+        smoke(tmp_path, methods="nonsense")
+    with pytest.raises(SystemExit, match="unknown text 'french'"):
+        smoke(tmp_path, texts="french")
+
+
+def test_perplexity_in_slices_is_that_of_the_loss(monkeypatch):
+    model = gemma.tiny().model
+    windows = torch.randint(256, (5, 32), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(gemma, "SLICE", 7)
+    judge, dense = gemma.judging(model, {"code": windows})
+    with torch.no_grad():
+        wanted = math.exp(float(model(input_ids=windows, labels=windows).loss))
+    assert dense["code"] == pytest.approx(wanted, rel=1e-5)
+    assert dense["code_agreement"] == 1
+    assert judge(model) == dense
+
+
+def test_splits_share_no_window():
+    for text in passages.TEXTS:
+        split = passages.split(text)
+        assert split.calibration
+        assert split.heldout
+        known = {p for source in split.heldout for p in source.split("\n\n") if len(p) >= 60}
+        assert known.isdisjoint(p for source in split.calibration for p in source.split("\n\n"))
+    assert not any("pydoc_data" in name or "/test" in name for name in passages._code())
+
+
+def test_windows_that_judge_are_never_drawn():
+    windows = torch.arange(100).view(50, 2)
+    drawn = passages.drawn(windows, seed=1, count=90)
+    assert drawn.shape == (90, 2)
+    assert set(drawn[:, 0].tolist()) == set(windows[passages.JUDGES :, 0].tolist())
+    assert torch.equal(drawn, passages.drawn(windows, seed=1, count=90))
+
+
+def test_a_file_with_other_weights_is_refused(tmp_path):
+    (tmp_path / gemma.FILE).write_bytes(b"GGUF")
+    with pytest.raises(SystemExit, match="has the SHA-256"):
+        gemma.load(tmp_path / gemma.FILE)
+
+
+def test_the_tiny_model_has_what_the_real_one_has():
+    pairs = find_pairs(gemma.tiny().model)
+    assert {pair.kind for pair in pairs} == {"qk", "vo", "mlp"}
+    assert any(pair.norms and pair.left[0].repeat == 4 and pair.channels == 2 for pair in pairs)
