@@ -10,19 +10,26 @@ import gemma
 import language
 import passages
 import workloads
+from language_page import language_table
 from solpath.model.discovery import find_pairs
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _few_texts():
+    """Every twentieth file and every third topic."""
+    with pytest.MonkeyPatch.context() as patch:
+        for text, step in (("code", 20), ("english", 3)):
+            found = dict(list(getattr(passages, f"_{text}")().items())[::step])
+            patch.setattr(passages, f"_{text}", lambda found=found: found)
+        passages.split.cache_clear()
+        yield
+    passages.split.cache_clear()
+
+
 @pytest.fixture(autouse=True)
-def _few_texts(monkeypatch):
-    """Every twentieth file and topic: no time is spent on reading the others."""
-    few = {text: getattr(passages, f"_{text}") for text in passages.TEXTS}
-    for text, sources in few.items():
-        found = dict(list(sources().items())[:: 20 if text == "code" else 3])
-        monkeypatch.setattr(passages, f"_{text}", lambda found=found: found)
-    passages.split.cache_clear()
-    yield
-    passages.split.cache_clear()
+def _short_continuations(monkeypatch):
+    whole = gemma.continuations
+    monkeypatch.setattr(gemma, "continuations", lambda *args: whole(*args, tokens=2))
 
 
 def smoke(tmp_path, **options):
@@ -128,3 +135,48 @@ def test_the_tiny_model_has_what_the_real_one_has():
     pairs = find_pairs(gemma.tiny().model)
     assert {pair.kind for pair in pairs} == {"qk", "vo", "mlp"}
     assert any(pair.norms and pair.left[0].repeat == 4 and pair.channels == 2 for pair in pairs)
+
+
+def run_of(method: str, keeps: list[float], code: float, **data) -> dict:
+    sizes = [{"keep": k, "metrics": {"code": code / k, "code_agreement": k}} for k in keeps]
+    return {
+        "method": method,
+        "settings": {"smoke": False, "data": {"searched": ["code"]} | data},
+        "dense": {"code": 10.0, "code_agreement": 1.0, "english": 20.0},
+        "sizes": sizes,
+    }
+
+
+def test_tables_show_what_there_is(tmp_path):
+    file = tmp_path / "language.json"
+    for name in ("language", "language_agreement", "language_transfer", "language_written"):
+        assert language_table(name, file).startswith("Not measured")
+    runs = [run_of("spp_best", [0.9, 0.5], 10.0), run_of("spp_best", [0.9], 12.0)]
+    runs += [run_of("flap", [0.5], 1e4)]
+    file.write_text(json.dumps({"runs": runs}))
+    header, best, flap = language_table("language", file)
+    assert header == ["kept (dense 10.0)", "90%", "50%", "seeds"]
+    assert best[1:] == ["12.2", "20.0", "2"]
+    assert flap == ["FLAP", "", "20,000", "1"]
+    assert language_table("language_agreement", file)[1][1:] == ["90%", "50%", "2"]
+    assert len(language_table("language_transfer", file)) == 1  # one text has no other
+    assert language_table("language_written", file).startswith("Not measured")
+    other = run_of("spp_best", [0.9, 0.5], 30.0, searched=["english"])
+    file.write_text(json.dumps({"runs": [*runs, other]}))
+    rows = language_table("language_transfer", file)
+    assert [row[1:3] for row in rows[1:]] == [
+        ["code", "code"],
+        ["code", "English"],
+        ["English", "code"],
+        ["English", "English"],
+    ]
+    runs[0] |= {"prompts": ["a"], "dense_written": ["b\n"]}
+    runs[0]["sizes"] = [{"keep": 0.8, "metrics": {"code": 1.0}, "written": ["c"]}]
+    file.write_text(json.dumps({"runs": runs}))
+    assert language_table("language_written", file).splitlines() == [
+        "```text",
+        ">>> 'a'",
+        r"dense 'b\n'",
+        "  80% 'c'",
+        "```",
+    ]
