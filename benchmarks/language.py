@@ -4,11 +4,11 @@
     python benchmarks/language.py --methods spp_best,spp,gauss_newton,flap --seeds 0
 
 Methods are those of quality.py and of rival_quality.py, on the same batches: 96 of 4 x 128 tokens
-of `--texts`. Every run is judged on held-out windows of code and of English, wherever it was
-searched, and is added to the JSON when it ends; runs that are there are not repeated. The orders
-that were found are kept in `--paths`, so that a run which is interrupted while it is judged does
-not search again. Runs with seed 0 of the methods in `WRITERS` also say what the smaller models
-write.
+of `--texts`. Every run is judged on held-out windows of code and of English (`--judged`), wherever
+it was searched, and is added to the JSON when it ends; runs that are there are not repeated. The
+orders that were found are kept in `--paths`, so that a run which is interrupted while it is judged,
+or judged on more, does not search again. Runs with seed 0 of the methods in `WRITERS` also say what
+the smaller models write.
 
 `--tune 1,3,10` tunes compensated members for so many minutes instead, as tuning.py does.
 """
@@ -52,6 +52,7 @@ def main(
     texts: Annotated[
         str, typer.Option(help=f"What is searched on: {', '.join(TEXTS)}, or both with a comma.")
     ] = "code",
+    judged: Annotated[str, typer.Option(help="What members are judged on.")] = ",".join(TEXTS),
     checkpoint: Annotated[Path | None, typer.Option(help="The GGUF file.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON to add to.")] = None,
     paths: Annotated[Path, typer.Option(help="Folder of orders.")] = ROOT / "build" / "language",
@@ -68,11 +69,17 @@ def main(
     if unknown := [name for name in names if name not in [*SEARCHED, *RIVALS]]:
         known = ", ".join([*SEARCHED, *RIVALS])
         raise SystemExit(f"unknown method {unknown[0]!r}; choose from {known}.")
-    if unknown := [text for text in texts.split(",") if text not in TEXTS]:
+    if unknown := [text for text in f"{texts},{judged}".split(",") if text not in TEXTS]:
         raise SystemExit(f"unknown text {unknown[0]!r}; choose from {', '.join(TEXTS)}.")
     file = checkpoint or ROOT / "models" / gemma.FILE
     decoder = gemma.tiny() if smoke else gemma.load(file)
-    work = gemma_workload(None, 2 if smoke else windows, texts=texts.split(","), decoder=decoder)
+    work = gemma_workload(
+        None,
+        2 if smoke else windows,
+        texts=texts.split(","),
+        judged=judged.split(","),
+        decoder=decoder,
+    )
     bench = Bench(decoder, work, 4 if smoke else steps, smoke, paths)
     for seed in (int(seed) for seed in seeds.split(",")):
         bench.start(seed)
@@ -169,7 +176,7 @@ class Bench:
         """The path of a method, from its folder or from a search that is then kept there."""
         key = quality.search_key(name)
         if key not in self.orders:
-            known = self.folder / _digest([key, seed, self.settings])
+            known = self.folder / self._digest(key, seed)
             if not (known / "seconds.json").exists():
                 start = time.perf_counter()
                 path = quality.find_path(self.work, name, seed, self.batches, self.settings)
@@ -180,9 +187,13 @@ class Bench:
             self.orders[key] = SolutionPath.load(known), seconds
         return self.orders[key][0]
 
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    def _digest(self, key: str, seed: int) -> str:
+        """A name for what a search depends on, which is not what it is judged by."""
+        data = self.work.data
+        seen = {text: data["texts"][text] for text in data["searched"]}
+        settings = {name: value for name, value in self.settings.items() if name != "data"}
+        value = json.dumps([key, seed, settings, seen, data["weights"]])
+        return hashlib.sha256(value.encode()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def language_table(name: str, file: Path | None = None) -> list[Sequence[str]] |
         name: ``language``, ``language_agreement``, ``language_transfer`` or ``language_written``.
     """
     runs = [run for run in stored_runs(file or RESULTS / "language.json") if run["sizes"]]
-    runs = [run for run in runs if not run["settings"]["smoke"]]
+    runs = _fullest([run for run in runs if not run["settings"]["smoke"]])
     on_code = [run for run in runs if _searched(run) == ("code",)]
     if not (runs if name == "language_transfer" else on_code):
         return MISSING
@@ -49,6 +49,14 @@ def language_table(name: str, file: Path | None = None) -> list[Sequence[str]] |
     if name == "language_transfer":
         return [*_transfer(runs)]
     return [*_methods(on_code, "code" if name == "language" else "code_agreement")]
+
+
+def _fullest(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One run of every method, seed and text searched on: of several, that with most metrics."""
+    found: dict[Any, dict[str, Any]] = {}
+    for run in sorted(runs, key=lambda run: len(run["dense"])):
+        found[run["method"], run["seed"], _searched(run)] = run
+    return [run for run in runs if any(run is kept for kept in found.values())]
 
 
 def _methods(runs: list[dict[str, Any]], metric: str) -> Table:

@@ -42,7 +42,9 @@ def smoke(tmp_path, **options):
         windows=64,
         threads=1,
         smoke=True,
-        **{"tune": None, "tuned_keeps": "0.6", "methods": "spp_best", "texts": "code"} | options,
+        **{"tune": None, "tuned_keeps": "0.6", "methods": "spp_best", "texts": "code"}
+        | {"judged": "code,english"}
+        | options,
     )
     return json.loads((tmp_path / "runs.json").read_text())["runs"]
 
@@ -67,8 +69,9 @@ def test_runs_are_added_once_and_judged_on_both_texts(tmp_path, monkeypatch):
 def test_an_order_that_was_found_is_not_searched_again(tmp_path, monkeypatch):
     first = smoke(tmp_path, methods="spp_best")
     monkeypatch.setattr(language.quality, "find_path", None)
-    again = smoke(tmp_path, methods="best_unfitted")
+    again = smoke(tmp_path, methods="best_unfitted", judged="code")
     assert again[1]["seconds"] == first[0]["seconds"]
+    assert set(again[1]["dense"]) == {"code", "code_agreement"}
 
 
 def test_a_search_on_both_texts_takes_them_in_turn(tmp_path):
@@ -137,10 +140,11 @@ def test_the_tiny_model_has_what_the_real_one_has():
     assert any(pair.norms and pair.left[0].repeat == 4 and pair.channels == 2 for pair in pairs)
 
 
-def run_of(method: str, keeps: list[float], code: float, **data) -> dict:
+def run_of(method: str, keeps: list[float], code: float, seed: int = 0, **data) -> dict:
     sizes = [{"keep": k, "metrics": {"code": code / k, "code_agreement": k}} for k in keeps]
     return {
         "method": method,
+        "seed": seed,
         "settings": {"smoke": False, "data": {"searched": ["code"]} | data},
         "dense": {"code": 10.0, "code_agreement": 1.0, "english": 20.0},
         "sizes": sizes,
@@ -151,7 +155,7 @@ def test_tables_show_what_there_is(tmp_path):
     file = tmp_path / "language.json"
     for name in ("language", "language_agreement", "language_transfer", "language_written"):
         assert language_table(name, file).startswith("Not measured")
-    runs = [run_of("spp_best", [0.9, 0.5], 10.0), run_of("spp_best", [0.9], 12.0)]
+    runs = [run_of("spp_best", [0.9, 0.5], 10.0), run_of("spp_best", [0.9], 12.0, seed=1)]
     runs += [run_of("flap", [0.5], 1e4)]
     file.write_text(json.dumps({"runs": runs}))
     header, best, flap = language_table("language", file)
