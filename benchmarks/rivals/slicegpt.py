@@ -3,7 +3,8 @@
 Ashkboos et al., "SliceGPT: Compress Large Language Models by Deleting Rows and Columns", ICLR 2024,
 arXiv 2401.15024. Before each norm the stream is turned to the principal axes of the normed signal
 (of the calibration tokens, in the model that is cut up to there), and the last directions are
-deleted. What is judged here has the dense sizes: at each such place the stream is multiplied by
+deleted. Signals are normed as the paper has them, where its repository takes them before the norm.
+What is judged here has the dense sizes: at each such place the stream is multiplied by
 Q Qᵀ, which is what the sliced model computes.
 
 A model of this size counts as sliced: the matrices of all pairs have ``k`` of ``D`` inputs or
@@ -78,7 +79,7 @@ def _places(model: nn.Module, calibration: Calibration) -> list[str]:
 
 
 def _together(calibration: Calibration) -> Mapping[str, Tensor]:
-    """Calibration tokens as one batch."""
+    """Calibration tokens as one batch; texts without padding."""
     tokens = torch.cat([batch["input_ids"] for batch in calibration.batches])
     return {"input_ids": tokens[: max(1, TOKENS // tokens.shape[1])]}
 
