@@ -16,12 +16,12 @@ import torch
 import typer
 from rich.console import Console
 
+from gemma import Judge
 from quality_runs import add_run, fidelity_of, same_dense, same_run, stored_runs
 from record import RESULTS, show
 from rivals.gauss_newton import turned_gauss_newton
 from solpath.baselines import METHODS
 from solpath.config import InclusionConfig, SearchConfig
-from solpath.measuring.evaluation import evaluate, reference_outputs
 from solpath.model.extraction import extract
 from solpath.model.masks import masked
 from solpath.planning.path import SolutionPath
@@ -93,30 +93,29 @@ def main(
         "smoke": smoke,
         "data": work.data,
     }
-    cached = reference_outputs(work.model, work.heldout)
-    dense = evaluate(work.model, cached, work.heldout, task=work.task).metrics
+    judge, dense = work.judge()
     for seed in (int(seed) for seed in seeds.split(",")):
         batches = work.batches(seed, settings["batch_count"], settings["batch_size"])
         paths: Paths = {}
         for name in names:
             wanted = {"method": name, "seed": seed, "settings": settings}
             known = [run for run in stored_runs(out) if same_run(run, wanted)]
-            if not force and any(_current(run, work, dense) for run in known):
+            if not force and any(current(run, work, dense) for run in known):
                 continue
-            run = _run(work, name, seed, batches, cached, settings, paths)
-            add_run(out, {**run, "dense": dict(dense), "settings": settings})
+            run = run_method(work, name, seed, batches, judge, settings, paths)
+            add_run(out, {**run, "dense": dense, "settings": settings})
             row = "  ".join(f"{size['metrics'][work.headline]:.4f}" for size in run["sizes"])
             line = f"{model} {name} seed {seed}: {row}  ({run['seconds']:.1f} s)"
             Console().print(line, soft_wrap=True)
     _table(work, settings, dense, stored_runs(out))
 
 
-def _run(
+def run_method(
     work: Workload,
     name: str,
     seed: int,
     batches: list[Any],
-    cached: list[torch.Tensor],
+    judge: Judge,
     settings: dict[str, Any],
     paths: Paths,
 ) -> dict[str, Any]:
@@ -124,28 +123,32 @@ def _run(
 
     Methods that differ only in what is done with the order share the search in `paths`.
     """
-    key = str(SEARCHES.get(name, name))
+    key = search_key(name)
     if key not in paths:
         start = time.perf_counter()
-        path = _search(work, name, seed, batches, settings)
+        path = find_path(work, name, seed, batches, settings)
         paths[key] = path, time.perf_counter() - start
     path, searched = paths[key]
     seconds = {"seconds": searched}
     plans = [path.plan(sparsity=1 - keep) for keep in work.keeps]
+    scores = []
     if name in COMPENSATED:
-        start = time.perf_counter()
+        spent = 0.0
         calibration = batches[: 4 if settings["smoke"] else work.calibration]
-        small = [extract(work.model, plan) for plan in plans]
-        members = compensate(small, work.model, calibration, progress=False)
-        seconds["compensation_seconds"] = time.perf_counter() - start
-        scores = [evaluate(model, cached, work.heldout, task=work.task) for model in members]
+        at_once = work.at_once or len(plans)
+        for some in (plans[i : i + at_once] for i in range(0, len(plans), at_once)):
+            start = time.perf_counter()
+            small = [extract(work.model, plan) for plan in some]
+            members = compensate(small, work.model, calibration, progress=False)
+            spent += time.perf_counter() - start
+            scores += [judge(model) for model in members]
+        seconds["compensation_seconds"] = spent
     else:
-        scores = []
         for plan in plans:
             with masked(work.model, plan):
-                scores.append(evaluate(work.model, cached, work.heldout, task=work.task))
+                scores.append(judge(work.model))
     sizes = [
-        {"keep": keep, "sparsity": plan.achieved.sparsity, "metrics": dict(score.metrics)}
+        {"keep": keep, "sparsity": plan.achieved.sparsity, "metrics": score}
         for keep, plan, score in zip(work.keeps, plans, scores, strict=True)
     ]
     return {
@@ -159,11 +162,18 @@ def _run(
     }
 
 
-def _search(
+def search_key(name: str) -> str:
+    """The same for methods that share a search."""
+    return str(SEARCHES.get(name, name))
+
+
+def find_path(
     work: Workload, name: str, seed: int, batches: list[Any], settings: dict[str, Any]
 ) -> SolutionPath:
     if name in METHODS:
         options = SMOKE.get(name, {}) if settings["smoke"] else {}
+        if name == "released" and settings["steps"] is not None:
+            options = {"steps": settings["steps"]}
         return METHODS[name](work.model, batches, seed=seed, **options)
     if name in FAIREST:
         return FAIREST[name](work.model, batches, seed=seed)
@@ -175,7 +185,7 @@ def _search(
     return search(work.model, batches, kind(seed=seed, **options), progress=False)
 
 
-def _current(run: dict[str, Any], work: Workload, dense: Any) -> bool:
+def current(run: dict[str, Any], work: Workload, dense: Any) -> bool:
     """Whether a run has today's sizes and is of this dense model."""
     keeps = tuple(size["keep"] for size in run["sizes"])
     return keeps == work.keeps and same_dense(run, dense, work.headline)
@@ -185,7 +195,7 @@ def _table(
     work: Workload, settings: dict[str, Any], dense: Any, runs: list[dict[str, Any]]
 ) -> None:
     """Mean over seeds (and half the range) per method and size; SPP against the best rival."""
-    runs = [r for r in runs if r["settings"] == settings and _current(r, work, dense)]
+    runs = [r for r in runs if r["settings"] == settings and current(r, work, dense)]
     fidelity = fidelity_of(dense)
     for metric in dict.fromkeys([work.headline, fidelity]):
         higher = metric == "cosine" or (metric == work.headline and work.higher_is_better)

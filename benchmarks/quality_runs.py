@@ -127,8 +127,8 @@ def fidelity(runs: Runs) -> str:
 
 
 def fidelity_of(metrics: Mapping[str, float]) -> str:
-    """The same, of the metrics of one model."""
-    return "kl" if "kl" in metrics else "cosine"
+    """The same, of the metrics of one model: its first, a perplexity, where it has neither."""
+    return next(name for name in ("kl", "cosine", *metrics) if name in metrics)
 
 
 def shown(value: float, metric: str) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from language_page import language_table
 from quality_runs import (
     ABLATION,
     BASES,
@@ -73,12 +74,16 @@ def table(name: str) -> str:
     closed-form method (``short_<model>``: of the best), ``parts_<model>`` one per part of the best
     that is switched off, ``speed_<model>`` one per member that was timed, ``tuning`` one per member
     that was tuned, ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision,
-    ``latency_budget`` one per asked latency, ``gpu`` one per model. ``tutorial`` is what the
+    ``latency_budget`` one per asked latency, ``gpu`` one per model. Tables of a
+    real decoder, ``language...``, are in language_page.py. ``tutorial`` is what the
     tutorial prints about its sizes, as text.
     """
     if name == "tutorial":
         lines = [line for line in _results("tutorial") if "parameters" in line]
         return "\n".join(["```text", *lines, "```"])
+    if name.startswith("language"):
+        found = language_table(name)
+        return found if isinstance(found, str) else _markdown(found)
     if name == "costs":
         return _markdown([("what", "measured", "against", "aim", "script"), *costs()])
     if name == "checkpoints":

@@ -16,12 +16,12 @@ import torch
 import typer
 from rich.console import Console
 
+from gemma import Judge
 from quality_runs import add_run, same_run, stored_runs
 from record import RESULTS
-from rivals import METHODS
+from rivals import DECODERS, METHODS
 from rivals.moments import Calibration, calibrate
 from rivals.weights import remaining
-from solpath.measuring.evaluation import evaluate, reference_outputs
 from solpath.running.provenance import provenance
 from workloads import WORKLOADS, Workload, workload
 
@@ -52,8 +52,7 @@ def main(
         "smoke": smoke,
         "data": work.data,
     }
-    cached = reference_outputs(work.model, work.heldout)
-    dense = dict(evaluate(work.model, cached, work.heldout, task=work.task).metrics)
+    judge, dense = work.judge()
     for seed in (int(seed) for seed in seeds.split(",")):
         done = stored_runs(out)
         wanted = [{"method": name, "seed": seed, "settings": settings} for name in names]
@@ -65,7 +64,7 @@ def main(
         calibration = calibrate(work.model, batches)
         shared = time.perf_counter() - start
         for name in missing:
-            run = _run(work, name, seed, calibration, cached)
+            run = run_rival(work, name, seed, calibration, judge)
             run["seconds"] += shared
             run["config"]["batches"] = len(batches)
             add_run(out, {**run, "dense": dense, "settings": settings})
@@ -74,18 +73,22 @@ def main(
             Console().print(line, soft_wrap=True)
 
 
-def _run(
-    work: Workload, name: str, seed: int, calibration: Calibration, cached: list[torch.Tensor]
+def run_rival(
+    work: Workload,
+    name: str,
+    seed: int,
+    calibration: Calibration,
+    judge: Judge,
 ) -> dict[str, Any]:
     """One rival at every size; only the pruning is timed."""
     sizes, seconds = [], 0.0
     for keep in work.keeps:
         start = time.perf_counter()
-        pruned = METHODS[name](work.model, calibration, keep)
+        pruned = {**METHODS, **DECODERS}[name](work.model, calibration, keep)
         seconds += time.perf_counter() - start
-        metrics = evaluate(pruned, cached, work.heldout, task=work.task).metrics
+        metrics = judge(pruned)
         sparsity = 1 - remaining(work.model, pruned, calibration.pairs)
-        sizes.append({"keep": keep, "sparsity": sparsity, "metrics": dict(metrics)})
+        sizes.append({"keep": keep, "sparsity": sparsity, "metrics": metrics})
     return {
         "model": work.name,
         "method": name,

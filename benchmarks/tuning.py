@@ -9,7 +9,8 @@ that scores otherwise (weights trained on another machine) are replaced.
 """
 
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +18,12 @@ import torch
 import typer
 from torch import nn
 
+from gemma import Judge
 from quality_runs import add_run, fidelity_of, same_dense, same_run, shown, stored_runs
 from record import RESULTS, show
 from solpath.config import TuneConfig
-from solpath.measuring.evaluation import evaluate, reference_outputs
 from solpath.model.extraction import extract
+from solpath.planning.path import SolutionPath
 from solpath.refining.compensation import compensate
 from solpath.refining.tuning import tune
 from solpath.running.provenance import provenance
@@ -45,7 +47,7 @@ def main(
     torch.set_num_threads(threads)
     out = out or RESULTS / f"tuning_{model}.json"
     work = workload(model, checkpoint, heldout=32 if smoke else None)
-    search_config = best_search(seed, smoke=smoke)
+    config = best_search(seed, smoke=smoke)
     settings = {
         "model": model,
         "seed": seed,
@@ -57,37 +59,63 @@ def main(
         "data": work.data,
     }
     batches = work.batches(seed, 24 if smoke else 256, work.batch_size)
-    train, judges = work.tuning(seed, settings["batches"])
-    targets = reference_outputs(work.model, work.heldout)
-    dense = dict(evaluate(work.model, targets, work.heldout, task=work.task).metrics)
-    config = TuneConfig(seed=seed, learning_rate=learning_rate, lora_rank=lora_rank)
-    limits = [0.02] if smoke else [float(value) for value in minutes.split(",")]
-    path = None
-    for keep in (float(keep) for keep in keeps.split(",")):
-        small = None
-        for limit in limits:
-            wanted = {"settings": {**settings, "keep": keep, "minutes": limit}}
-            known = [run for run in stored_runs(out) if same_run(run, wanted)]
-            if any(same_dense(run, dense, work.headline) for run in known):
-                continue
-            path = path or search(work.model, batches, search_config, progress=False)
-            if small is None:
-                small = extract(work.model, path.plan(sparsity=1 - keep))
-                small = compensate(small, work.model, batches[: work.calibration], progress=False)
-            run = _run(work, small, config, train, judges, targets, limit)
-            run |= {**wanted, "dense": dense, "search": dict(path.config)}
-            run |= {"share_won_back": _share_won_back(run, fidelity_of(dense), dense)}
-            add_run(out, run)
-    _table(work, settings, stored_runs(out))
+    judge, dense = work.judge()
+    members = Members(
+        work, judge, dense, batches, lambda: search(work.model, batches, config, progress=False)
+    )
+    members.tune(settings, keeps, minutes, out)
 
 
-def _run(
+@dataclass
+class Members:
+    """Compensated members of one path that are tuned.
+
+    Attributes:
+        judge: what gives the metrics of a model, of which `dense` are those of the dense one.
+        batches: of the search, by which members are compensated.
+        path: called at most once.
+    """
+
+    work: Workload
+    judge: Judge
+    dense: dict[str, float]
+    batches: list[Batch]
+    path: Callable[[], SolutionPath]
+
+    def tune(self, settings: dict[str, Any], keeps: str, minutes: str, out: Path) -> None:
+        """Add a run for every size and time that is missing, and print the table."""
+        work, dense = self.work, self.dense
+        train, judges = work.tuning(settings["seed"], settings["batches"])
+        options = {key: settings[key] for key in ("seed", "learning_rate", "lora_rank")}
+        limits = [0.02] if settings["smoke"] else [float(value) for value in minutes.split(",")]
+        path = None
+        for keep in (float(keep) for keep in keeps.split(",")):
+            small = None
+            for limit in limits:
+                wanted = {"settings": {**settings, "keep": keep, "minutes": limit}}
+                known = [run for run in stored_runs(out) if same_run(run, wanted)]
+                if any(same_dense(run, dense, work.headline) for run in known):
+                    continue
+                path = path or self.path()
+                if small is None:
+                    small = extract(work.model, path.plan(sparsity=1 - keep))
+                    calibration = self.batches[: work.calibration]
+                    small = compensate(small, work.model, calibration, progress=False)
+                config = TuneConfig(**options)
+                run = run_tuning(work, small, config, train, judges, self.judge, limit)
+                run |= {**wanted, "dense": dense, "search": dict(path.config)}
+                run |= {"share_won_back": _share_won_back(run, fidelity_of(dense), dense)}
+                add_run(out, run)
+        _table(work, settings, stored_runs(out))
+
+
+def run_tuning(
     work: Workload,
     small: nn.Module,
     config: TuneConfig,
     train: list[Batch],
     judges: list[Batch],
-    targets: list[torch.Tensor],
+    judge: Judge,
     minutes: float,
 ) -> dict[str, Any]:
     """Tune for about so many minutes; metrics on the test batches before and after."""
@@ -105,9 +133,7 @@ def _run(
         small, work.model, train, replace(config, steps=steps), heldout=judges, progress=False
     )
     spent = time.perf_counter() - start
-    before, after = (
-        dict(evaluate(m, targets, work.heldout, task=work.task).metrics) for m in (small, tuned)
-    )
+    before, after = judge(small), judge(tuned)
     return {
         "before": before,
         "after": after,

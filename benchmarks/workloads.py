@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import gemma as gemma3
+import passages
+from gemma import Decoder, Judge
+from passages import TEXTS
 from solpath.config import SearchConfig
 from solpath.data.docstrings import read_corpus, texts_of
 from solpath.data.text import text_batches
+from solpath.measuring.evaluation import evaluate, reference_outputs
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "zoo"))  # its modules are imported when needed
@@ -42,6 +47,8 @@ class Workload:
         headline: metric of `solpath.evaluate` that the table shows.
         higher_is_better: about `headline`.
         data: what the figures depend on, for the record.
+        judging: what `judge` is, where outputs for all of `heldout` would take too much memory.
+        at_once: members that are compensated side by side.
     """
 
     name: str
@@ -56,6 +63,19 @@ class Workload:
     headline: str
     higher_is_better: bool
     data: dict[str, Any]
+    judging: Callable[[], tuple[Judge, dict[str, float]]] | None = None
+    at_once: int | None = None
+
+    def judge(self) -> tuple[Judge, dict[str, float]]:
+        """A function that gives the metrics of a model, and those of the dense one."""
+        if self.judging is not None:
+            return self.judging()
+        targets = reference_outputs(self.model, self.heldout)
+
+        def judge(model: nn.Module) -> dict[str, float]:
+            return dict(evaluate(model, targets, self.heldout, task=self.task).metrics)
+
+        return judge, judge(self.model)
 
 
 def minilm(checkpoint: Path | None, heldout: int | None) -> Workload:
@@ -235,6 +255,62 @@ def t5(checkpoint: Path | None, heldout: int | None) -> Workload:
     )
 
 
+def gemma(
+    checkpoint: Path | None,
+    heldout: int | None,
+    *,
+    texts: Sequence[str] = ("code",),
+    judged: Sequence[str] = TEXTS,
+    decoder: Decoder | None = None,
+) -> Workload:
+    """Gemma 3 270M on Python code and English: perplexity on held-out windows of both.
+
+    4 x 128 tokens a step, which are of each of `texts` in turn; compensation takes 24 such batches.
+    A `decoder` that is given takes the place of the one in the file `checkpoint`.
+    """
+    quiet()
+    decoder = decoder or gemma3.load(checkpoint or ROOT / "models" / gemma3.FILE)
+    start, encode = decoder.start, decoder.encode
+    search = [passages.windows(passages.split(t).calibration, encode, start, 128) for t in texts]
+    count = heldout or 64
+    test = {
+        t: passages.windows(passages.split(t).heldout, encode, start, gemma3.WINDOW)[:count]
+        for t in judged
+    }
+
+    def batches(seed: int, count: int, size: int) -> list[Batch]:
+        each = -(-count * size // len(search))
+        drawn = torch.stack([passages.drawn(windows, seed, each) for windows in search], 1)
+        return [{"input_ids": part} for part in drawn.flatten(0, 1)[: count * size].split(size)]
+
+    def tuning(seed: int, count: int) -> tuple[list[Batch], list[Batch]]:
+        judges = torch.cat([windows[: passages.JUDGES] for windows in search])
+        return batches(seed, count, 4), [{"input_ids": part} for part in judges.split(4)]
+
+    return Workload(
+        name="gemma",
+        model=decoder.model,
+        keeps=(0.95, 0.9, 0.8, 0.7, 0.6, 0.4),
+        batches=batches,
+        batch_size=4,
+        calibration=24,
+        tuning=tuning,
+        heldout=[{"input_ids": part} for windows in test.values() for part in windows.split(4)],
+        task=None,
+        headline=judged[0],
+        higher_is_better=False,
+        data={
+            "texts": {t: passages.split(t).digest() for t in sorted({*texts, *judged})},
+            "searched": list(texts),
+            "windows": count,
+            "tokens": gemma3.WINDOW,
+            "weights": gemma3.SHA256[:16],
+        },
+        judging=lambda: gemma3.judging(decoder.model, test),
+        at_once=1,
+    )
+
+
 WORKLOADS = {
     "minilm": minilm,
     "digits": partial(images, "digits", "vit", (*IMAGE_KEEPS, 0.08)),
@@ -244,6 +320,7 @@ WORKLOADS = {
     "llama": partial(language, "llama"),
     "opt": partial(language, "opt"),
     "t5": t5,
+    "gemma": gemma,
 }
 
 

@@ -16,7 +16,7 @@ from rivals.corp import affine_fit, bilinear_fit
 from rivals.moments import Calibration, Moments, calibrate
 from rivals.osscar import eliminate
 from rivals.weights import inner_bias, inner_weight, remaining, set_inner_, set_inner_bias_
-from solpath.measuring.evaluation import evaluate, reference_outputs
+from solpath.measuring.evaluation import evaluate
 from solpath.running.forward import forward
 from workloads import Workload
 
@@ -269,10 +269,9 @@ def test_a_run_has_the_form_of_the_other_benchmarks(case):
         higher_is_better=True,
         data={},
     )
-    cached = reference_outputs(model, heldout)
-    run = rival_quality._run(work, "corp", 3, calibration, cached)
+    judge, dense = work.judge()
+    run = rival_quality.run_rival(work, "corp", 3, calibration, judge)
     assert (run["method"], run["seed"], len(run["sizes"])) == ("corp", 3, 2)
-    dense = evaluate(model, cached, heldout, task=work.task).metrics
     for size in run["sizes"]:
         assert size["sparsity"] == pytest.approx(1 - size["keep"], abs=0.05)
         assert size["metrics"].keys() == dense.keys()

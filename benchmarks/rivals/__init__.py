@@ -5,15 +5,41 @@ zero and the others as the method leaves them, so that it can be judged as it is
 """
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 
 from torch import nn
 
-from rivals import corp, depgraph, flap, modegpt, osscar, uniql, wpac
+from rivals import (
+    corp,
+    depgraph,
+    flap,
+    llm_pruner,
+    modegpt,
+    osscar,
+    shortgpt,
+    slicegpt,
+    uniql,
+    wpac,
+)
 from rivals.moments import Calibration
+from rivals.weights import set_gains_
 
 Prune = Callable[[nn.Module, Calibration, float], nn.Module]
 
-METHODS: Mapping[str, Prune] = {
+
+def _with_gains(prune: Prune) -> Prune:
+    """Let norms over the heads know what they no longer see, as every plan of solpath does."""
+
+    @wraps(prune)
+    def pruned(model: nn.Module, calibration: Calibration, keep: float) -> nn.Module:
+        result = prune(model, calibration, keep)
+        set_gains_(result, calibration.pairs, calibration.energy)
+        return result
+
+    return pruned
+
+
+_ALL = {
     "flap": flap.prune,
     "flap_channels": flap.prune_channels,
     "corp": corp.prune,
@@ -30,4 +56,12 @@ METHODS: Mapping[str, Prune] = {
     "torch_pruning_taylor_global": depgraph.prune_taylor_global,
     "torch_pruning_magnitude": depgraph.prune_magnitude,
 }
+_DECODERS = {
+    "llm_pruner": llm_pruner.prune,
+    "slicegpt": slicegpt.prune,
+    "shortgpt": shortgpt.prune,
+}
+METHODS: Mapping[str, Prune] = {name: _with_gains(prune) for name, prune in _ALL.items()}
 """Name to ``prune(model, calibration, keep)``."""
+DECODERS: Mapping[str, Prune] = {name: _with_gains(prune) for name, prune in _DECODERS.items()}
+"""The same, for models that predict the next token."""

@@ -6,7 +6,9 @@ means (ridge, shrinkage, float64) and folded into the right-hand weight and bias
 product of the removed channels is fitted by a bilinear form of the kept ones, whose singular value
 decomposition is folded into query and key. Uniform sparsity. Here the form is not symmetrised
 first, which fits better, and the value channels, which the paper keeps, are treated as hidden
-channels. `prune_pooled` ranks all layers together by the energy instead.
+channels. Under rotary embeddings, norms over the heads or grouped queries, which the paper has not,
+no matrix can be folded in: couples leave by energy alone. `prune_pooled` ranks all layers together
+by the energy instead.
 """
 
 import copy
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rivals.allocation import Widths, best, pooled, uniform
-from rivals.moments import Calibration, Moments
+from rivals.moments import Calibration, Moments, couples
 from rivals.weights import (
     add_bias_,
     channels,
@@ -46,7 +48,7 @@ def _scores(calibration: Calibration) -> dict[str, Tensor]:
     for pair in calibration.pairs:
         if pair.kind == "qk":
             query, key = calibration.query[pair.name], calibration.key[pair.name]
-            scores[pair.name] = (query.energy * key.energy).sum(1)
+            scores[pair.name] = (couples(pair, query) * couples(pair, key)).sum(1)
         else:
             energy = calibration.inner[pair.name].energy
             scores[pair.name] = energy.view(pair.heads, -1, pair.width).sum(1)
@@ -60,9 +62,9 @@ def _prune(model: nn.Module, calibration: Calibration, widths: Widths) -> nn.Mod
         mask = kept[pair.name]
         if mask.all():
             continue
-        if pair.kind == "qk":
+        if pair.kind == "qk" and not (pair.channels > 1 or pair.norms or pair.left[0].repeat > 1):
             _fit_logits_(pruned, calibration, pair, mask)
-        else:
+        elif pair.kind != "qk":
             stay = channels(pair, mask)
             moments = calibration.inner[pair.name]
             weight = outputs(model, pair)
@@ -95,8 +97,6 @@ def shrinkage(covariance: Tensor, count: float) -> float:
 
 def _fit_logits_(model: nn.Module, calibration: Calibration, pair: Pair, mask: Tensor) -> None:
     """Fold the best bilinear form of the kept channels into query and key."""
-    if pair.channels > 1 or pair.left[0].repeat > 1:
-        raise ValueError(f"{pair.name}: CORP's logits need one query head per key and no rotation.")
     query, key = pair.left[0], pair.right
     grams = calibration.query[pair.name].gram[:, 0], calibration.key[pair.name].gram[:, 0]
     parts = [[inner_weight(model, pair, s), inner_bias(model, pair, s)] for s in (query, key)]

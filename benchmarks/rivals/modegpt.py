@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rivals.allocation import Widths, best, by_influence, uniform
-from rivals.moments import Calibration, Moments
+from rivals.moments import Calibration, Moments, couples
 from rivals.weights import (
     add_bias_,
     inner_bias,
@@ -69,10 +69,7 @@ def decompose(
 
 def cr_score(calibration: Calibration, pair: Pair) -> Tensor:
     """Norms of the columns of both roots, multiplied; ``[heads, width]``."""
-    query, key = (
-        side[pair.name].energy.unflatten(-1, (pair.channels, pair.width)).sum(2)
-        for side in (calibration.query, calibration.key)
-    )
+    query, key = (couples(pair, side[pair.name]) for side in (calibration.query, calibration.key))
     return (query * key).sqrt().sum(1)
 
 

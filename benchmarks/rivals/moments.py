@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from solpath.model.discovery import find_pairs
+from solpath.model.masks import energy_hooks
 from solpath.pair import Pair, Side
 from solpath.running.forward import run
 
@@ -57,9 +58,11 @@ class Calibration:
         pairs: of the model.
         batches: what the moments are of.
         inner: for ``vo`` and ``mlp``, the input of the right-hand layer, all heads together.
-        query: for ``qk``, query heads by key-value head, ``[heads, repeat, ...]``.
+        query: for ``qk``, query heads by key-value head, ``[heads, repeat, ...]``; after the norm
+            over the heads, if there is one.
         key: for ``qk``, ``[heads, 1, ...]``.
         value: for ``vo``, the values, ``[heads, 1, ...]``.
+        energy: for ``qk`` with norms over the heads, what these norms see (see `energy_hooks`).
         influence: block to 1 - cosine of its input and output, the mean over tokens.
         memo: what a rival computes once for all sizes.
     """
@@ -70,6 +73,7 @@ class Calibration:
     query: dict[str, Moments] = field(default_factory=dict)
     key: dict[str, Moments] = field(default_factory=dict)
     value: dict[str, Moments] = field(default_factory=dict)
+    energy: dict[str, Tensor] = field(default_factory=dict)
     influence: dict[str, float] = field(default_factory=dict)
     memo: dict[Hashable, Any] = field(default_factory=dict)
 
@@ -100,23 +104,40 @@ def calibrate(model: nn.Module, batches: Sequence[Any]) -> Calibration:
                 watched = [(found.query, left, True), (found.key, right, True)]
             for where, side, heads in watched[pair.kind == "mlp" :]:
                 note = _adding(where, pair, side, tokens, heads)
-                stack.enter_context(watch(model, side, note))
+                stack.enter_context(watch(model, pair, side, note))
         for block in cosines:
             hook = _comparing(cosines, block, tokens)
             handle = model.get_submodule(block).register_forward_hook(hook)
             stack.callback(handle.remove)
+        normed = [pair for pair in found.pairs if pair.norms]
         for batch in batches:
             tokens.of(batch)
-            run(model, batch, labels=False)
+            with energy_hooks(model, normed, batch) as energy:
+                run(model, batch, labels=False)
+            found.energy = {
+                name: found.energy[name] + value if found.energy else value
+                for name, value in energy.items()
+            }
     found.influence = {block: 1 - total / count for block, (total, count) in cosines.items()}
     return found
 
 
 @contextlib.contextmanager
-def watch(model: nn.Module, side: Side, note: Callable[[Tensor], None]) -> Iterator[None]:
-    """Show `note` the inner activation at a layer: its output before, its input after it."""
+def watch(
+    model: nn.Module, pair: Pair, side: Side, note: Callable[[Tensor], None]
+) -> Iterator[None]:
+    """Show `note` the inner activation at a layer: its output before, its input after it.
+
+    Queries and keys that are normed are shown after their norm.
+    """
     module = model.get_submodule(side.module)
-    if side.axis == 0:
+    if pair.norms:
+        norm = pair.norms[0 if side is pair.left[0] else 1]
+        module = model.get_submodule(norm.module)
+        handle = module.register_forward_hook(
+            lambda module, args, output: note(output.movedim(norm.heads_dim, 2).flatten(2))
+        )
+    elif side.axis == 0:
         handle = module.register_forward_hook(lambda module, args, output: note(output))
     else:
         handle = module.register_forward_pre_hook(lambda module, args: note(args[0]))
@@ -124,6 +145,11 @@ def watch(model: nn.Module, side: Side, note: Callable[[Tensor], None]) -> Itera
         yield
     finally:
         handle.remove()
+
+
+def couples(pair: Pair, moments: Moments) -> Tensor:
+    """The energy of every unit of queries or keys, ``[heads, repeat, width]``."""
+    return moments.energy.unflatten(-1, (pair.channels, pair.width)).sum(-2)
 
 
 class Tokens:
@@ -147,7 +173,8 @@ class Tokens:
 def by_head(pair: Pair, side: Side, rows: Tensor) -> Tensor:
     """``[rows, n] -> [heads, repeat, rows, channels * width]``."""
     inside = pair.channels * pair.width
-    part = rows[:, side.offset : side.offset + pair.heads * side.repeat * inside]
+    offset = 0 if pair.norms else side.offset
+    part = rows[:, offset : offset + pair.heads * side.repeat * inside]
     return part.reshape(len(rows), pair.heads, side.repeat, inside).permute(1, 2, 0, 3)
 
 

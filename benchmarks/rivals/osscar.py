@@ -4,9 +4,10 @@ Meng et al., "OSSCAR: One-Shot Structured Pruning in Vision and Language Models 
 Optimization", ICML 2024, arXiv 2403.12983, repository mazumder-lab/OSSCAR. The output of fc2 and of
 the output projection is fitted in the mean square; removing unit j costs ||W_j||² / (G⁻¹)_jj, after
 which weights and G⁻¹ are updated by rank one, and the weights on the final support are the exact
-solution. Left out: the swaps of its local search. Here a round takes one channel of every head, so
-that heads keep equal widths, and queries and keys, of which its objective knows nothing, leave by
-MoDeGPT's CR score. Uniform; `prune_pooled` ranks all layers together by the error each unit adds.
+solution. Left out: the swaps of its local search. Here a round takes one channel of every head (of
+every query head, where several share a key), so that heads keep equal widths, and queries and keys,
+of which its objective knows nothing, leave by MoDeGPT's CR score. Uniform; `prune_pooled` ranks all
+layers together by the error each unit adds.
 """
 
 import copy
@@ -64,10 +65,13 @@ def _eliminated(model: nn.Module, calibration: Calibration) -> dict[str, tuple[T
         found = {}
         for pair in calibration.pairs:
             if pair.kind != "qk":
+                gram, weight = calibration.inner[pair.name].gram, outputs(model, pair)
                 if pair.right.repeat > 1:
-                    raise ValueError(f"{pair.name}: OSSCAR is here for one query head per key.")
-                gram = calibration.inner[pair.name].gram
-                added, order = eliminate(gram, outputs(model, pair), pair.heads, RIDGE)
+                    added, order = eliminate_groups(
+                        gram, weight, pair.heads, pair.right.repeat, RIDGE
+                    )
+                else:
+                    added, order = eliminate(gram, weight, pair.heads, RIDGE)
                 found[pair.name] = added.view(pair.heads, -1), order.view(pair.heads, -1)
         return found
 
@@ -110,6 +114,45 @@ def eliminate(
         weight.addr_(column, weight[j].clone(), alpha=-1 / pivot)
         inverse.addr_(column, column, alpha=-1 / pivot)
         inverse[j, j] = 1.0  # never looked at again; no division by zero
+        gone[j] = True
+        left_this_round[head_of[j]] = True
+        if left_this_round.all():
+            left_this_round[:] = False
+    return added, order
+
+
+def eliminate_groups(
+    gram: Tensor, weight: Tensor, heads: int, repeat: int, ridge: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The same for grouped queries: a unit is one channel of each of `repeat` heads.
+
+    Args:
+        gram: second moment of the channels, laid out as ``[heads, repeat, width]``.
+
+    Returns:
+        As `eliminate`, for every unit of every head, ``[heads * width]``.
+    """
+    size = len(gram)
+    index = torch.arange(size).view(heads, repeat, -1).transpose(1, 2).flatten(0, 1)
+    head_of = torch.arange(len(index)) // (len(index) // heads)
+    damping = ridge * gram.diagonal().mean()
+    inverse = torch.linalg.inv(gram + damping * torch.eye(size).double())
+    weight = weight.clone()
+    added, order = torch.zeros(len(index)).double(), torch.zeros(len(index)).double()
+    gone = torch.zeros(len(index), dtype=torch.bool)
+    left_this_round = torch.zeros(heads, dtype=torch.bool)
+    for step in range(len(index)):
+        blocks = inverse[index.unsqueeze(2), index.unsqueeze(1)]
+        rows = weight[index]
+        cost = (rows * torch.linalg.solve(blocks, rows)).sum((1, 2))
+        j = int(cost.masked_fill(gone | left_this_round[head_of], torch.inf).argmin())
+        added[j], order[j] = cost[j], step + 1
+        own = index[j]
+        columns = torch.linalg.solve(blocks[j], inverse[own]).mT  # [size, repeat]
+        weight = weight - columns @ weight[own]
+        inverse = inverse - columns @ inverse[own]
+        inverse[own] = inverse[:, own] = 0
+        inverse[own, own] = 1.0  # never looked at again; no division by zero
         gone[j] = True
         left_this_round[head_of[j]] = True
         if left_this_round.all():

@@ -1,12 +1,14 @@
 """Read and write the inner dimension of a pair, head by head."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from solpath.model.linear import linear_map
 from solpath.pair import Pair, Side
+from solpath.planning.plan import norm_gain
 
 Kept = Mapping[str, Tensor]
 """Pair name to bool ``[heads, width]``: the units that stay."""
@@ -61,6 +63,30 @@ def keep_units_(model: nn.Module, pairs: Sequence[Pair], kept: Kept) -> None:
                 set_inner_bias_(model, pair, side, inner_bias(model, pair, side) * mask)
 
 
+def alive_units(model: nn.Module, pair: Pair) -> Tensor:
+    """Which units have a weight in the right-hand layer that is not 0, bool ``[heads, width]``."""
+    alive = inner_weight(model, pair, pair.right).abs().amax((1, 3)) > 0
+    return alive.view(pair.heads, pair.channels, -1).any(1)
+
+
+def set_gains_(model: nn.Module, pairs: Sequence[Pair], energy: Mapping[str, Tensor]) -> None:
+    """Make up for channels that norms over the heads no longer see, as every plan does.
+
+    Args:
+        energy: what these norms see in the dense model, see `rivals.moments.Calibration`.
+    """
+    for pair in pairs:
+        if not pair.norms or (mask := alive_units(model, pair)).all():
+            continue
+        gain, norm = norm_gain(mask.double(), energy[pair.name]).flatten(), pair.norms[0]
+        gain = gain.view(-1, *[1] * (-norm.heads_dim - 1))
+        model.get_submodule(norm.module).register_forward_hook(_multiplying(gain))
+
+
+def _multiplying(gain: Tensor) -> Any:
+    return lambda module, args, output: output * gain.to(output.dtype)
+
+
 def outputs(model: nn.Module, pair: Pair) -> Tensor:
     """The right-hand weight of a ``vo`` or ``mlp`` pair, float64 ``[inner channels, outputs]``."""
     return inner_weight(model, pair, pair.right).flatten(0, 2)
@@ -78,15 +104,19 @@ def channels(pair: Pair, units: Tensor) -> Tensor:
 
 
 def remaining(dense: nn.Module, pruned: nn.Module, pairs: Sequence[Pair]) -> float:
-    """Share of the prunable parameters left: of what was cut, or of units that are not zero."""
+    """Share of the prunable parameters left: of what was cut, or of units that are not zero.
+
+    A rival that counts otherwise says so in ``pruned.kept_share``.
+    """
+    if hasattr(pruned, "kept_share"):
+        return pruned.kept_share
     total = sum(pair.cost * pair.units for pair in pairs)
     sizes = [sum(value.numel() for value in model.parameters()) for model in (dense, pruned)]
     if sizes[1] < sizes[0]:
         return 1 - (sizes[0] - sizes[1]) / total
     kept = 0
     for pair in pairs:
-        alive = inner_weight(pruned, pair, pair.right).abs().amax((1, 3)) > 0
-        kept += pair.cost * int(alive.view(pair.heads, pair.channels, -1).any(1).sum())
+        kept += pair.cost * int(alive_units(pruned, pair).sum())
     return kept / total
 
 

@@ -6,7 +6,9 @@ the output projection back; query and key are turned by one orthogonal matrix, f
 moments; the first axes stay. A token weighs |activation · gradient|, summed over its channels.
 Neurons leave by the first-order Taylor score. Uniform. Left out: the training with its importance-
 aware dropout. The gradient is that of a random projection of the output with the curvature of the
-loss, as there are no labels. `prune_pooled` ranks all layers together, axes by their eigenvalues.
+loss, as there are no labels. Queries and keys that stand before a rotary embedding, a norm over the
+heads or grouped queries, which the paper has not, cannot be turned: their couples stay by the same
+weighted moments. `prune_pooled` ranks all layers together, axes by their eigenvalues.
 """
 
 import contextlib
@@ -28,8 +30,11 @@ from solpath.objective import curvature_sketch, kind_of
 from solpath.pair import Pair, Side
 from solpath.running.forward import output_mask, output_tensor, run
 
-Axes = tuple[Tensor, Tensor]
-"""Eigenvalues ``[heads, width]`` and axes as rows ``[heads, width, width]``, largest first."""
+Axes = tuple[Tensor, Tensor | None]
+"""Eigenvalues ``[heads, width]`` and axes as rows ``[heads, width, width]``, largest first.
+
+Of heads that cannot be turned, the moments of the units and no axes.
+"""
 
 
 def prune(model: nn.Module, calibration: Calibration, keep: float) -> nn.Module:
@@ -47,16 +52,22 @@ def prune_pooled(model: nn.Module, calibration: Calibration, keep: float) -> nn.
 def _prune(model: nn.Module, calibration: Calibration, widths: Widths) -> nn.Module:
     axes, taylor = _found(model, calibration)
     pruned = copy.deepcopy(model)
+    scores = dict(taylor)
     for pair in calibration.pairs:
-        if pair.kind != "mlp" and widths[pair.name] < pair.width:
-            turn = axes[pair.name][1][:, : widths[pair.name]].unsqueeze(1)
+        if pair.kind == "mlp":
+            continue
+        values, vectors = axes[pair.name]
+        if vectors is None:
+            scores[pair.name] = values
+        elif widths[pair.name] < pair.width:
+            turn = vectors[:, : widths[pair.name]].unsqueeze(1)
             for side in pair.sides:
                 set_inner_(pruned, pair, side, turn @ inner_weight(model, pair, side))
                 if side.axis == 0:
                     bias = inner_bias(model, pair, side).unsqueeze(-1)
                     set_inner_bias_(pruned, pair, side, (turn @ bias).squeeze(-1))
-    neurons = [pair for pair in calibration.pairs if pair.kind == "mlp"]
-    keep_units_(pruned, neurons, best(neurons, taylor, widths))
+    chosen = [pair for pair in calibration.pairs if pair.name in scores]
+    keep_units_(pruned, chosen, best(chosen, scores, widths))
     return pruned
 
 
@@ -74,17 +85,16 @@ def _measure(
     model = copy.deepcopy(model).requires_grad_(True)
     sides: list[tuple[Pair, Side]] = []
     for pair in calibration.pairs:
-        if pair.channels > 1 or pair.left[0].repeat > 1 or pair.right.repeat > 1:
-            raise ValueError(f"{pair.name}: WPAC needs one query head per key and no rotation.")
         sides += [(pair, pair.right)] if pair.kind == "mlp" else [(pair, pair.left[0])]
         sides += [(pair, pair.right)] if pair.kind == "qk" else []
     seen: dict[int, Tensor] = {}
     moments = {p.name: torch.zeros(p.heads, p.width, p.width).double() for p, _ in sides}
+    energy = {p.name: torch.zeros(p.heads, p.width).double() for p, _ in sides if not _turns(p)}
     taylor = {p.name: torch.zeros(1, p.width).double() for p, _ in sides if p.kind == "mlp"}
     generator = torch.Generator().manual_seed(0)
     with contextlib.ExitStack() as stack:
-        for i, (_, side) in enumerate(sides):
-            stack.callback(_catch(model, side, seen, i).remove)
+        for i, (pair, side) in enumerate(sides):
+            stack.callback(_catch(model, pair, side, seen, i).remove)
         for batch in calibration.batches:
             result = run(model, batch, labels=False)
             output, kind = output_tensor(result), kind_of(model, result)
@@ -98,21 +108,37 @@ def _measure(
                 if pair.kind == "mlp":
                     taylor[pair.name] += product.sum(1).abs().sum(0)
                     continue
-                rows = by_head(pair, side, state.detach().double().flatten(0, -2))[:, 0]
+                if pair.norms:
+                    dim = pair.norms[0].heads_dim
+                    state, product = (t.movedim(dim, 2).flatten(2) for t in (state, product))
+                rows = by_head(pair, side, state.detach().double().flatten(0, -2))
                 weight = product.sum(-1).abs().flatten().unsqueeze(-1)
+                if pair.name in energy:
+                    square = (rows.square() * weight).sum((1, 2))
+                    energy[pair.name] += square.unflatten(1, (pair.channels, -1)).sum(1)
+                    continue
+                rows = rows[:, 0]
                 moments[pair.name] += rows.mT @ (rows * weight)
-    axes = {}
+    axes: dict[str, Axes] = {name: (value, None) for name, value in energy.items()}
     for pair in calibration.pairs:
-        if pair.kind != "mlp":
+        if pair.kind != "mlp" and pair.name not in energy:
             values, vectors = torch.linalg.eigh(moments[pair.name])
             axes[pair.name] = values.flip(-1).clamp(min=0), vectors.flip(-1).mT
     return axes, taylor
 
 
+def _turns(pair: Pair) -> bool:
+    """Whether nothing stands between the two maps; of a ``vo`` pair and neurons nothing does."""
+    return pair.kind != "qk" or not (pair.channels > 1 or pair.norms or pair.left[0].repeat > 1)
+
+
 def _catch(
-    model: nn.Module, side: Side, seen: dict[int, Tensor], i: int
+    model: nn.Module, pair: Pair, side: Side, seen: dict[int, Tensor], i: int
 ) -> torch.utils.hooks.RemovableHandle:
-    module = model.get_submodule(side.module)
+    path = side.module
+    if pair.norms:
+        path = pair.norms[0 if side is pair.left[0] else 1].module
+    module = model.get_submodule(path)
     if side.axis == 0:
         return module.register_forward_hook(lambda module, args, out: seen.update({i: out}))
     return module.register_forward_pre_hook(lambda module, args: seen.update({i: args[0]}))
