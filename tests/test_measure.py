@@ -10,8 +10,9 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from solpath.errors import BatchError, ConfigError
-from solpath.measuring.measurement import interquartile_range, latencies, measure
+from solpath.measuring.measurement import measure
 from solpath.measuring.memory import bytes_on_disk, peak_memory
+from solpath.measuring.timing import interquartile_range, latencies
 from solpath.model.counting import count_macs
 from solpath.running.provenance import provenance
 

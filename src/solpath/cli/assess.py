@@ -117,14 +117,18 @@ def bench(
     samples: Samples = 8,
     tokens: Tokens = 128,
     repeats: Annotated[int, typer.Option(help="Timed passes of each model.", min=1)] = 20,
+    generate: Annotated[
+        int | None, typer.Option(help="New tokens per text, for decoders; default: none.", min=2)
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure size, memory and latency of several models in one run."""
+    """Measure size, memory and latency of several models in one run, and how fast they generate."""
     from solpath.measuring.measurement import measure
     from solpath.running.provenance import provenance
 
     models = {name: load_any(name) for name in dict.fromkeys([dense, *small])}
-    found = measure(models, random_tokens(models[dense], samples, tokens), repeats=repeats)
+    batch = random_tokens(models[dense], samples, tokens, new=generate or 0)
+    found = measure(models, batch, repeats=repeats, generate=generate)
     if as_json:
         figures = {name: value.to_dict() for name, value in found.items()}
         return print_json({"models": figures, "tokens": tokens, "provenance": provenance()})
@@ -136,6 +140,15 @@ def bench(
         for name, m in found.items()
     ]  # fmt: skip
     print_table(("model", "parameters", "MACs", "on disk", "peak", "latency", "ratio"), rows)
+    texts = [(name, value.generation) for name, value in found.items()]
+    written = [
+        (name, f"{t.cached.ttft_ms:.1f} ± {t.cached.ttft_iqr_ms / 2:.1f} ms",
+         f"{t.cached.tokens_per_s:.1f}", f"{t.uncached.tokens_per_s:.1f}",
+         f"{t.cache_bytes / 1e6:.2f} MB")
+        for name, t in texts if t is not None
+    ]  # fmt: skip
+    if written:
+        print_table(("model", "first token", "tokens/s", "without cache", "cache"), written)
 
 
 @app.command()
