@@ -150,7 +150,6 @@ def count_macs(model: nn.Module, batch: Batch) -> int:
     """Count the multiply-accumulates of matrix products and convolutions in one forward pass.
 
     Attention is counted as its two products over all queries and keys, whichever kernel runs it;
-    Attention is counted as its two products over all queries and keys, whichever kernel runs it;
     experts as one product for every token and each of its experts.
 
     Args:
