@@ -1,5 +1,6 @@
 """Commands that examine models and families, and the demo."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ from solpath.cli.app import app
 from solpath.cli.arguments import Images, Json, ModelName, Samples, Text, Tokens
 from solpath.cli.inputs import batches_for, load_any, random_tokens, rows_of, takes
 from solpath.cli.terminal import print_json, print_table, say
+from solpath.errors import ConfigError
 
 
 @app.command()
@@ -154,12 +156,38 @@ def bench(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder with family.json and path/.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="File with one prompt per line; needs --dense.")
+    ] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the dense model, to go on with prompts.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Build report.html again from family.json and path/."""
+    """Build report.html again from family.json and path/, for decoders with what they write."""
     from solpath.reporting.report import write_report
 
+    if (prompts is None) != (dense is None):
+        raise ConfigError("give --prompts and --dense together, or neither of them.")
+    if prompts is not None and dense is not None:
+        _go_on(folder, prompts, dense)
     file = write_report(folder)
     if as_json:
         return print_json({"report": str(file), "bytes": file.stat().st_size})
     print(f"written to {file}")
+
+
+def _go_on(folder: Path, prompts: Path, dense: str) -> None:
+    """Add what the dense model and the members of a family write after prompts to family.json."""
+    from solpath.data.batches import Broken
+    from solpath.data.text import read_lines
+    from solpath.pretrained import load_processor
+    from solpath.reporting.continuations import continuations
+    from solpath.reporting.family import Family
+
+    family = Family.read(folder)
+    models = {"dense": load_any(dense)}
+    models |= {m.name: load_any(str(folder / m.folder)) for m in family.members if m.folder}
+    lines = [line for line in read_lines(prompts, Broken("raise")) if line]
+    found = continuations(models, load_processor(dense), lines)
+    replace(family, continuations=found).write(folder)

@@ -80,8 +80,8 @@ def check_generates(model: nn.Module, batch: Any, tokens: int, *, name: str) -> 
     generates: Any = getattr(model, "can_generate", bool)
     if not isinstance(model, GenerationMixin) or not generates():
         raise UnsupportedModelError(
-            f"{name}: a {kind} cannot generate text; measure it without generate=, or load it with "
-            "a class that has a language-modelling head, such as AutoModelForCausalLM."
+            f"{name}: a {kind} cannot generate text; load it with a class that has a "
+            "language-modelling head, such as AutoModelForCausalLM, or ask for no new tokens."
         )
     if not isinstance(batch, Mapping):
         raise BatchError(f"{name}: to generate, give a batch as a dict, with input_ids in it.")
