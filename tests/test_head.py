@@ -14,7 +14,7 @@ from solpath.running.forward import forward
 
 # Caps, scales and biases on logits, heads of several layers, other children ahead of the head.
 LABELS = ["bart", "cohere", "distilbert", "falcon", "gemma2", "gemma3", "gpt2", "llava", "mpnet"]
-LABELS += ["t5", "t5 gated", "whisper"]
+LABELS += ["opt", "t5", "t5 gated", "whisper"]
 
 
 @pytest.fixture

@@ -132,8 +132,9 @@ def evaluate(
         >>> result = solpath.evaluate(small, model, batches)
         >>> sorted(result.metrics), result.samples
         (['agreement', 'cosine', 'kl', 'relative_error'], 96)
-        >>> solpath.evaluate(model, model, batches).metrics["relative_error"]
-        0.0
+        >>> found = solpath.evaluate({"small": small, "dense": model}, model, batches)
+        >>> found["small"].metrics == result.metrics, found["dense"].metrics["relative_error"]
+        (True, 0.0)
     """
     check_ends(batches)
     models = dict(model) if isinstance(model, Mapping) else {_ONE: model}

@@ -4,7 +4,7 @@ The logits of 8 texts of 512 tokens over 262,144 classes take 4.3 GB; the hidden
 head take 10 MB at a width of 640.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -31,8 +31,8 @@ class LazyLogits:
     Args:
         model: The model.
         batch: The batch.
-        body: The name of the child of `model` whose last hidden state the head gets.
-        outputs: What the children of the model returned for the batch, by their names.
+        body: The name of the module in `model` whose last hidden state the head gets.
+        outputs: What this module and the children of the model returned for the batch, by name.
         first: The logits of the first token, ``[batch, 1, classes]``.
 
     Attributes:
@@ -102,8 +102,8 @@ def logits_in_parts(model: nn.Module, batch: Batch) -> LazyLogits | None:
         True
     """
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    body = _body(model)
-    if body is None or not isinstance(batch, Mapping) or not hasattr(head, "weight"):
+    bodies = _bodies(model)
+    if not bodies or not isinstance(batch, Mapping) or not hasattr(head, "weight"):
         return None
     if any(module._compiled_call_impl is not None for module in model.modules()):
         return None  # compiled code takes no notice of what a child is told
@@ -111,10 +111,11 @@ def logits_in_parts(model: nn.Module, batch: Batch) -> LazyLogits | None:
     if not isinstance(ids, Tensor) or 4 * ids.numel() * len(head.weight) < LARGE:
         return None
     outputs: dict[str, ModelOutput] = {}
-    with hooked(_noting(model, body, outputs)):
+    with hooked(_noting(model, bodies, outputs)):
         found = run(model, batch, labels=False)
     first = found.logits if has_logits(found) else torch.empty(0)
-    if body not in outputs or first.shape[:-1] != (len(ids), 1):
+    body = next((name for name in bodies if name in outputs), "")
+    if not body or first.shape[:-1] != (len(ids), 1):
         return None
     return LazyLogits(model, batch, body, outputs, first)
 
@@ -131,29 +132,45 @@ def parts(shape: torch.Size) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, tokens)
 
 
-def _body(model: Any) -> str | None:
-    """Return the name of the child whose last hidden state the head gets, if it can be told."""
-    body = getattr(model, "base_model", model)
-    if body is model and hasattr(model, "get_decoder"):
-        body = model.get_decoder()
-    return next((name for name, child in model.named_children() if child is body), None)
+def _bodies(model: Any) -> list[str]:
+    """Return the names of the modules whose last hidden state the head may get, outer ones first.
+
+    Most models call their base model, some the decoder in it, and those without one their decoder.
+    """
+    found = [getattr(model, "base_model", None)]
+    found += [model.get_decoder()] if hasattr(model, "get_decoder") else []
+    return [name for name, module in model.named_modules() if name and module in found]
 
 
-def _noting(model: nn.Module, body: str, outputs: dict[str, ModelOutput]) -> Iterator[Hook]:
+def _noting(
+    model: nn.Module, bodies: Sequence[str], outputs: dict[str, ModelOutput]
+) -> Iterator[Hook]:
     """Keep the hidden states of all children, and show the head those of the first token alone."""
+    called: list[str] = []
+
+    def calling(name: str) -> Callable[..., None]:
+        return lambda module, args: called.append(name)
 
     def note(name: str) -> Callable[..., ModelOutput | None]:
         def hook(module: nn.Module, args: Any, output: Any) -> ModelOutput | None:
             hidden = getattr(output, _HIDDEN, None) if isinstance(output, ModelOutput) else None
-            if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+            if not isinstance(hidden, Tensor) or hidden.dim() != 3 or name not in wanted():
                 return None
             outputs[name] = type(output)(**{_HIDDEN: hidden})
-            return _of_tokens(output, 0, 1) if name == body else None
+            return _of_tokens(output, 0, 1) if name in bodies else None
 
         return hook
 
-    for name, child in model.named_children():
-        yield Hook(child, "after", note(name))
+    def wanted() -> list[str]:
+        """The outermost body that was called, and the children besides."""
+        outer = next((name for name in bodies if name in called), "")
+        return [name for name in watched if name == outer or name not in bodies]
+
+    watched = [*dict.fromkeys([*(name for name, _ in model.named_children()), *bodies])]
+    for name in watched:
+        module = model.get_submodule(name)
+        yield Hook(module, "before", calling(name))
+        yield Hook(module, "after", note(name))
 
 
 @contextmanager
