@@ -33,7 +33,7 @@ from record import RESULTS, save, show
 from solpath import baselines
 from solpath.config import SearchConfig
 from solpath.measuring.latency import measure_latency
-from solpath.measuring.measurement import interquartile_range
+from solpath.measuring.timing import interquartile_range
 from solpath.model.counting import count_macs
 from solpath.model.extraction import extract
 from solpath.objective import Objective

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from record import RESULTS, save, show
-from solpath.measuring.measurement import interquartile_range
+from solpath.measuring.timing import interquartile_range
 
 HELP = "import sys; sys.argv = ['solpath', '--help']; from solpath.cli.main import run; run()"
 COMMANDS = {

@@ -20,7 +20,7 @@ import typer
 from record import RESULTS, save, show
 from solpath import baselines
 from solpath.measuring.latency import measure_latency, plan_for_latency
-from solpath.measuring.measurement import interquartile_range, latencies
+from solpath.measuring.timing import interquartile_range, latencies
 from solpath.model.extraction import extract
 from solpath.planning.path import SolutionPath
 from solpath.running.forward import forward

@@ -20,7 +20,7 @@ from record import RESULTS, save, show
 from rivals.gauss_newton import turned_gauss_newton
 from solpath.measuring.evaluation import evaluate, reference_outputs
 from solpath.measuring.latency import measure_latency
-from solpath.measuring.measurement import interquartile_range, latencies
+from solpath.measuring.timing import interquartile_range, latencies
 from solpath.model.extraction import extract
 from solpath.planning.path import SolutionPath
 from solpath.planning.plan import Plan

@@ -74,9 +74,9 @@ def table(name: str) -> str:
     closed-form method (``short_<model>``: of the best), ``parts_<model>`` one per part of the best
     that is switched off, ``speed_<model>`` one per member that was timed, ``tuning`` one per member
     that was tuned, ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision,
-    ``latency_budget`` one per asked latency, ``gpu`` one per model. Tables of a
-    real decoder, ``language...``, are in language_page.py. ``tutorial`` is what the
-    tutorial prints about its sizes, as text.
+    ``latency_budget`` one per asked latency, ``gpu`` one per model, ``decoding`` one per member of
+    a decoder. Tables of a real decoder, ``language...``, are in language_page.py. ``tutorial`` is
+    what the tutorial prints about its sizes, as text.
     """
     if name == "tutorial":
         lines = [line for line in _results("tutorial") if "parameters" in line]
@@ -92,6 +92,8 @@ def table(name: str) -> str:
         return _markdown([*gpu()])
     if name == "latency_budget":
         return _markdown([*latency_budget()])
+    if name == "decoding":
+        return _markdown([*decoding()])
     if name == "exactness":
         record = json.loads((RESULTS / "exactness.json").read_text())
         rows = [(dtype, f"{error:.1e}") for dtype, error in record["worst"].items()]
@@ -235,6 +237,22 @@ def latency_budget() -> Iterator[list[str]]:
         for kind in ("verified", "table_alone"):
             row += [f"{entry[kind]['side_by_side_ms']:.1f}", f"{entry[kind]['error']:+.1%}"]
         yield row
+
+
+def decoding() -> Iterator[list[str]]:
+    """What members of a decoder take to generate."""
+    yield ["model", "parameters", "bytes, MB", "first token, ms", "tokens per second, with cache",
+           "without cache", "cache per token, KiB", "cache at the end, KiB"]  # fmt: skip
+    for name, found in _results("decoding").items():
+        text = found["generation"]
+        cached, uncached = text["cached"], text["uncached"]
+        yield [
+            name, f"{found['params'] / 1e6:,.1f} M", f"{found['bytes_on_disk'] / 1e6:,.0f}",
+            f"{cached['ttft_ms']:,.0f} ± {cached['ttft_iqr_ms'] / 2:,.0f}",
+            f"{cached['tokens_per_s']:.1f} ± {cached['tokens_per_s_iqr'] / 2:.1f}",
+            f"{uncached['tokens_per_s']:.1f} ± {uncached['tokens_per_s_iqr'] / 2:.1f}",
+            f"{found['cache_per_token'] / 1024:.1f}", f"{text['cache_bytes'] / 1024:,.0f}",
+        ]  # fmt: skip
 
 
 def gpu() -> Iterator[list[str]]:

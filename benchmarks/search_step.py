@@ -30,7 +30,7 @@ from torch import nn
 
 from record import RESULTS, save, show
 from solpath.config import SearchConfig
-from solpath.measuring.measurement import interquartile_range
+from solpath.measuring.timing import interquartile_range
 from solpath.objective import divergence
 from solpath.running.forward import forward, output_mask
 from solpath.running.memory import LiveStorages

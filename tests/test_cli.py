@@ -299,6 +299,19 @@ def test_a_decoder_without_padding_is_compared_on_blocks(tmp_path, capsys):
     assert out_of(capsys)["metrics"]["kl"] == 0
 
 
+def test_bench_of_a_decoder_generates(tmp_path, capsys):
+    folder = str(tmp_path)
+    build("gpt2").save_pretrained(tmp_path)
+    arguments = ["bench", folder, folder, "--samples", "1", "--repeats", "1", "--generate", "3"]
+    assert run([*arguments, "--tokens", "37", "--json"]) == 0
+    found = out_of(capsys)["models"][folder]["generation"]
+    assert (found["prompt"], found["tokens"], found["cache_tokens"]) == (37, 3, 39)
+    assert run([*arguments, "--tokens", "37"]) == 0
+    assert "without cache" in capsys.readouterr().out
+    assert run([*arguments, "--tokens", "38"]) == 2
+    assert "tokens must be at most 40 for this model, less 3 new ones" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory) -> Path:
     """A tiny ViT with its image processor, and a folder of images."""

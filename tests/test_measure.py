@@ -10,8 +10,9 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from solpath.errors import BatchError, ConfigError
-from solpath.measuring.measurement import interquartile_range, latencies, measure
+from solpath.measuring.measurement import measure
 from solpath.measuring.memory import bytes_on_disk
+from solpath.measuring.timing import interquartile_range, latencies
 from solpath.model.counting import count_macs
 from solpath.running.memory import peak_memory
 from solpath.running.provenance import provenance
@@ -173,3 +174,18 @@ def test_provenance_names_versions_and_hides_the_working_directory(monkeypatch, 
     assert found["threads"] == torch.get_num_threads()
     assert found["time"].endswith("Z")
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_counting_takes_no_memory_for_every_query_and_key(tied):
+    """32 heads over 4096 tokens would take gigabytes."""
+    model, length = llama(tied), 300
+    batch = {"input_ids": torch.arange(length).view(1, length) % VOCAB}
+    batch["attention_mask"] = torch.ones(1, length, dtype=torch.int64)
+    if tied:  # padding makes the mask of attention explicit
+        batch["attention_mask"][0, :3] = 0
+    peak, _ = peak_memory(lambda: count_macs(model, batch))
+    assert peak < 2.5 * 4 * length * length  # a mask has no heads; there are 4
+    q, kv = 4 * 6 * HIDDEN, 2 * 6 * HIDDEN
+    linear = length * (2 * q + 2 * kv + 3 * HIDDEN * MLP + HIDDEN * VOCAB)
+    assert count_macs(model, batch) == linear + 2 * 4 * 6 * length * length

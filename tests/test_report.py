@@ -126,6 +126,24 @@ def test_damaged_family_names_file_and_field(folder: Path, keys, value, named: s
     assert named in str(error.value)
 
 
+def test_continuations_stand_side_by_side_and_are_escaped(folder: Path) -> None:
+    assert 'id="continuations"' not in write_report(folder).read_text()
+    family = json.loads((folder / "family.json").read_text())
+    said = "<script>alert(1)</script>\n  & so on"
+    lines = [{"name": n, "text": said, "tokens": 9, "agreed": i} for i, n in enumerate(SIZES)]
+    family["continuations"] = [{"prompt": "Once <i>upon", "lines": lines}]
+    (folder / "family.json").write_text(json.dumps(family))
+    page = write_report(folder).read_text()
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;\n  &amp; so on</td>") == len(SIZES)
+    assert "<script" not in page
+    assert '<code class="text">Once &lt;i&gt;upon</code>' in page
+    assert "3 of 9" in page
+    family["continuations"][0]["lines"][1]["text"] = 5
+    (folder / "family.json").write_text(json.dumps(family))
+    with pytest.raises(FileError, match=r"continuations\[0\]\.lines\[1\]\.text is"):
+        write_report(folder)
+
+
 def test_missing_family_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"family\.json"):
         Family.read(tmp_path)
@@ -134,7 +152,8 @@ def test_missing_family_is_refused(tmp_path: Path) -> None:
 def test_a_family_comes_back_as_it_was_written(folder: Path) -> None:
     written = json.loads((folder / "family.json").read_text())
     family = Family.read(folder)
-    assert family.to_dict() == written | {"model": written["model"] | {"prunable": None}}
+    unsaid = {"model": written["model"] | {"prunable": None}, "continuations": None}
+    assert family.to_dict() == written | unsaid
     family.write(folder)
     assert Family.read(folder) == family
 

@@ -1,5 +1,6 @@
 """Commands that examine models and families, and the demo."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ from solpath.cli.app import app
 from solpath.cli.arguments import Dtype, Images, Json, ModelName, Precision, Samples, Text, Tokens
 from solpath.cli.inputs import batches_for, load_any, random_tokens, rows_of, takes
 from solpath.cli.terminal import print_json, print_table, say
+from solpath.errors import ConfigError
 
 
 @app.command()
@@ -118,15 +120,19 @@ def bench(
     samples: Samples = 8,
     tokens: Tokens = 128,
     repeats: Annotated[int, typer.Option(help="Timed passes of each model.", min=1)] = 20,
+    generate: Annotated[
+        int | None, typer.Option(help="New tokens per text, for decoders; default: none.", min=2)
+    ] = None,
     dtype: Dtype = Precision.AUTO,
     as_json: Json = False,
 ) -> None:
-    """Measure size, memory and latency of several models in one run."""
+    """Measure size, memory and latency of several models in one run, and how fast they generate."""
     from solpath.measuring.measurement import measure
     from solpath.running.provenance import provenance
 
     models = {name: load_any(name, dtype) for name in dict.fromkeys([dense, *small])}
-    found = measure(models, random_tokens(models[dense], samples, tokens), repeats=repeats)
+    batch = random_tokens(models[dense], samples, tokens, new=generate or 0)
+    found = measure(models, batch, repeats=repeats, generate=generate)
     if as_json:
         figures = {name: value.to_dict() for name, value in found.items()}
         return print_json({"models": figures, "tokens": tokens, "provenance": provenance()})
@@ -138,17 +144,52 @@ def bench(
         for name, m in found.items()
     ]  # fmt: skip
     print_table(("model", "parameters", "MACs", "on disk", "peak", "latency", "ratio"), rows)
+    texts = [(name, value.generation) for name, value in found.items()]
+    written = [
+        (name, f"{t.cached.ttft_ms:.1f} ± {t.cached.ttft_iqr_ms / 2:.1f} ms",
+         f"{t.cached.tokens_per_s:.1f}", f"{t.uncached.tokens_per_s:.1f}",
+         f"{t.cache_bytes / 1e6:.2f} MB")
+        for name, t in texts if t is not None
+    ]  # fmt: skip
+    if written:
+        print_table(("model", "first token", "tokens/s", "without cache", "cache"), written)
 
 
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder with family.json and path/.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="File with one prompt per line; needs --dense.")
+    ] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the dense model, to go on with prompts.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Build report.html again from family.json and path/."""
+    """Build report.html again from family.json and path/, for decoders with what they write."""
     from solpath.reporting.report import write_report
 
+    if (prompts is None) != (dense is None):
+        raise ConfigError("give --prompts and --dense together, or neither of them.")
+    if prompts is not None and dense is not None:
+        _go_on(folder, prompts, dense)
     file = write_report(folder)
     if as_json:
         return print_json({"report": str(file), "bytes": file.stat().st_size})
     print(f"written to {file}")
+
+
+def _go_on(folder: Path, prompts: Path, dense: str) -> None:
+    """Add what the dense model and the members of a family write after prompts to family.json."""
+    from solpath.data.batches import Broken
+    from solpath.data.text import read_lines
+    from solpath.pretrained import load_processor
+    from solpath.reporting.continuations import continuations
+    from solpath.reporting.family import Family
+
+    family = Family.read(folder)
+    models = {"dense": load_any(dense)}
+    models |= {m.name: load_any(str(folder / m.folder)) for m in family.members if m.folder}
+    lines = [line for line in read_lines(prompts, Broken("raise")) if line]
+    found = continuations(models, load_processor(dense), lines)
+    replace(family, continuations=found).write(folder)

@@ -13,10 +13,16 @@ if TYPE_CHECKING:
     from solpath.planning.path import SolutionPath
 
 
-def random_tokens(model: Any, samples: int, tokens: int) -> dict[str, Any]:
+def random_tokens(model: Any, samples: int, tokens: int, *, new: int = 0) -> dict[str, Any]:
     """Return a batch of random tokens without padding, for timings.
 
     Its tensors are int64 ``[samples, tokens]``, and the same in every run.
+
+    Args:
+        model: The model.
+        samples: The number of texts.
+        tokens: The number of tokens per text.
+        new: The number of tokens that the model will generate after them.
 
     Raises:
         ConfigError: The model takes something other than text alone, or takes fewer tokens.
@@ -28,9 +34,10 @@ def random_tokens(model: Any, samples: int, tokens: int) -> dict[str, Any]:
             f"{type(model).__name__} takes {' and '.join(sorted(takes(model)))}; time it from "
             "Python, with solpath.measure or solpath.plan_for_latency and a batch of yours."
         )
-    limit = getattr(model.config, "max_position_embeddings", tokens)
-    if tokens > limit:
-        raise ConfigError(f"tokens must be at most {limit} for this model, got {tokens}.")
+    limit = getattr(model.config, "max_position_embeddings", tokens + new)
+    if tokens + new > limit:
+        most = f"{limit} for this model" + (f", less {new} new ones" if new else "")
+        raise ConfigError(f"tokens must be at most {most}, got {tokens}.")
     shape, generator = (samples, tokens), torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, shape, generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.int64)}

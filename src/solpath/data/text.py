@@ -124,7 +124,7 @@ def _texts(
 ) -> Iterator[str]:
     """Yield the texts that are not blank, in order."""
     if isinstance(source, str | os.PathLike):
-        source = _lines(Path(source), broken)
+        source = read_lines(Path(source), broken)
     if isinstance(source, Sized):
         rows, order = rows_in_order(source, None, seed)
         samples: Iterable[tuple[str, Any]] = broken.rows(rows, order)
@@ -152,8 +152,16 @@ def _not_blank(samples: Iterable[tuple[str, Any]], column: str, broken: Broken) 
             yield row
 
 
-def _lines(file: Path, broken: Broken) -> list[str]:
-    """Return the lines of a file, one that is not UTF-8 as a blank."""
+def read_lines(file: Path, broken: Broken) -> list[str]:
+    """Return the lines of a text file, without the space around them.
+
+    Args:
+        file: The file, in UTF-8.
+        broken: What to do about a line that is not UTF-8. If it is left out, a blank stands for it.
+
+    Raises:
+        FileError: The file or a line cannot be read, or there is no text. The message names them.
+    """
     try:
         content = file.read_bytes()
     except OSError as error:

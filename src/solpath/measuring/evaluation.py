@@ -5,31 +5,26 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, overload
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from solpath.data.preparation import Preparation, preparing
 from solpath.data.source import batch_size, check_device, check_ends
-from solpath.errors import BatchError, NonFiniteLossError
-from solpath.measuring.metrics import compare, relative_to_spread
-from solpath.objective import Loss, kind_of
+from solpath.errors import BatchError, ConfigError, NonFiniteLossError
+from solpath.measuring.comparison import Tally, Target, compare_batch, dense_output
+from solpath.model.head import LazyLogits
+from solpath.objective import Loss
 from solpath.planning.cost import Achieved
 from solpath.planning.plan import plan_of
 from solpath.pretrained import unwrapped
 from solpath.running.claims import claimed
-from solpath.running.forward import (
-    attended,
-    device_of,
-    forward,
-    output_mask,
-    output_tensor,
-    row_not_finite,
-    run,
-)
+from solpath.running.forward import device_of, run
 from solpath.running.modes import contained, inferring
 from solpath.running.provenance import provenance
+
+_ONE = "the model"  # what messages call it, where there is one
 
 
 @dataclass(frozen=True)
@@ -58,15 +53,33 @@ class Result:
         return f"Result({metrics}, {self.samples:,} samples{size})"
 
 
-@contained
+@overload
 def evaluate(
     model: nn.Module,
-    reference: nn.Module | Sequence[Tensor],
+    reference: nn.Module | Sequence[Target],
     batches: Iterable[Any],
     *,
     task: Callable[[nn.Module], float] | None = None,
     loss: Loss | None = None,
-) -> Result:
+) -> Result: ...
+@overload
+def evaluate(
+    model: Mapping[str, nn.Module],
+    reference: nn.Module | Sequence[Target],
+    batches: Iterable[Any],
+    *,
+    task: Callable[[nn.Module], float] | None = None,
+    loss: Loss | None = None,
+) -> dict[str, Result]: ...
+@contained
+def evaluate(
+    model: nn.Module | Mapping[str, nn.Module],
+    reference: nn.Module | Sequence[Target],
+    batches: Iterable[Any],
+    *,
+    task: Callable[[nn.Module], float] | None = None,
+    loss: Loss | None = None,
+) -> Result | dict[str, Result]:
     """Compare the outputs of `model` with those of the dense `reference`.
 
     What is compared follows from what `model` predicts (`solpath.objective`). With y an output and
@@ -81,28 +94,36 @@ def evaluate(
     - Hidden states: the means over samples of ``relative_error`` and of ``cosine``, which compares
       the averages over tokens.
 
-    Both models run in eval mode without gradients. They are left as they were found, and so is the
+    Of large vocabularies (256 MiB of logits a batch and more) the logits are computed and compared
+    some tokens at a time, from the hidden states ahead of the head.
+
+    All models run in eval mode without gradients. They are left as they were found, and so is the
     state of torch's random number generators.
 
     Args:
-        model: The smaller model, or the dense model inside ``with masked(model, plan):``.
+        model: The smaller model, or the dense model inside ``with masked(model, plan):``. Or name
+            to model, for several that are compared with one pass of the reference.
         reference: The dense model, or its outputs on these batches from `reference_outputs`. Inside
             ``with masked(...)`` the outputs are needed, because there the dense model is masked.
         batches: The held-out batches. Each is run once, so they must have a length: of a generator,
             which may never end, give a list. Rows of padding alone are skipped, with one warning;
             labels become the inputs of a decoder that is given none.
-        task: A function that is called with `model`. Its value is reported as ``metrics["task"]``.
+        task: A function that is called with every model. Its value is reported as
+            ``metrics["task"]``.
         loss: ``loss(outputs, batch)``, a mean over samples, that gets the labels. Its means over
             all samples are reported as ``"loss"`` and, for a dense model as reference,
             ``"reference_loss"``. With it, outputs need not be comparable.
 
     Returns:
-        The metrics, with the size of the model and where the figures come from.
+        The metrics, with the size of the model and where the figures come from. Of several models,
+        name to these.
 
     Raises:
+        ConfigError: `model` is a mapping without models.
         BatchError: There are no batches, a batch is on another device than `model` or than the
             dense `reference`, or an output is not finite or does not fit the reference. The message
-            names the batch, and the row.
+            names the batch, and the row. Or the head of a dense model has changed since
+            `reference_outputs`.
         NonFiniteLossError: `loss` is NaN or infinite on a batch.
         ModelInUseError: A model is searched, `reference` is masked, or another thread works on one
             of them.
@@ -111,67 +132,72 @@ def evaluate(
         >>> result = solpath.evaluate(small, model, batches)
         >>> sorted(result.metrics), result.samples
         (['agreement', 'cosine', 'kl', 'relative_error'], 96)
-        >>> solpath.evaluate(model, model, batches).metrics["relative_error"]
-        0.0
+        >>> found = solpath.evaluate({"small": small, "dense": model}, model, batches)
+        >>> found["small"].metrics == result.metrics, found["dense"].metrics["relative_error"]
+        (True, 0.0)
     """
     check_ends(batches)
-    model = unwrapped(model, adapters=True)
+    models = dict(model) if isinstance(model, Mapping) else {_ONE: model}
+    if not models:
+        raise ConfigError("model is empty; give at least one, for example {'small': small}.")
+    models = {name: unwrapped(one, adapters=True) for name, one in models.items()}
     if not isinstance(reference, Sequence):
         reference = unwrapped(reference, adapters=True)
-    device = device_of(model)
-    totals: dict[str, float] = defaultdict(float)
-    own: dict[str, float] = defaultdict(float)
-    samples = 0
-    values: list[tuple[Tensor, Tensor]] = []  # of a regression, whose spread is that of all
+    first, *_ = models.values()
     dense = reference if isinstance(reference, nn.Module) else None
+    tallies = {name: Tally() for name in models}
+    own: dict[str, dict[str, float]] = {name: defaultdict(float) for name in models}
+    samples = 0
     with (
         claimed(*filter(None, [dense]), doing="compared with", admits="anything"),
-        claimed(model, doing="evaluated", admits="anything", runs=True),
-        inferring(*filter(None, (model, dense))),
-        preparing(model, device) as prepare,
+        claimed(*models.values(), doing="evaluated", admits="anything", runs=True),
+        inferring(*filter(None, (*models.values(), dense))),
+        preparing(first, *map(device_of, models.values())) as prepare,
     ):
         for i, (batch, target) in enumerate(_with_targets(reference, prepare, batches, loss)):
             samples += batch_size(batch)
             if loss is not None:
-                for name, judged in (("loss", model), ("reference_loss", dense)):
-                    if judged is not None:
-                        value = float(loss(run(judged, batch, labels=True), batch))
-                        if not math.isfinite(value):
-                            raise NonFiniteLossError(f"the {name} of batch {i} is {value}.")
-                        own[name] += value * batch_size(batch)
-            if target is None:
-                continue
-            outputs = run(model, batch, labels=False)
-            output, kind = output_tensor(outputs), kind_of(model, outputs)
-            target = target.to(output.device)
-            _check(prepare, i, output, target)
-            if kind == "regression":
-                values.append((output, target))
-                continue
-            mask = attended(batch, output) if kind == "spans" else output_mask(batch, output)
-            for name, total in compare(output, target, mask, kind=kind).items():
-                totals[name] += total
+                for name, judged in models.items():
+                    own[name]["loss"] += _loss(loss, judged, batch, f"loss of batch {i}")
+                if dense is not None:
+                    value = _loss(loss, dense, batch, f"reference_loss of batch {i}")
+                    for totals in own.values():
+                        totals["reference_loss"] += value
+            if target is not None:
+                compare_batch(models, tallies, target, batch, partial(prepare.place, i))
         if not samples:
             raise BatchError("batches is empty; give at least one held-out batch.")
-        count = totals.pop("count", 1)
-        metrics = {name: total / count for name, total in totals.items()}
-        if values:
-            metrics["relative_error"] = relative_to_spread(values)
-        metrics |= {name: total / samples for name, total in own.items()}
-        if task is not None:
-            metrics["task"] = float(task(model))
-    plan = plan_of(model)
-    return Result(
-        metrics=metrics,
-        samples=samples,
-        cost=None if plan is None else plan.achieved,
-        provenance=provenance(device),
-    )
+        results = {}
+        for name, one in models.items():
+            metrics = tallies[name].means()
+            metrics |= {key: total / samples for key, total in own[name].items()}
+            if task is not None:
+                metrics["task"] = float(task(one))
+            plan = plan_of(one)
+            results[name] = Result(
+                metrics=metrics,
+                samples=samples,
+                cost=None if plan is None else plan.achieved,
+                provenance=provenance(device_of(one)),
+            )
+    return results if isinstance(model, Mapping) else results[_ONE]
+
+
+def _loss(loss: Loss, model: nn.Module, batch: Any, name: str) -> float:
+    """Return a loss summed over the samples of a batch."""
+    value = float(loss(run(model, batch, labels=True), batch))
+    if not math.isfinite(value):
+        raise NonFiniteLossError(f"the {name} is {value}.")
+    return value * batch_size(batch)
 
 
 @contained
-def reference_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
-    """Return the outputs of the dense model, one tensor on the CPU per batch, for `evaluate`.
+def reference_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Target]:
+    """Return the outputs of the dense model, on the CPU, one per batch, for `evaluate`.
+
+    Each is a tensor. Of a large vocabulary (256 MiB of logits a batch and more) only the hidden
+    states ahead of the head are kept, and `evaluate` runs the head of `model` on some tokens at a
+    time. It refuses to if the head has changed by then.
 
     Args:
         model: The dense model, which is left as it was found.
@@ -199,18 +225,19 @@ def reference_outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
         inferring(model),
         preparing(model, device_of(model)) as prepare,
     ):
-        outputs = [forward(model, prepare(i, batch)).cpu() for i, batch in enumerate(batches)]
+        found = (dense_output(model, prepare(i, batch)) for i, batch in enumerate(batches))
+        outputs = [output.cpu() for output in found if output is not None]
     if not outputs:
         raise BatchError("batches is empty; give at least one held-out batch.")
     return outputs
 
 
 def _with_targets(
-    reference: nn.Module | Sequence[Tensor],
+    reference: nn.Module | Sequence[Target],
     prepare: Preparation,
     batches: Iterable[Any],
     loss: Loss | None,
-) -> Iterator[tuple[Any, Tensor | None]]:
+) -> Iterator[tuple[Any, Target | None]]:
     """Yield every batch with the output of the reference for it.
 
     With a loss it is None where outputs cannot be compared. Raise `BatchError` if there are more
@@ -220,32 +247,15 @@ def _with_targets(
         for i, given in enumerate(batches):
             batch = prepare(i, given)
             check_device(batch, device_of(reference))
-            outputs = run(reference, batch, labels=False)
-            try:
-                compared: Tensor | None = output_tensor(outputs)
-            except BatchError:
-                if loss is None:
-                    raise
-                compared = None
-            yield batch, compared
+            yield batch, dense_output(reference, batch, optional=loss is not None)
         return
     end = object()
     for i, (batch, target) in enumerate(itertools.zip_longest(batches, reference, fillvalue=end)):
-        if batch is end or not isinstance(target, Tensor):
+        if batch is end or not isinstance(target, Target):
             state = f"reference output {i} has no batch"
             if batch is not end:
                 state = f"batch {i} has no reference output"
             raise BatchError(f"{state}; take reference_outputs(dense, batches) of these batches.")
+        if isinstance(target, LazyLogits):
+            target.check(f"reference output {i}")
         yield prepare(i, batch), target
-
-
-def _check(prepare: Preparation, index: int, output: Tensor, target: Tensor) -> None:
-    if output.shape != target.shape:
-        raise BatchError(
-            f"batch {index}: the model gives {list(output.shape)} and the reference "
-            f"{list(target.shape)}; both must be run on the same batches."
-        )
-    for name, value in (("model", output), ("reference", target)):
-        if not torch.isfinite(value).all():
-            where = prepare.place(index, row_not_finite(value))
-            raise BatchError(f"{where}: the output of the {name} has NaN or infinite values.")

@@ -17,7 +17,7 @@ from solpath.config import check_count
 from solpath.data.preparation import preparing
 from solpath.data.source import shapes_of, slice_samples
 from solpath.errors import BudgetError, ConfigError
-from solpath.measuring.measurement import latencies
+from solpath.measuring.timing import latencies
 from solpath.model.counting import count_costs
 from solpath.model.discovery import survey
 from solpath.model.extraction import extract

@@ -1,29 +1,25 @@
-"""Measure what a model costs: parameters, MACs, bytes on disk, peak memory, latency."""
+"""Measure what a model costs: parameters, MACs, bytes, memory, latency, and generating text."""
 
-import gc
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from solpath.config import check_count
 from solpath.data.preparation import preparing
 from solpath.data.source import batch_size
 from solpath.errors import ConfigError
+from solpath.measuring.generation import Generation, check_generates, generations
 from solpath.measuring.memory import bytes_on_disk
+from solpath.measuring.timing import interquartile_range, latencies
 from solpath.model.counting import count_macs
-from solpath.pretrained import check_takes_batches
+from solpath.pretrained import check_takes_batches, unwrapped
 from solpath.running.claims import claimed
 from solpath.running.forward import device_of, run
 from solpath.running.memory import peak_memory, resident_bytes
-from solpath.running.modes import contained, inferring, undoing
-
-WARM_UP = 3
-"""Rounds before the timed ones."""
+from solpath.running.modes import contained, inferring
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,7 @@ class Measurement:
         latency_iqr_ms: Interquartile range of these milliseconds.
         samples: Number of samples in the batch.
         repeats: Number of timed passes.
+        generation: What generating text costs; None if it was not measured.
     """
 
     params: int
@@ -51,6 +48,7 @@ class Measurement:
     latency_iqr_ms: float
     samples: int
     repeats: int
+    generation: Generation | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -59,24 +57,36 @@ class Measurement:
 
 @contained
 def measure(
-    models: Mapping[str, nn.Module], batch: Any, *, repeats: int = 20
+    models: Mapping[str, nn.Module],
+    batch: Any,
+    *,
+    repeats: int = 20,
+    generate: int | None = None,
 ) -> dict[str, Measurement]:
     """Measure several models side by side on one batch.
 
     After a warm-up, every round times each model once, and each round starts with another model. So
     a machine that slows down slows all models alike.
 
+    With `generate`, decoders also generate that many tokens after the batch, greedily and past any
+    end of text, so that all models do the same work: in turns, each with its key-value cache and
+    without. Time to the first token, tokens per second and the bytes of the cache come of it.
+
     Args:
         models: Name to model. The models are left as they were found.
         batch: One batch, on the models' device.
-        repeats: Timed passes of each model.
+        repeats: Timed passes of each model, and timed generations of it in each way.
+        generate: New tokens of every sample, at least 2. None generates nothing.
 
     Returns:
         Name to measurement.
 
     Raises:
-        ConfigError: There is no model, or `repeats` is below 1.
-        BatchError: The batch has no samples, or is on another device than a model.
+        ConfigError: There is no model, `repeats` is below 1 or `generate` below 2, or prompts and
+            new tokens are more than a model has positions.
+        BatchError: The batch has no samples, or is on another device than a model; or there is
+            nothing in it to generate after.
+        UnsupportedModelError: A model cannot generate text, or does so without a key-value cache.
         ModelInUseError: A model is masked or searched, or another thread works on it.
 
     Example:
@@ -91,6 +101,10 @@ def measure(
     check_count("repeats", repeats, 1)
     for model in models.values():
         check_takes_batches(model)
+    if generate is not None:
+        check_count("generate", generate, 2)
+        for name, model in models.items():
+            check_generates(unwrapped(model), batch, generate, name=name)
     first, *_ = models.values()
     with preparing(first, *map(device_of, models.values())) as prepare:
         batch = prepare(0, batch)
@@ -100,6 +114,10 @@ def measure(
         inferring(*models.values()),
     ):
         times = latencies({n: _pass(m, batch) for n, m in models.items()}, repeats=repeats)
+        texts: dict[str, Generation] = {}
+        if generate is not None:
+            writers = {name: unwrapped(model) for name, model in models.items()}
+            texts = generations(writers, batch, generate, repeats=repeats)
         result = {}
         for name, model in models.items():
             peak, source = peak_memory(_pass(model, batch), device=device_of(model))
@@ -113,60 +131,10 @@ def measure(
                 latency_iqr_ms=1e3 * interquartile_range(times[name]),
                 samples=samples,
                 repeats=repeats,
+                generation=texts.get(name),
             )
     return result
 
 
-def latencies(
-    functions: Mapping[str, Callable[[], Any]], *, repeats: int, warm_up: int = WARM_UP
-) -> dict[str, list[float]]:
-    """Time functions in turns, each round from another start.
-
-    The garbage collector is off meanwhile.
-
-    Args:
-        functions: Name to function, called without arguments.
-        repeats: Timed calls of each function.
-        warm_up: Calls of each function before these, which are not timed.
-
-    Returns:
-        Name to the seconds of every timed call, in order.
-    """
-    names, gpus = list(functions), _gpus_in_use()
-    times: dict[str, list[float]] = {name: [] for name in names}
-    restore = gc.enable if gc.isenabled() else gc.disable
-    with undoing(restore):
-        gc.collect()
-        gc.disable()
-        for round_ in range(warm_up + repeats):
-            first = round_ % len(names)
-            for name in names[first:] + names[:first]:
-                _synchronize(gpus)
-                start = time.perf_counter()
-                functions[name]()
-                _synchronize(gpus)
-                if round_ >= warm_up:
-                    times[name].append(time.perf_counter() - start)
-    return times
-
-
-def interquartile_range(values: list[float]) -> float:
-    """Return the distance between the quartiles; 0 for fewer than two values."""
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return high - low
-
-
 def _pass(model: nn.Module, batch: Any) -> Callable[[], Any]:
     return lambda: run(model, batch, labels=False)
-
-
-def _gpus_in_use() -> list[int]:
-    """Return the GPUs that hold tensors; models may be on another one than the current GPU."""
-    return [gpu for gpu in range(torch.cuda.device_count()) if torch.cuda.memory_allocated(gpu)]
-
-
-def _synchronize(gpus: list[int]) -> None:
-    for gpu in gpus:
-        torch.cuda.synchronize(gpu)

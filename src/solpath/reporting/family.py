@@ -154,6 +154,36 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Line:
+    """What one model wrote after a prompt.
+
+    Attributes:
+        name: The name of the model.
+        text: The text, without the prompt.
+        tokens: The number of its tokens.
+        agreed: How many tokens at its beginning are those of the dense model.
+    """
+
+    name: str
+    text: str
+    tokens: int
+    agreed: int
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What all models of a family wrote after one prompt.
+
+    Attributes:
+        prompt: The prompt.
+        lines: One line per model, the dense model first.
+    """
+
+    prompt: str
+    lines: tuple[Line, ...]
+
+
+@dataclass(frozen=True)
 class Family:
     """Everything that a report shows.
 
@@ -165,6 +195,7 @@ class Family:
         members: The dense model first, then the members by ascending sparsity.
         measured: What latencies were measured on.
         provenance: See `solpath.running.provenance`.
+        continuations: What the models wrote after some prompts; None for models that write nothing.
     """
 
     model: DenseModel
@@ -174,6 +205,7 @@ class Family:
     members: tuple[Member, ...]
     measured: Timing
     provenance: Mapping[str, Any]
+    continuations: tuple[Continuation, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `family.json` holds."""
