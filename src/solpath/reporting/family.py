@@ -154,6 +154,24 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """What one stage of making a family took.
+
+    Attributes:
+        name: The name of the stage.
+        seconds: The seconds that passed.
+        cpu_seconds: The seconds that processors worked, over all threads.
+        peak_memory: The most bytes of memory that the process had held by the end of the stage;
+            None if the system does not tell.
+    """
+
+    name: str
+    seconds: float
+    cpu_seconds: float
+    peak_memory: int | None
+
+
+@dataclass(frozen=True)
 class Family:
     """Everything that a report shows.
 
@@ -165,6 +183,7 @@ class Family:
         members: The dense model first, then the members by ascending sparsity.
         measured: What latencies were measured on.
         provenance: See `solpath.running.provenance`.
+        stages: What every stage took, in order; None if it was not recorded.
     """
 
     model: DenseModel
@@ -174,6 +193,7 @@ class Family:
     members: tuple[Member, ...]
     measured: Timing
     provenance: Mapping[str, Any]
+    stages: tuple[Stage, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `family.json` holds."""
