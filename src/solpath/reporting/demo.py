@@ -82,7 +82,7 @@ FULL = Scale(
     tokens=128,
     repeats=20,
     scale_batches=16,
-    fit_batches=64,
+    fit_batches=48,
 )
 QUICK = Scale(
     steps=40,

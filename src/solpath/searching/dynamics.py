@@ -226,8 +226,8 @@ def read_order(
 def _sum(masks: Tensor) -> Tensor:
     """Sum masks over steps in float64, a few at a time; sums of float16 are exact."""
     total = torch.zeros(masks.shape[1], dtype=torch.float64)
-    for few in masks.split(_AT_ONCE):
-        total += few.double().sum(0)
+    for start in range(0, len(masks), _AT_ONCE):
+        total += masks[start : start + _AT_ONCE].double().sum(0)
     return total
 
 
