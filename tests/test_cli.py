@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -367,6 +368,10 @@ def test_quick_demo(tmp_path):
     family = json.loads(done.stdout)
     assert family == json.loads((out / "family.json").read_text())
     assert [member["name"] for member in family["members"]] == ["dense", "s20", "s40", "s60", "s75"]
+    assert [run["name"] for run in family["methods"]] == ["spp", "random", "magnitude", "taylor"]
+    stages = ["read", "search", "compensate", "score", "measure", "compare"]
+    assert [stage["name"] for stage in family["stages"]] == stages
+    assert all(re.search(rf"^{name}: \d+ s", done.stderr, re.M) for name in stages)
     assert (out / "report.html").stat().st_size > 10_000
     weights = (installed_model() / "model.safetensors").read_bytes()
     assert family["model"]["sha256"] == hashlib.sha256(weights).hexdigest()

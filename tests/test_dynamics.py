@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from solpath.objective import curvature_sketch, divergence
+from solpath.planning import removal
+from solpath.planning.removal import groups_by_rank, removal_order
 from solpath.searching import dynamics
 
 POSITIVE = st.floats(1e-6, 1e6)
@@ -106,6 +108,60 @@ def test_read_order_is_nested_by_group_and_uses_up_everything():
     for e in groups:
         kept = float(cost[entry <= e].sum() / cost.sum())
         assert kept == pytest.approx(float(e))
+
+
+def slow_order(masks, keep, cost, shapes, memory):
+    """`read_order` as it is defined: one pair after another, all of its ranks at every step."""
+    tail, forgotten = masks.double().sum(0), 0
+    sizes = [heads * width for heads, width in shapes]
+    entry = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+    alive = [torch.ones(shape, dtype=torch.bool) for shape in shapes]
+    total = left = float(cost.sum())
+    parts = zip(torch.split(cost, sizes), shapes, strict=True)
+    group_cost = torch.stack([part[0] * heads for part, (heads, _) in parts])
+    for k, size in enumerate([*keep, 0.0]):
+        start = min(max(0, k - memory), len(masks) - 1)
+        if start > forgotten:
+            tail = tail - masks[forgotten:start].double().sum(0)
+            forgotten = start
+        if left <= size * total:
+            continue
+        parts = zip(torch.split(tail, sizes), shapes, alive, strict=True)
+        groups = [groups_by_rank(part.view(shape), here) for part, shape, here in parts]
+        order = removal_order([mean for mean, _ in groups], [0] * len(shapes))
+        spent = group_cost[order.pair].cumsum(0)
+        before = left - (spent - group_cost[order.pair])
+        count = int((before > size * total).sum())
+        for i in range(len(shapes)):
+            own = order.pair[:count] == i
+            unit = groups[i][1][:, order.start[:count][own]]
+            entry[i].scatter_(1, unit, (before[:count][own] / total).expand(unit.shape))
+            alive[i].scatter_(1, unit, False)
+        left -= float(spent[count - 1])
+    return torch.cat([times.flatten() for times in entry])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes=st.lists(st.sampled_from([(1, 1), (1, 5), (1, 40), (3, 4), (4, 1), (5, 9)]), min_size=1),
+    steps=st.integers(1, 6),
+    memory=st.integers(0, 3),
+    levels=st.sampled_from([1, 2, 5, 1000]),
+    looked_at=st.sampled_from([1, 2, 64]),
+    seed=st.integers(0, 2**20),
+)
+def test_read_order_is_its_definition(shapes, steps, memory, levels, looked_at, seed):
+    """To the last bit, with ties within heads, between ranks and between pairs."""
+    generator = torch.Generator().manual_seed(seed)
+    units = sum(heads * width for heads, width in shapes)
+    masks = torch.randint(levels, (steps, units), generator=generator).div(levels).half()
+    keep = torch.rand(steps, generator=generator).sort(descending=True).values.tolist()
+    cost = torch.cat([torch.full((h * w,), 1.0 + 3 * (w % 2) + h) for h, w in shapes]).double()
+    expected = slow_order(masks, keep, cost, shapes, memory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(removal, "_LOOKED_AT", looked_at)
+        found = dynamics.read_order(masks, keep, cost, shapes, memory)
+    assert found.equal(expected)
 
 
 def test_read_order_follows_the_masks():

@@ -8,7 +8,7 @@ from conftest import build, inputs
 from plans import random_plan
 from solpath.errors import BatchError, ConfigError
 from solpath.measuring.evaluation import evaluate, reference_outputs
-from solpath.measuring.memory import peak_memory
+from solpath.running.memory import peak_memory
 from solpath.model import head
 from solpath.running.forward import forward
 

@@ -70,6 +70,10 @@ def make_family(path: solpath.SolutionPath) -> dict:
         "members": members,
         "measured": {"samples": 8, "tokens": 128, "repeats": 20},
         "provenance": {"command": "solpath demo", "threads": 2, "versions": {"torch": "2"}},
+        "stages": [
+            {"name": "search", "seconds": 61.0, "cpu_seconds": 110.5, "peak_memory": 1_100_000_000},
+            {"name": "compare", "seconds": 20.0, "cpu_seconds": 40.0, "peak_memory": 1_700_000_000},
+        ],
     }
 
 
@@ -92,6 +96,25 @@ def test_report_has_every_part_and_no_external_address(folder: Path) -> None:
     assert "a &lt;b&gt;model" in page
     assert "prefers-color-scheme: dark" in page
     assert not re.search(r"#fe[0-9a-f]{2}ef", page), "a stand-in colour was left"
+
+
+def test_the_report_says_what_the_stages_took(folder: Path) -> None:
+    page = write_report(folder).read_text()
+    assert "search 61\u202fs, compare 20\u202fs; memory at most 1.7&#8239;GB" in page
+    family = json.loads((folder / "family.json").read_text())
+    del family["stages"]  # written before stages were recorded
+    (folder / "family.json").write_text(json.dumps(family))
+    assert Family.read(folder).stages is None
+    assert "<dt>Took</dt>" not in write_report(folder).read_text()
+
+
+def test_a_first_report_needs_no_other_method(folder: Path) -> None:
+    family = json.loads((folder / "family.json").read_text())
+    family["methods"] = family["methods"][:1]
+    (folder / "family.json").write_text(json.dumps(family))
+    page = write_report(folder).read_text()
+    assert "magnitude" not in page
+    assert '<section id="quality">' in page
 
 
 def test_report_is_deterministic(folder: Path) -> None:

@@ -17,6 +17,9 @@ from solpath.errors import ConfigError
 def demo(
     context: typer.Context,
     quick: Annotated[bool, typer.Option("--quick", help="Less of everything.")] = False,
+    rivals: Annotated[
+        bool, typer.Option("--rivals", help="Compare with slower methods, too.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder to write, new or empty.")] = Path("out"),
     model: Annotated[
         str | None, typer.Option(help="Folder or hub id; default: the installed MiniLM.")
@@ -27,12 +30,19 @@ def demo(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a family of smaller models of a real one, compare, measure, report."""
+    """Make a family of smaller models of a real one, measure, report, compare."""
     from solpath.reporting.demo import CHECKPOINT, run_demo
 
     context.obj.checkpoint = out / CHECKPOINT
     family = run_demo(
-        out, quick=quick, model=model, seed=seed, steps=steps, progress=not as_json, say=say
+        out,
+        quick=quick,
+        rivals=rivals,
+        model=model,
+        seed=seed,
+        steps=steps,
+        progress=not as_json,
+        say=say,
     )
     if as_json:
         return print_json(family.to_dict())
@@ -42,7 +52,8 @@ def demo(
         for m in family.members
     ]  # fmt: skip
     print_table(("model", "parameters", "MACs", "latency", "cosine", "retrieval"), rows)
-    say(f"report: {out / 'report.html'}")
+    stages = family.stages or ()
+    say(f"took {sum(s.seconds for s in stages):.0f} s; report: {out / 'report.html'}")
 
 
 @app.command()

@@ -7,6 +7,7 @@ A block is one or more such groups that leave together.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,3 +113,140 @@ def groups_by_rank(value: Tensor, alive: Tensor | None = None) -> tuple[Tensor, 
     value = value if alive is None else value.masked_fill(~alive, -torch.inf)
     ordered, unit = value.sort(dim=1, descending=True, stable=True)
     return ordered[:, :rest].mean(0), unit[:, :rest]
+
+
+_LOOKED_AT = 64  # ranks of every pair among which those that leave are looked for at first
+
+
+class _Alike(NamedTuple):
+    """Pairs of one shape.
+
+    Attributes:
+        pair: Indices of the pairs, int64 ``[n]``.
+        units: Indices of their units among those of all pairs, int64 ``[n, heads, width]``.
+    """
+
+    pair: Tensor
+    units: Tensor
+
+
+class _Leaving(NamedTuple):
+    """Groups in the order in which they leave.
+
+    Attributes:
+        pair: Index of the pair of every group, int64 ``[groups]``.
+        place: Place of the group in its pair, 0 for the least, int64 ``[groups]``.
+        share: Share of the cost that is left before the group leaves, float64 ``[groups]``.
+        taken: Number of groups that every pair loses, int64 ``[pairs]``.
+        limit: Highest value in every head that leaves, float64 ``[heads of all pairs]``.
+    """
+
+    pair: Tensor
+    place: Tensor
+    share: Tensor
+    taken: Tensor
+    limit: Tensor
+
+
+class Elimination:
+    """Units that leave from dense to empty, each time those with the least value at that time.
+
+    They leave in groups: the remaining unit with the least value of every head of a pair, then the
+    next of every head. Of equal values in a head, the later unit leaves first. Groups leave in the
+    order of `removal_order`. All pairs of one shape are looked at together, and of every pair only
+    as many ranks as may leave.
+
+    Args:
+        shapes: ``(heads, width)`` of every pair, in the order of the units.
+        cost: Cost of each unit, float64 ``[units]``, equal within a pair.
+
+    Attributes:
+        entry: Share of the cost that is left before a unit leaves, float64 ``[units]``; 0 for those
+            that remain.
+
+    Example:
+        >>> elimination = Elimination([(1, 3)], torch.ones(3).double())
+        >>> elimination.shrink(2 / 3, torch.tensor([0.3, 0.2, 0.1]).double())
+        >>> elimination.shrink(0.0, torch.tensor([0.1, 0.2, 0.3]).double())
+        >>> elimination.entry.mul(3).tolist()
+        [2.0, 1.0, 3.0]
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]], cost: Tensor) -> None:
+        heads, self._rest = (torch.tensor(part) for part in zip(*shapes, strict=True))
+        sizes = heads * self._rest
+        first = sizes.cumsum(0) - sizes
+        self._group_cost = cost[first] * heads
+        self._pair_of_row = torch.arange(len(shapes)).repeat_interleave(heads)
+        self._row = torch.arange(int(heads.sum()))
+        self._row = self._row.repeat_interleave(self._rest[self._pair_of_row])
+        self._total = self._left = float(cost.sum())
+        self._gone = torch.zeros(len(cost), dtype=torch.bool)
+        self._alike = []
+        for shape in dict.fromkeys(shapes):
+            pair = torch.tensor([i for i, other in enumerate(shapes) if other == shape])
+            units = torch.arange(shape[0] * shape[1]).view(shape)
+            self._alike.append(_Alike(pair, first[pair].view(-1, 1, 1) + units))
+        self.entry = torch.zeros(len(cost), dtype=torch.float64)
+
+    def shrink(self, size: float, value: Tensor) -> None:
+        """Let the groups with the least mean value leave until `size` of the cost is left.
+
+        Args:
+            size: Share of the cost of all units. The last group that leaves may cross it.
+            value: Value of every unit, float64 ``[units]``.
+        """
+        if self._left <= size * self._total:
+            return
+        value = value.masked_fill(self._gone, torch.inf)
+        ranks = _LOOKED_AT
+        while (leaving := self._leaving(size, value, ranks)) is None:
+            ranks *= 4
+        share = torch.zeros(len(self._rest), int(leaving.taken.max()), dtype=torch.float64)
+        share[leaving.pair, leaving.place] = leaving.share
+        unit = (value <= leaving.limit[self._row]).nonzero().flatten().flip(0)
+        unit = unit[value[unit].argsort(stable=True)]
+        unit = unit[self._row[unit].argsort(stable=True)]  # by head, in each the least value first
+        row = self._row[unit]
+        counts = row.bincount(minlength=len(self._pair_of_row))
+        place, pair = (
+            torch.arange(len(unit)) - (counts.cumsum(0) - counts)[row],
+            self._pair_of_row[row],
+        )
+        leaves = place < leaving.taken[pair]  # more may have the highest value that leaves
+        self.entry[unit[leaves]] = share[pair[leaves], place[leaves]]
+        self._gone[unit[leaves]] = True
+        self._rest = self._rest - leaving.taken
+        self._left -= float(self._group_cost[leaving.pair].cumsum(0)[-1])
+
+    def _leaving(self, size: float, value: Tensor, ranks: int) -> _Leaving | None:
+        """Find the groups that leave among the least `ranks` of every pair; None if more may."""
+        least = [
+            value[units].topk(min(ranks, units.shape[2]), largest=False).values
+            for _, units in self._alike
+        ]
+        means, pairs, places = [], [], []
+        for part, (pair, _) in zip(least, self._alike, strict=True):
+            mean = part.mean(1)  # rounding keeps its order, so that no better rank leaves first
+            means.append(mean.flatten())
+            pairs.append(pair.repeat_interleave(mean.shape[1]))
+            places.append(torch.arange(mean.shape[1]).repeat(len(pair)))
+        mean, pair, place = torch.cat(means), torch.cat(pairs), torch.cat(places)
+        rank = self._rest[pair] - 1 - place
+        mean, pair, place, rank = (part[rank >= 0] for part in (mean, pair, place, rank))
+        order = (pair - rank * len(self._rest)).argsort()  # of equals, the last rank leaves first
+        order = order[mean[order].argsort(stable=True)]
+        cost = self._group_cost[pair[order]]
+        before = self._left - (cost.cumsum(0) - cost)
+        order = order[before > size * self._total]
+        taken = pair[order].bincount(minlength=len(self._rest))
+        if ((taken == ranks) & (taken < self._rest)).any():
+            return None
+        limit = torch.full((len(self._pair_of_row),), -torch.inf, dtype=torch.float64)
+        for part, (own, units) in zip(least, self._alike, strict=True):
+            last = (taken[own] - 1).view(-1, 1, 1)
+            highest = part.gather(2, last.clamp(min=0).expand(*part.shape[:2], 1))
+            highest = highest.masked_fill(last < 0, -torch.inf)
+            limit[self._row[units[:, :, 0]]] = highest.squeeze(2)
+        share = before[: len(order)] / self._total
+        return _Leaving(pair[order], place[order], share, taken, limit)

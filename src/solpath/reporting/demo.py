@@ -3,9 +3,11 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,6 @@ from solpath.data.text import text_batches
 from solpath.files import check_output
 from solpath.measuring.measurement import Measurement, measure
 from solpath.model.extraction import extract
-from solpath.model.masks import masked
 from solpath.planning.path import SolutionPath
 from solpath.pretrained import from_pretrained, load_processor, quiet_transformers
 from solpath.reading import file_digest
@@ -29,12 +30,14 @@ from solpath.reporting.family import (
     MethodRun,
     Point,
     SearchRun,
+    Stage,
     Task,
     Timing,
 )
 from solpath.reporting.report import check_installed, write_report
 from solpath.reporting.retrieval import Embed, embedder, installed_model, retrieval_accuracy
-from solpath.running.provenance import provenance
+from solpath.running.progress import progress_bar
+from solpath.running.provenance import peak_resident_bytes, provenance
 from solpath.searching.search import search
 from solpath.storing.reading import load
 from solpath.storing.writing import save
@@ -54,12 +57,13 @@ class Scale:
     Attributes:
         steps: The steps of the search.
         test: The number of held-out text pairs.
-        methods: The baselines to compare with.
+        methods: The baselines to compare with, without those in `SLOW`.
         tokens: The number of tokens per text when latency is measured, on 8 texts.
         repeats: The number of timed passes.
         scale_batches: The number of batches that the one-shot scale of the search and of the
             baselines is measured on.
-        fit_batches: The number of batches that members are compensated on.
+        fit_batches: The number of batches that members are compensated on. The memory that a demo
+            takes at most grows with it.
     """
 
     steps: int
@@ -71,29 +75,50 @@ class Scale:
     fit_batches: int
 
 
-_RIVALS = ("random", "magnitude", "taylor", "gauss_newton", "iterative")
-FULL = Scale(200, 256, _RIVALS, 128, 20, scale_batches=16, fit_batches=128)
-QUICK = Scale(40, 96, _RIVALS[:3], 64, 5, scale_batches=4, fit_batches=16)
+FULL = Scale(
+    steps=200,
+    test=256,
+    methods=("random", "magnitude", "taylor", "gauss_newton"),
+    tokens=128,
+    repeats=20,
+    scale_batches=16,
+    fit_batches=48,
+)
+QUICK = Scale(
+    steps=40,
+    test=96,
+    methods=("random", "magnitude", "taylor"),
+    tokens=64,
+    repeats=5,
+    scale_batches=4,
+    fit_batches=16,
+)
+SLOW = ("iterative",)
+"""The baselines that take longer than the search."""
+_FREE = frozenset({"random", "magnitude"})  # baselines that read no text
 
 
 def run_demo(
     out: str | os.PathLike[str],
     *,
     quick: bool = False,
+    rivals: bool = False,
     model: str | None = None,
     seed: int = 0,
     steps: int | None = None,
     progress: bool = True,
     say: Say = lambda text: None,
 ) -> Family:
-    """Search a model, cut and compensate a family, compare it, measure it, and report on it.
+    """Search a model, cut and compensate a family, measure it, report on it, and compare it.
 
-    A demo that was interrupted during its search goes on when it is started again with the same
-    settings.
+    The models, ``family.json`` and the report are written before any baseline runs, and the latter
+    two again with the baselines in them. A demo that was interrupted during its search goes on when
+    it is started again with the same settings.
 
     Args:
         out: A folder that is new or empty, or that of an interrupted demo.
         quick: Whether to do less of everything.
+        rivals: Whether to compare with baselines that take longer than the search, too.
         model: A folder or Hub id. None takes the model of the ``demo`` extra.
         seed: Seeds the search, the baselines and the order of the texts.
         steps: The steps of the search. None takes 200, or 40 if `quick`.
@@ -120,60 +145,45 @@ def run_demo(
     check_output(folder, overwrite=resumed)
     check_installed()
     quiet_transformers()
-    source = installed_model() if model is None else model
-    dense, tokenizer = from_pretrained(source), load_processor(source)
-    corpus = read_corpus(test=scale.test)
-    texts = texts_of(corpus.search, seed=seed)
-    batches = list(text_batches(texts, tokenizer, length=32, seed=None))
+    clock = Clock(say)
+    with clock.stage("read"):
+        source = installed_model() if model is None else model
+        dense, tokenizer = from_pretrained(source), load_processor(source)
+        corpus = read_corpus(test=scale.test)
+        texts = texts_of(corpus.search, seed=seed)
+        batches = list(text_batches(texts, tokenizer, length=32, seed=None))
     say(f"searching {type(dense).__name__} in {config.steps} steps")
-    start = time.perf_counter()
-    path = search(dense, batches, config, checkpoint=folder / CHECKPOINT, progress=progress)
-    seconds = time.perf_counter() - start
+    with clock.stage("search"):
+        path = search(dense, batches, config, checkpoint=folder / CHECKPOINT, progress=progress)
     path.save(folder / "path", overwrite=resumed)
-    say(f"searched in {seconds:.0f} s; cutting and compensating {len(SIZES)} sizes")
-
-    plans = [path.plan(sparsity=sparsity) for sparsity in SIZES.values()]
-    start = time.perf_counter()
-    cuts = compensate(
-        [extract(dense, plan) for plan in plans],
-        dense,
-        batches[: scale.fit_batches],
-        progress=progress,
-    )
-    fitted = time.perf_counter() - start
-    small = {}
-    for name, cut in zip(SIZES, cuts, strict=True):
-        target = folder / "models" / name
-        save(cut, target, tokenizer=tokenizer, overwrite=resumed)
-        small[name] = load(target)
+    with clock.stage("compensate"):
+        for name, sparsity in SIZES.items():  # one at a time: each takes far more than its weights
+            say(f"cutting and compensating {name}")
+            cut = extract(dense, path.plan(sparsity=sparsity))
+            fit = batches[: scale.fit_batches]
+            cut = compensate(cut, dense, fit, progress=progress)
+            save(cut, folder / "models" / name, tokenizer=tokenizer, overwrite=resumed)
+            del cut
+    small = {name: load(folder / "models" / name) for name in SIZES}
     judge = Judge(embedder(dense, tokenizer), corpus)
-    quality = {"dense": judge.quality(embedder(dense, tokenizer))}
-    quality |= {name: judge.quality(embedder(cut, tokenizer)) for name, cut in small.items()}
-    sizes = {"dense": 0.0, **SIZES}
-    methods = [
-        MethodRun(
-            path.method,
-            seconds + fitted,
-            tuple(Point(sizes[name], **found) for name, found in quality.items()),
-        )
-    ]
-    for name in scale.methods:
-        say(f"comparing with {name}")
-        start = time.perf_counter()
-        options = {"scale_batches": scale.scale_batches} if name not in _FREE else {}
-        rival = baselines.METHODS[name](dense, batches, seed=seed, **options)
-        taken = time.perf_counter() - start
-        points = [Point(0.0, **quality["dense"])]
-        for sparsity in SIZES.values():
-            with masked(dense, rival.plan(sparsity=sparsity)):
-                points.append(Point(sparsity, **judge.quality(embedder(dense, tokenizer))))
-        methods.append(MethodRun(name, taken, tuple(points)))
-
+    with (
+        clock.stage("score"),
+        progress_bar("score", "", len(small), 0, show=progress) as report,
+    ):
+        quality = {"dense": judge.dense}
+        for name, cut in small.items():
+            quality[name] = judge.quality(embedder(cut, tokenizer))
+            report()
     say("measuring latency")
-    long = [" ".join(pair) for pair in corpus.search[:8]]
-    [batch] = text_batches(long, tokenizer, batch_size=8, length=scale.tokens, seed=None)
-    measured = measure({"dense": dense, **small}, batch, repeats=scale.repeats)
+    with clock.stage("measure"):
+        long = [" ".join(pair) for pair in corpus.search[:8]]
+        [batch] = text_batches(long, tokenizer, batch_size=8, length=scale.tokens, seed=None)
+        measured = measure({"dense": dense, **small}, batch, repeats=scale.repeats)
+    del small
     weights = Path(source) / "model.safetensors"
+    seconds, fitted = (clock.seconds(name) for name in ("search", "compensate"))
+    sizes = {"dense": 0.0, **SIZES}
+    points = tuple(Point(sizes[name], **found) for name, found in quality.items())
     family = Family(
         model=DenseModel(
             name="all-MiniLM-L6-v2" if model is None else Path(model).name,
@@ -192,18 +202,94 @@ def run_demo(
             f"digest {corpus.digest()}",
         ),
         task=Task("retrieval accuracy@1", len(corpus.test)),
-        methods=tuple(methods),
+        methods=(MethodRun(path.method, seconds + fitted, points),),
         members=members(path, quality, measured),
         measured=Timing(samples=8, tokens=scale.tokens, repeats=scale.repeats),
         provenance=provenance(),
+        stages=clock.stages,
     )
-    family.write(folder)
-    write_report(folder)
+    _publish(family, folder)
+    say(f"the family and its report are in {folder}; comparing with other methods")
+    names = scale.methods + (SLOW if rivals else ())
+    with clock.stage("compare"):
+        found = _compare(dense, tokenizer, judge, batches, names, scale, seed, progress)
+    family = replace(family, methods=family.methods + found, stages=clock.stages)
+    _publish(family, folder)
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     return family
 
 
-_FREE = frozenset({"random", "magnitude"})  # baselines that read no text
+def _publish(family: Family, folder: Path) -> None:
+    """Write ``family.json`` and the report of it."""
+    family.write(folder)
+    write_report(folder)
+
+
+def _compare(
+    dense: nn.Module,
+    tokenizer: Any,
+    judge: "Judge",
+    batches: Sequence[Any],
+    names: Sequence[str],
+    scale: Scale,
+    seed: int,
+    progress: bool,
+) -> tuple[MethodRun, ...]:
+    """Return how good other methods are at every size; their weights are not compensated."""
+    runs = []
+    with progress_bar(
+        "compare", "{task.fields[name]}", len(names), 0, show=progress, name=names[0]
+    ) as report:
+        for name, following in zip(names, [*names[1:], ""], strict=True):
+            start = time.perf_counter()
+            options = {"scale_batches": scale.scale_batches} if name not in _FREE else {}
+            rival = baselines.METHODS[name](dense, batches, seed=seed, **options)
+            taken = time.perf_counter() - start
+            points = [Point(0.0, **judge.dense)]
+            for sparsity in SIZES.values():
+                cut = extract(dense, rival.plan(sparsity=sparsity))
+                points.append(Point(sparsity, **judge.quality(embedder(cut, tokenizer))))
+            runs.append(MethodRun(name, taken, tuple(points)))
+            report(name=following)
+    return tuple(runs)
+
+
+class Clock:
+    """The time and memory of every stage so far.
+
+    Args:
+        say: Called with one line of text at the end of each stage.
+
+    Attributes:
+        stages: The stages that have ended, in order.
+    """
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self.stages: tuple[Stage, ...] = ()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Take the time of the block. One that fails is no stage.
+
+        Args:
+            name: The name of the stage.
+        """
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        one = Stage(name, wall, cpu, peak_resident_bytes())
+        self.stages += (one,)
+        peak = "" if one.peak_memory is None else f", memory at most {one.peak_memory / 1e9:.1f} GB"
+        self._say(f"{name}: {wall:.0f} s, {cpu:.0f} s of CPU{peak}")
+
+    def seconds(self, name: str) -> float:
+        """Return the seconds of a stage that has ended.
+
+        Args:
+            name: The name of the stage.
+        """
+        return next(stage.seconds for stage in self.stages if stage.name == name)
 
 
 class Judge:
@@ -212,16 +298,22 @@ class Judge:
     Args:
         dense: The dense model, as a function from texts to embeddings.
         corpus: The text, of which only the test split is used.
+
+    Attributes:
+        dense: The quality of the dense model itself.
     """
 
     def __init__(self, dense: Embed, corpus: Corpus) -> None:
         self._pairs = corpus.test
         self._texts = [text for pair in corpus.test for text in pair]
         self._reference = dense(self._texts)
+        self.dense = self._score(self._reference)
 
     def quality(self, embed: Embed) -> dict[str, float]:
         """Return mean ``cosine`` to the dense model and the ``retrieval`` accuracy@1."""
-        found = embed(self._texts)
+        return self._score(embed(self._texts))
+
+    def _score(self, found: Tensor) -> dict[str, float]:
         row = dict(zip(self._texts, found, strict=True))
 
         def known(texts: Sequence[str]) -> Tensor:

@@ -184,6 +184,24 @@ class Continuation:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """What one stage of making a family took.
+
+    Attributes:
+        name: The name of the stage.
+        seconds: The seconds that passed.
+        cpu_seconds: The seconds that processors worked, over all threads.
+        peak_memory: The most bytes of memory that the process had held by the end of the stage;
+            None if the system does not tell.
+    """
+
+    name: str
+    seconds: float
+    cpu_seconds: float
+    peak_memory: int | None
+
+
+@dataclass(frozen=True)
 class Family:
     """Everything that a report shows.
 
@@ -196,6 +214,7 @@ class Family:
         measured: What latencies were measured on.
         provenance: See `solpath.running.provenance`.
         continuations: What the models wrote after some prompts; None for models that write nothing.
+        stages: What every stage took, in order; None if it was not recorded.
     """
 
     model: DenseModel
@@ -206,6 +225,7 @@ class Family:
     measured: Timing
     provenance: Mapping[str, Any]
     continuations: tuple[Continuation, ...] | None = None
+    stages: tuple[Stage, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `family.json` holds."""

@@ -45,6 +45,25 @@ def provenance(device: torch.device | str = "cpu") -> dict[str, Any]:
     }
 
 
+def peak_resident_bytes() -> int | None:
+    """Return the most bytes of memory that this process has held; None where it is not known.
+
+    Example:
+        >>> peak_resident_bytes() is None or peak_resident_bytes() > 1e6
+        True
+    """
+    with contextlib.suppress(OSError):  # Linux: the other way counts the parent of the process, too
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
 def _command() -> str:
     """Return the command line, with paths below the working directory made relative."""
     prefix = str(Path.cwd()) + os.sep

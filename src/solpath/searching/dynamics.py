@@ -7,7 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from solpath.planning.removal import groups_by_rank, removal_order
+from solpath.planning.removal import Elimination
+
+_AT_ONCE = 8  # steps whose masks are in float64 at a time
 
 
 class Equilibrium(NamedTuple):
@@ -209,38 +211,24 @@ def read_order(
         >>> read_order(masks, [0.5, 0.1], torch.ones(2).double(), [(1, 2)], memory=0).tolist()
         [0.5, 1.0]
     """
-    tail = masks.double().sum(0)
+    elimination = Elimination(shapes, cost)
+    tail = _sum(masks)
     forgotten = 0
-    sizes = [heads * width for heads, width in shapes]
-    entry = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
-    alive = [torch.ones(shape, dtype=torch.bool) for shape in shapes]
-    first = [0] * len(shapes)
-    total = left = float(cost.sum())
-    group_cost = torch.stack(
-        [part[0] * heads for part, (heads, _) in zip(torch.split(cost, sizes), shapes, strict=True)]
-    )
     for k, size in enumerate([*keep, 0.0]):
         start = min(max(0, k - memory), len(masks) - 1)
         if start > forgotten:
-            tail = tail - masks[forgotten:start].double().sum(0)
+            tail = tail - _sum(masks[forgotten:start])
             forgotten = start
-        if left <= size * total:
-            continue
-        values = [
-            part.view(shape) for part, shape in zip(torch.split(tail, sizes), shapes, strict=True)
-        ]
-        groups = [groups_by_rank(value, here) for value, here in zip(values, alive, strict=True)]
-        order = removal_order([mean for mean, _ in groups], first)
-        spent = group_cost[order.pair].cumsum(0)
-        before = left - (spent - group_cost[order.pair])  # cost left before it leaves
-        count = int((before > size * total).sum())
-        for i in range(len(shapes)):
-            own = order.pair[:count] == i
-            unit = groups[i][1][:, order.start[:count][own]]
-            entry[i].scatter_(1, unit, (before[:count][own] / total).expand(unit.shape))
-            alive[i].scatter_(1, unit, False)
-        left -= float(spent[count - 1])
-    return torch.cat([times.flatten() for times in entry])
+        elimination.shrink(size, tail)
+    return elimination.entry
+
+
+def _sum(masks: Tensor) -> Tensor:
+    """Sum masks over steps in float64, a few at a time; sums of float16 are exact."""
+    total = torch.zeros(masks.shape[1], dtype=torch.float64)
+    for start in range(0, len(masks), _AT_ONCE):
+        total += masks[start : start + _AT_ONCE].double().sum(0)
+    return total
 
 
 class Inclusion(NamedTuple):

@@ -104,7 +104,7 @@ class EquilibriumSearch:
             state: State after the last step.
         """
         return read_order(
-            state["masks"].float(),
+            state["masks"],
             state["history"][1].tolist(),
             engine.cost,
             [(pair.heads, pair.width) for pair in engine.pairs],
