@@ -12,7 +12,7 @@ from plans import plan_of, random_plan
 from solpath.errors import BatchError, ConfigError, UnsupportedModelError
 from solpath.model.discovery import find_pairs
 from solpath.model.linear import linear_map
-from solpath.refining.layerwise import residual_streams
+from solpath.refining.streams import residual_streams
 from solpath.running.forward import run
 from solpath.searching.dynamics import unexplained_variance
 from solpath.searching.redundancy import input_hooks, unexplained_variances
