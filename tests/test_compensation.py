@@ -1,6 +1,7 @@
 """Compensation: what it fits, that it never harms, what it leaves alone, and what it refuses."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from torch import nn
 import solpath
 from conftest import COMMON, batches, build, inputs
 from plans import plan_of, random_plan
-from solpath.errors import BatchError, ConfigError, UnsupportedModelError
+from solpath.errors import BatchError, ConfigError, FileError, UnsupportedModelError
 from solpath.model.discovery import find_pairs
 from solpath.model.linear import linear_map
 from solpath.refining.streams import residual_streams
 from solpath.running.forward import run
+from solpath.searching import redundancy
 from solpath.searching.dynamics import unexplained_variance
 from solpath.searching.redundancy import input_hooks, unexplained_variances
 
@@ -258,3 +260,36 @@ def test_a_mean_far_above_the_spread_hides_nothing(bert):
         bert, [pair], totals, torch.ones(pair.units)
     )  # and can be factorised
     assert own.max() < 0.01  # the bias after it makes up for the means
+
+
+def test_moments_on_a_scratch_file_give_the_same_search(monkeypatch):
+    """Beyond a bound the moments are measured in several passes, and wait on disk."""
+    model = build("llama")
+    data, files = batches(model, 5), []
+    config = solpath.SearchConfig(steps=5, scale_batches=3, compensated=True)
+    expected = solpath.search(model, data, config, progress=False)
+
+    class Watched(redundancy.ScratchInputs):
+        def __init__(self, size):
+            super().__init__(size)
+            files.append(self)
+            self.size = size
+
+        def close(self):
+            self.written = self._file.seek(0, 2) if not self._file.closed else self.written
+            super().close()
+
+    monkeypatch.setattr(redundancy, "_IN_MEMORY", 20_000)
+    monkeypatch.setattr("solpath.searching.probe.ScratchInputs", Watched)
+    found = solpath.search(model, data, config, progress=False)
+    assert torch.equal(found.order(), expected.order())
+    [scratch] = files
+    assert scratch.written == scratch.size > 20_000
+    assert scratch._file.closed
+
+
+def test_a_scratch_file_without_room_is_refused(monkeypatch):
+    usage = shutil._ntuple_diskusage(10**9, 10**9, 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(FileError, match=r"take 2\.0 GB, .* has 0\.0 GB left; set TMPDIR"):
+        redundancy.ScratchInputs(2 * 10**9)
