@@ -112,12 +112,11 @@ def real(folder: Path, dtype: str, tokens: int) -> dict[str, Any]:
     corpus = read_corpus()
     texts = [" ".join(pair) for pair in (*corpus.calibration, *corpus.search, *corpus.test)]
     count = tokens // (REAL_SIZE * REAL_LENGTH)
-    batches = list(
-        text_batches(texts, tokenizer, batch_size=REAL_SIZE, length=REAL_LENGTH, pack=True)
-    )
-    if len(batches) < count + 4:
-        raise SystemExit(f"the docstrings here make {len(batches)} batches, not {count + 4}.")
-    chosen, heldout = batches[:count], batches[-4:]
+    packed = text_batches(texts, tokenizer, batch_size=REAL_SIZE, length=REAL_LENGTH, pack=True)
+    batches = list(packed)[:-1]  # the last may be smaller
+    if len(batches) < count + 2:
+        raise SystemExit(f"the docstrings here make {len(batches)} batches, not {count + 2}.")
+    chosen, heldout = batches[:count], batches[-2:]
     dense: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     small = extract(dense, magnitude(dense, chosen[:1]).plan(sparsity=0.5))
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here

@@ -167,6 +167,8 @@ def lockstep(
                     f"{' and '.join(group)} got the same input on the first batch, and another "
                     "on a later one; leave out batches that the model treats otherwise."
                 )
+            if not one.waiting and not one.inputs:
+                one.pause()
 
         return hook
 
@@ -214,6 +216,9 @@ def lockstep(
                 if names == {"the end"}:
                     return
                 yield runs[0].stops[0][0], [one.stops.popleft()[1] for one in runs]
+            for one in runs:
+                if one.inputs:  # layers of the last group, whose inputs are still to be checked
+                    one.advance()
         finally:
             for one in runs:
                 if not one.dead:

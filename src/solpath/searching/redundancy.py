@@ -87,7 +87,7 @@ class ScratchInputs(Mapping[str, Tensor]):
         offset, shape = self._places[name]
         matrix = torch.empty(shape, dtype=torch.float64)
         self._file.seek(offset)
-        if self._file.readinto(_bytes_of(matrix)) != matrix.nbytes:  # type: ignore[attr-defined]
+        if self._file.readinto(_bytes_of(matrix)) != matrix.nbytes:
             raise FileError(f"the moments of {name} in {self._folder} are cut short.")
         return matrix
 
