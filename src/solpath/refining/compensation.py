@@ -78,15 +78,18 @@ def compensate(
 
     Every fourth batch is held out. A refit stays only if it lowers the error on these batches, and
     the whole copy stays only if its outputs are nearer to those of `dense` on them; otherwise a
-    plain copy of `small` is returned. All models are left as they were found. The same inputs give
-    the same bits on one machine.
+    plain copy of `small` is returned. All models are left as they were found, and the result shares
+    no memory with them. The same inputs give the same bits on one machine.
+
+    Under ``accelerate launch`` or ``torchrun``, every process is given the same models and batches,
+    runs its share of the batches, and returns the same result.
 
     Args:
         small: A model from `extract` or `load`, or a sequence of them. Several are refitted side by
             side, each as it would be alone, while the dense model runs once for all of them.
         dense: The dense model that they were cut from, on the same device.
         batches: An iterable of what the models take, without labels. All batches stay in memory,
-            with the activations of all of them at one layer of every model, so they must have a
+            with what their forward passes hold at one layer of every model, so they must have a
             length: of a generator, which may never end, give a list. Tens of thousands of tokens
             are well spent: the more there are, the better the fit. Rows of padding alone are
             skipped, with one warning; labels become the inputs of a decoder that is given none.
@@ -102,8 +105,8 @@ def compensate(
     Raises:
         UnsupportedModelError: `small` was not extracted.
         ConfigError: `ridge` is not positive.
-        BatchError: There are fewer than four batches, a batch is on another device, or two batches
-            run layers in different orders.
+        BatchError: There are fewer than four batches, or fewer than processes; a batch is on another
+            device; or two batches run layers in different orders or on other inputs.
         NonFiniteLossError: A model gives NaN or infinite values on a batch, or `loss` does.
         ModelInUseError: A model is masked or searched, or another thread works on it.
 

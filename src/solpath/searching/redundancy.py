@@ -174,7 +174,7 @@ def unexplained_variances(
 
     A right-hand layer with a bias makes up for means, so moments are taken about the mean. Without
     a bias they are taken about 0. See docs/method.md, "Compensation". It is computed on the device
-    of the model, one pair at a time, in float64: where masks are near 0, float32 loses four digits.
+    of the model, one pair at a time, in float64, as it is a small difference of large numbers.
 
     Args:
         model: Tells which right-hand layers have a bias.
