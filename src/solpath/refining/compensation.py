@@ -105,8 +105,8 @@ def compensate(
     Raises:
         UnsupportedModelError: `small` was not extracted.
         ConfigError: `ridge` is not positive.
-        BatchError: There are fewer than four batches, or fewer than processes; a batch is on another
-            device; or two batches run layers in different orders or on other inputs.
+        BatchError: There are fewer than four batches, or fewer than processes; a batch is on
+            another device; or two batches run layers in different orders or on other inputs.
         NonFiniteLossError: A model gives NaN or infinite values on a batch, or `loss` does.
         ModelInUseError: A model is masked or searched, or another thread works on it.
 
