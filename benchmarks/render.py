@@ -196,10 +196,25 @@ def costs() -> Iterator[tuple[str, str, str, str, str]]:
         ("search and 5 compensated sizes", cost["family"], "≤ 600 s"),
     ):
         yield label, f"{seconds:.0f} s", "", aim, script
+    yield from _compensation_memory()
     imports = _results("import_time")
     over, help_ = (f"{imports[key]:.2f} s" for key in ("import_over_torch", "help"))
     yield "`import solpath`", over, "`import torch`", "≤ 0.3 s", "import_time"
     yield "`solpath --help`", help_, "", "≤ 0.5 s", "import_time"
+
+
+def _compensation_memory() -> Iterator[tuple[str, str, str, str, str]]:
+    """Bytes a token at every depth, and the peak of a real model."""
+    memory, script = _results("compensation_memory"), "compensation_memory"
+    for depth, value in memory["now"].items():
+        before = f"{memory['before'][depth] / 1e3:.1f} kB of version 8fab11b"
+        label = f"memory of compensation, {depth} layers of width 64"
+        yield label, f"{value / 1e3:.1f} kB a token", before, "", script
+    if "float32" in memory:
+        real = memory["float32"]
+        label = f"… {real['tokens']:,} tokens, {real['parameters'] / 1e6:.0f} M parameters, float32"
+        models = f"{real['resident_before'] / 1e9:.1f} GB with both models"
+        yield label, f"{real['resident_peak'] / 1e9:.1f} GB", models, "≤ 4 GB", script
 
 
 def qk_norm() -> Iterator[list[str]]:

@@ -1,6 +1,13 @@
 """Compensation: what it fits, that it never harms, what it leaves alone, and what it refuses."""
 
 import copy
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +16,14 @@ from torch import nn
 import solpath
 from conftest import COMMON, batches, build, inputs
 from plans import plan_of, random_plan
-from solpath.errors import BatchError, ConfigError, UnsupportedModelError
+from solpath.errors import BatchError, ConfigError, FileError, UnsupportedModelError
+from solpath.measuring.memory import peak_memory
 from solpath.model.discovery import find_pairs
 from solpath.model.linear import linear_map
-from solpath.refining.layerwise import residual_streams
+from solpath.refining.layerwise import input_groups, lockstep
+from solpath.refining.streams import residual_streams
 from solpath.running.forward import run
+from solpath.searching import redundancy
 from solpath.searching.dynamics import unexplained_variance
 from solpath.searching.redundancy import input_hooks, unexplained_variances
 
@@ -258,3 +268,195 @@ def test_a_mean_far_above_the_spread_hides_nothing(bert):
         bert, [pair], totals, torch.ones(pair.units)
     )  # and can be factorised
     assert own.max() < 0.01  # the bias after it makes up for the means
+
+
+def test_moments_on_a_scratch_file_give_the_same_search(monkeypatch):
+    """Beyond a bound the moments are measured in several passes, and wait on disk."""
+    model = build("llama")
+    data, files = batches(model, 5), []
+    config = solpath.SearchConfig(steps=5, scale_batches=3, compensated=True)
+    expected = solpath.search(model, data, config, progress=False)
+
+    class Watched(redundancy.ScratchInputs):
+        def __init__(self, size):
+            super().__init__(size)
+            files.append(self)
+            self.size = size
+
+        def close(self):
+            self.written = self._file.seek(0, 2) if not self._file.closed else self.written
+            super().close()
+
+    monkeypatch.setattr(redundancy, "_IN_MEMORY", 20_000)
+    monkeypatch.setattr("solpath.searching.probe.ScratchInputs", Watched)
+    found = solpath.search(model, data, config, progress=False)
+    assert torch.equal(found.order(), expected.order())
+    [scratch] = files
+    assert scratch.written == scratch.size > 20_000
+    assert scratch._file.closed
+
+
+def test_a_scratch_file_without_room_is_refused(monkeypatch):
+    usage = shutil._ntuple_diskusage(10**9, 10**9, 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(FileError, match=r"take 2\.0 GB, .* has 0\.0 GB left; set TMPDIR"):
+        redundancy.ScratchInputs(2 * 10**9)
+
+
+@pytest.mark.parametrize("label", ["llama", "vit"])
+def test_the_result_shares_no_memory_with_what_it_was_made_of(label):
+    dense = build(label)
+    small = solpath.extract(dense, random_plan(dense, HALF))
+    for result in (compensated(small, dense), compensated(small, dense, loss=_worse())):
+        tensors = (*result.parameters(), *result.buffers())
+        others = {t.untyped_storage().data_ptr() for t in (*small.parameters(), *small.buffers())}
+        assert not others & {t.untyped_storage().data_ptr() for t in tensors}
+        assert [p.requires_grad for p in result.parameters()] == [
+            p.requires_grad for p in small.parameters()
+        ]
+
+
+def _worse():
+    """A loss that rises from call to call, so that no refit stays."""
+    count = itertools.count()
+    return lambda outputs, batch: torch.tensor(float(next(count)))
+
+
+def test_streams_are_forgotten_and_the_head_runs_for_held_out_batches_alone():
+    """A deeper model needs no more memory for a token."""
+
+    def bytes_a_batch(depth: int) -> float:
+        dense = build("llama", num_hidden_layers=depth)
+        small, data = solpath.extract(dense, random_plan(dense, HALF)), batches(dense, 16)
+        peaks = [
+            peak_memory(lambda: compensated(small, dense, data[:8]))[0],
+            peak_memory(lambda: compensated(small, dense, data))[0],
+        ]
+        return peaks[1] - peaks[0]
+
+    assert bytes_a_batch(4) < 1.02 * bytes_a_batch(2)
+    dense, runs = build("llama"), []
+    small = solpath.extract(dense, random_plan(dense, HALF))
+    dense.lm_head.register_forward_pre_hook(lambda *args: runs.append(1))
+    compensated(small, dense)
+    assert len(runs) == 2
+
+
+def test_few_logits_at_a_time_give_the_same_model(monkeypatch):
+    dense = build("llama")
+    small = solpath.extract(dense, random_plan(dense, HALF))
+    expected, rows = compensated(small, dense), []
+    monkeypatch.setattr("solpath.refining.compensation._LOGITS", 60 * 20)
+    hook = dense.lm_head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    result = compensated(small, dense)
+    hook.remove()
+    assert set(rows) == {60 * 20 // (60 * inputs(dense)["input_ids"].shape[1])}
+    assert_same(state(result), state(expected))
+
+
+def test_what_changes_an_output_in_place_does_not_change_the_target():
+    dense = build("falcon")  # adds the attention to the output of the MLP in place
+    data = batches(dense, 2)
+    names = [p.right.module for p in find_pairs(dense) if p.kind != "qk"]
+    seen, found = {}, {}
+    with torch.no_grad():
+        hooks = [
+            dense.get_submodule(name).register_forward_hook(
+                lambda module, args, output, name=name: seen.update({name: output.clone()})
+            )
+            for name in names
+        ]
+        run(dense, data[0], labels=False)
+        for hook in hooks:
+            hook.remove()
+        for (name,), calls in lockstep(dense, data, [(n,) for n in names], {}, after=set(names)):
+            found[name] = calls[0].value
+    assert list(found) == names
+    assert all(torch.equal(found[name], seen[name]) for name in names)
+
+
+class Fork(nn.Module):
+    """Two layers, which get one tensor where the inputs are positive."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.left(x) + self.right(x if x.min() > 0 else x.clone())
+
+
+def test_layers_that_part_on_a_later_batch_are_refused():
+    model, data = Fork(), [torch.ones(1, 2), -torch.ones(1, 2)]
+    groups = input_groups(model, ["left", "right"], data[0])
+    assert groups == [("left", "right")]
+    with torch.no_grad(), pytest.raises(BatchError, match="left and right got the same input"):
+        list(lockstep(model, data, groups, {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_stream_is_not_invented_where_rounding_hides_the_sum(dtype):
+    """A norm after the layer makes its output small beside the stream, and no multiple of it."""
+    model = build("gemma3_text")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "post_" in name:
+                parameter.fill_(-0.99)
+    layers = [pair.right.module for pair in find_pairs(model) if pair.kind != "qk"]
+    with torch.no_grad():
+        assert residual_streams(model.to(dtype), layers, inputs(model)) == {}
+
+
+@pytest.mark.parametrize("label", ["bert", "llama", "dinov2"])
+def test_half_precision_is_compensated_nearly_as_well(label):
+    dense = build(label)
+    plan, data = random_plan(dense, HALF), batches(dense, 16, 8)
+    small = solpath.extract(dense, plan)
+    half, half_data = copy.deepcopy(dense).bfloat16(), [_half(batch) for batch in data]
+    result = compensated(copy.deepcopy(small).bfloat16(), half, half_data)
+    layers = [pair.right.module for pair in find_pairs(dense) if pair.kind != "qk"]
+    with torch.no_grad():
+        streams = residual_streams(dense, layers, data[0])
+        found = residual_streams(half, layers, half_data[0])
+    assert {n: s.place for n, s in found.items()} == {n: s.place for n, s in streams.items()}
+    before, after = error(small, dense, data), error(compensated(small, dense, data), dense, data)
+    assert after < 0.7 * before
+    assert error(result.float(), dense, data) < after + 0.1 * (before - after)
+
+
+def _half(batch):
+    return {n: v.bfloat16() if v.is_floating_point() else v for n, v in batch.items()}
+
+
+def test_two_processes_compensate_as_one_does(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from conftest import batches, build
+        from plans import random_plan
+        import solpath
+        from solpath.running.processes import process
+        dense = build("bert").double()
+        small = solpath.extract(dense, random_plan(dense, (0.5, 0.6, 0.4)))
+        data = batches(dense, 9)
+        better = solpath.compensate(small, dense, data, progress=False)
+        config = solpath.SearchConfig(steps=5, scale_batches=2, compensated=True)
+        path = solpath.search(dense, data, config, progress=False)
+        solpath.save(better, sys.argv[1] + "/rank%d of %d" % process())
+        if process()[0] == 0:
+            path.save(sys.argv[1] + "/path")
+        """)
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, script, tmp_path], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    subprocess.run([sys.executable, script, tmp_path / "one"], check=True, env=environment)
+    one = solpath.load(tmp_path / "one/rank0 of 1").state_dict()
+    for rank in (0, 1):
+        two = solpath.load(tmp_path / f"rank{rank} of 2").state_dict()
+        torch.testing.assert_close(two, one, rtol=1e-6, atol=1e-7)
+    paths = [solpath.SolutionPath.load(tmp_path / name) for name in ("path", "one/path")]
+    assert torch.equal(paths[0].order(), paths[1].order())

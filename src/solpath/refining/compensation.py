@@ -1,40 +1,37 @@
 """Refit what is left of a cut model to the dense model, layer by layer, in closed form."""
 
+import copy
 import math
-import operator
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from functools import partial, reduce
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from solpath.data.preparation import Preparation, preparing
 from solpath.data.source import batch_size, check_ends, slice_samples
 from solpath.errors import BatchError, ConfigError, NonFiniteLossError, UnsupportedModelError
 from solpath.model.extraction import copy_extracted
-from solpath.model.linear import LinearMap, linear_map
+from solpath.model.linear import linear_map
 from solpath.objective import Loss, Objective
 from solpath.pair import Pair
 from solpath.planning.plan import plan_of
 from solpath.pretrained import unwrapped
-from solpath.refining.layerwise import LayerCall, Stream, layers_run, lockstep, residual_streams
-from solpath.refining.least_squares import Moments
+from solpath.refining.fitting import CHECKED, Share, refit_, share_of
+from solpath.refining.layerwise import Group, LayerCall, input_groups, lockstep, output_embedding
+from solpath.refining.streams import residual_streams
 from solpath.running.claims import claimed
-from solpath.running.forward import Batch, activation_mask, device_of, row_not_finite, run
+from solpath.running.forward import Batch, device_of, row_not_finite, run
 from solpath.running.modes import contained, inferring, undoing
+from solpath.running.processes import sum_over_processes
 from solpath.running.progress import progress_bar
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_Calls = tuple[Batch, LayerCall, LayerCall]  # a batch, and its calls in the dense and cut model
-_Rows = tuple[Tensor, Tensor, Tensor]  # inputs, what they are fitted to, weights of the tokens
-_CHECKED = 4  # one batch in so many is held out: it decides whether a refit stays
-_AT_ONCE = 8  # batches whose tokens go into one product
 _SAMPLES = 8  # samples of the first batch in which the residual streams are looked for
+_LOGITS = 2**25  # of a vocabulary, that are compared at a time
 
 
 @overload
@@ -81,15 +78,18 @@ def compensate(
 
     Every fourth batch is held out. A refit stays only if it lowers the error on these batches, and
     the whole copy stays only if its outputs are nearer to those of `dense` on them; otherwise a
-    plain copy of `small` is returned. All models are left as they were found. The same inputs give
-    the same bits on one machine.
+    plain copy of `small` is returned. All models are left as they were found, and the result shares
+    no memory with them. The same inputs give the same bits on one machine.
+
+    Under ``accelerate launch`` or ``torchrun``, every process is given the same models and batches,
+    runs its share of the batches, and returns the same result.
 
     Args:
         small: A model from `extract` or `load`, or a sequence of them. Several are refitted side by
             side, each as it would be alone, while the dense model runs once for all of them.
         dense: The dense model that they were cut from, on the same device.
         batches: An iterable of what the models take, without labels. All batches stay in memory,
-            with the activations of all of them at one layer of every model, so they must have a
+            with what their forward passes hold at one layer of every model, so they must have a
             length: of a generator, which may never end, give a list. Tens of thousands of tokens
             are well spent: the more there are, the better the fit. Rows of padding alone are
             skipped, with one warning; labels become the inputs of a decoder that is given none.
@@ -105,8 +105,8 @@ def compensate(
     Raises:
         UnsupportedModelError: `small` was not extracted.
         ConfigError: `ridge` is not positive.
-        BatchError: There are fewer than four batches, a batch is on another device, or two batches
-            run layers in different orders.
+        BatchError: There are fewer than four batches, or fewer than processes; a batch is on
+            another device; or two batches run layers in different orders or on other inputs.
         NonFiniteLossError: A model gives NaN or infinite values on a batch, or `loss` does.
         ModelInUseError: A model is masked or searched, or another thread works on it.
 
@@ -139,23 +139,48 @@ def _compensate(
     progress: bool,
 ) -> list[Model]:
     """Return what `compensate` does, for several models that were checked."""
-    refitted = [copy_extracted(model) for model in models]
+    layers = [side.module for pair in pairs for side in pair.sides]
+    refitted = [_copy(model, shared=_others(model, layers)) for model in models]
     everyone: list[nn.Module] = [dense, *models, *refitted]
     with (
         preparing(dense, *{device_of(model) for model in everyone}) as prepare,
         inferring(*everyone),
     ):
         known = [prepare(i, batch) for i, batch in enumerate(batches)]
-        if len(known) < _CHECKED:
-            raise BatchError(f"compensate needs at least {_CHECKED} batches, got {len(known)}.")
-        _refit_(refitted, dense, pairs, known, prepare, ridge, progress)
-        errors = _losses(dense, models, refitted, known, prepare, loss)
-    return [
-        after if better < worse else copy_extracted(before)
-        for before, after, worse, better in zip(
-            models, refitted, errors[: len(models)], errors[len(models) :], strict=True
-        )
-    ]
+        if len(known) < CHECKED:
+            raise BatchError(f"compensate needs at least {CHECKED} batches, got {len(known)}.")
+        share = share_of(known)
+        sample = slice_samples(known[0], 0, min(_SAMPLES, batch_size(known[0])))
+        _refit_(refitted, dense, pairs, share, sample, prepare, ridge, progress)
+        errors = _losses(dense, models, refitted, known, share, prepare, loss)
+    everyone.clear()
+    results: list[Model] = []
+    for before, worse, better in zip(
+        models, errors[: len(models)], errors[len(models) :], strict=True
+    ):
+        after = refitted.pop(0)
+        if better < worse:  # the weights of the layers are its own, and all others are copied now
+            results.append(_copy(after, shared=_weights(after, layers)))
+        else:
+            results.append(copy_extracted(before))
+    return results
+
+
+def _copy(model: Model, *, shared: Iterable[nn.Parameter]) -> Model:
+    """Return a copy of a model and its plan in which some parameters are those of the model."""
+    plan = plan_of(model)
+    return copy.deepcopy(model, {id(plan): plan} | {id(value): value for value in shared})
+
+
+def _weights(model: nn.Module, layers: Iterable[str]) -> list[nn.Parameter]:
+    """Return the weights and biases of layers."""
+    return [value for name in layers for value in linear_map(model, name).parameters().values()]
+
+
+def _others(model: nn.Module, layers: Iterable[str]) -> list[nn.Parameter]:
+    """Return all parameters but the weights and biases of layers."""
+    own = {id(value) for value in _weights(model, layers)}
+    return [value for value in model.parameters() if id(value) not in own]
 
 
 def _pairs_of(model: nn.Module) -> Sequence[Pair]:
@@ -171,182 +196,79 @@ def _refit_(
     models: Sequence[nn.Module],
     dense: nn.Module,
     pairs: Sequence[Pair],
-    batches: Sequence[Batch],
+    share: Share,
+    sample: Batch,
     prepare: Preparation,
     ridge: float,
     progress: bool,
 ) -> None:
     """Refit every layer of `models` that belongs to a pair, in the order they run, in place."""
     last = {pair.right.module for pair in pairs if pair.kind != "qk"}
-    sample = slice_samples(batches[0], 0, min(_SAMPLES, batch_size(batches[0])))
-    sides = [side.module for pair in pairs for side in pair.sides]
-    runs = [layers_run(model, sides, sample) for model in (dense, *models)]
-    common = set.intersection(*map(set, runs))  # a fused attention does not call its layers
-    layers = [name for name in runs[-1] if name in common]
-    streams = residual_streams(dense, sorted(last), sample)
-    wanted = lockstep(dense, batches, layers, streams, after=last)
-    given = [lockstep(model, batches, layers, streams) for model in models]
+    groups = _groups((dense, *models), pairs, last, sample)
+    common = {name for group in groups for name in group}
+    streams = residual_streams(dense, sorted(last & common), sample)
+    wanted = lockstep(dense, share.batches, groups, streams, after=last)
+    given = [lockstep(model, share.batches, groups, streams) for model in models]
 
     def close() -> None:
         for calls in (wanted, *given):
             calls.close()
 
-    with undoing(close), progress_bar("compensate", "", len(layers), 0, show=progress) as report:
-        targets = _DenseTargets(wanted, len(models))
-        refits = [
-            _refit_layers_(model, calls, targets, batches, prepare, streams, last, ridge)
-            for model, calls in zip(models, given, strict=True)
-        ]
-        for _ in zip_longest(*refits):
+    def refits(model: nn.Module, calls: Iterator[tuple[Group, list[LayerCall]]]) -> Iterator[None]:
+        for group, own in calls:
+            name = group[0]
+            known, stream = targets.use(group), streams.get(name)
+            refit_(
+                model,
+                group,
+                own,
+                known,
+                share,
+                prepare,
+                stream,
+                last=name in last,
+                ridge=ridge,
+            )
+            del own, known  # the passes go on without them
+            yield
+
+    targets = _DenseTargets(wanted, len(models))
+    with undoing(close), progress_bar("compensate", "", len(groups), 0, show=progress) as report:
+        for _ in zip_longest(*map(refits, models, given)):
             report()
+
+
+def _groups(
+    models: Sequence[nn.Module], pairs: Sequence[Pair], last: Container[str], sample: Batch
+) -> list[Group]:
+    """Return the layers that all models run, those with the same input in all of them together."""
+    sides = [side.module for pair in pairs for side in pair.sides]
+    runs = [input_groups(model, sides, sample) for model in models]
+    homes = [{name: i for i, group in enumerate(run) for name in group} for run in runs]
+    groups: dict[Any, list[str]] = {}
+    for name in (name for group in runs[-1] for name in group):
+        if all(name in home for home in homes):  # a fused attention does not call its layers
+            alone = name if name in last else ""
+            groups.setdefault((alone, *(home[name] for home in homes)), []).append(name)
+    return [tuple(group) for group in groups.values()]
 
 
 class _DenseTargets:
     """The layer calls of the dense model, each kept until every cut model has used it."""
 
-    def __init__(self, wanted: Iterator[tuple[str, list[LayerCall]]], models: int) -> None:
+    def __init__(self, wanted: Iterator[tuple[Group, list[LayerCall]]], models: int) -> None:
         self._wanted, self._models = wanted, models
-        self._kept: dict[str, list[LayerCall]] = {}
-        self._uses: Counter[str] = Counter()
+        self._kept: dict[Group, list[LayerCall]] = {}
+        self._uses: Counter[Group] = Counter()
 
-    def use(self, name: str) -> list[LayerCall]:
-        """Return the calls of the layer `name`. Models may run neighbours in different orders."""
-        while name not in self._kept:
+    def use(self, group: Group) -> list[LayerCall]:
+        """Return the calls of a group. Models may run neighbours in different orders."""
+        while group not in self._kept:
             other, calls = next(self._wanted)
-            if other not in self._uses:  # if a layer runs twice, the first run counts
-                self._kept.setdefault(other, calls)
-        self._uses[name] += 1
-        return self._kept.pop(name) if self._uses[name] == self._models else self._kept[name]
-
-
-def _refit_layers_(
-    model: nn.Module,
-    given: Iterable[tuple[str, list[LayerCall]]],
-    targets: _DenseTargets,
-    batches: Sequence[Batch],
-    prepare: Preparation,
-    streams: Mapping[str, Stream],
-    last: Container[str],
-    ridge: float,
-) -> Iterator[None]:
-    """Refit one layer of `model` after another where that helps, and pause after each."""
-    done: set[str] = set()
-    seen: list[Tensor] = []
-    moments: tuple[Moments, Moments] | None = None
-    for name, calls in given:
-        if name in done:  # it was fitted to its first inputs
-            continue
-        done.add(name)
-        known = targets.use(name)
-        linear = linear_map(model, name)
-        present = _affine(linear)
-        if name in last:
-            rows = partial(_output_rows, streams.get(name))
-            sums = _moments(rows, batches, known, calls)
-            _check_finite(sums, known, calls, prepare, name)
-            fit, check = (m.lacking(present) for m in sums)
-        else:
-            inputs = [call.hidden for call in calls]
-            if moments is None or not all(map(operator.is_, inputs, seen)):
-                moments, seen = _moments(_input_rows, batches, known, calls), inputs
-                _check_finite(moments, known, calls, prepare, name)
-            fit, check = (m.mapped(present[:, :-1]) for m in moments)
-        change = fit.solve(ridge, linear.bias is not None)
-        if check.gain(change) > 0:
-            weight = change[:, :-1] if linear.outputs == 0 else change[:, :-1].T
-            linear.weight.add_(weight.to(linear.weight))
-            if linear.bias is not None:
-                linear.bias.add_(change[:, -1].to(linear.bias))
-        yield
-
-
-def _input_rows(batch: Batch, target: LayerCall, call: LayerCall) -> _Rows:
-    """Return what a layer before an inner dimension is fitted on, ``[tokens, ...]``.
-
-    That is its inputs, what these lack of the dense inputs, and weights of 1.
-    """
-    keep = activation_mask(batch, call.hidden)
-    hidden = _tokens(call.hidden, keep)
-    return hidden, _tokens(target.hidden, keep) - hidden, hidden.new_ones(len(hidden), 1)
-
-
-def _output_rows(stream: Stream | None, batch: Batch, target: LayerCall, call: LayerCall) -> _Rows:
-    """Return what a layer after an inner dimension is fitted on, ``[tokens, ...]``.
-
-    That is its inputs, what its outputs should be, and the weights of the tokens.
-    """
-    assert target.output is not None
-    keep = activation_mask(batch, call.hidden)
-    hidden, wanted = _tokens(call.hidden, keep), _tokens(target.output, keep)
-    if stream is None or target.stream is None or call.stream is None:
-        return hidden, wanted, hidden.new_ones(len(hidden), 1)
-    there, here = _tokens(target.stream, keep), _tokens(call.stream, keep)
-    variance = (there + stream.gain * wanted).var(-1, keepdim=True)
-    wanted = wanted + torch.where(stream.gain != 0, (there - here) / stream.gain, 0)
-    return hidden, wanted, 1 / variance.clamp(min=1e-12)
-
-
-def _moments(
-    rows: Callable[[Batch, LayerCall, LayerCall], _Rows],
-    batches: Sequence[Batch],
-    targets: Sequence[LayerCall],
-    calls: Sequence[LayerCall],
-) -> tuple[Moments, Moments]:
-    """Return the moments of the batches to fit, and those of the batches to check."""
-    triples = list(zip(batches, targets, calls, strict=True))
-    check = triples[_CHECKED - 1 :: _CHECKED]
-    del triples[_CHECKED - 1 :: _CHECKED]
-    return _add_up(rows, triples), _add_up(rows, check)
-
-
-def _add_up(
-    rows: Callable[[Batch, LayerCall, LayerCall], _Rows],
-    triples: Sequence[_Calls],
-) -> Moments:
-    """Sum over tokens: a few batches at a time in their own precision, the sums in float64."""
-
-    def sums(few: Sequence[_Calls]) -> Moments:
-        columns = zip(*(rows(*triple) for triple in few), strict=True)
-        hidden, target, weight = map(torch.cat, columns)
-        row = functional.pad(hidden, (0, 1), value=1.0)
-        weighted = row * weight
-        return Moments((weighted.T @ row).double(), (target.T @ weighted).double())
-
-    starts = range(0, len(triples), _AT_ONCE)
-    return reduce(Moments.plus, (sums(triples[start : start + _AT_ONCE]) for start in starts))
-
-
-def _check_finite(
-    moments: Iterable[Moments],
-    targets: Sequence[LayerCall],
-    calls: Sequence[LayerCall],
-    prepare: Preparation,
-    name: str,
-) -> None:
-    """Raise `NonFiniteLossError` with batch and row if a layer gets or gives what is not finite."""
-    if all(sums.square.isfinite().all() and sums.cross.isfinite().all() for sums in moments):
-        return
-    for i, pair in enumerate(zip(targets, calls, strict=True)):
-        for value in (v for call in pair for v in (call.hidden, call.output) if v is not None):
-            row = row_not_finite(value)
-            if row is not None:
-                raise NonFiniteLossError(
-                    f"{prepare.place(i, row)} gives NaN or infinite values at {name}; leave it out."
-                )
-
-
-def _affine(linear: LinearMap) -> Tensor:
-    """Return the weight and the bias of a layer side by side, float64 ``[out, in + 1]``."""
-    weight = linear.weight if linear.outputs == 0 else linear.weight.T
-    bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias
-    return torch.cat([weight, bias.unsqueeze(1)], 1).double()
-
-
-def _tokens(hidden: Tensor, keep: Tensor | None) -> Tensor:
-    """Drop padding: ``[..., features] -> [tokens, features]``, in float32 or float64."""
-    rows = hidden.flatten(0, -2)
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    return rows if keep is None else rows[keep.flatten()]
+            self._kept[other] = calls
+            del calls
+        self._uses[group] += 1
+        return self._kept.pop(group) if self._uses[group] == self._models else self._kept[group]
 
 
 def _losses(
@@ -354,6 +276,7 @@ def _losses(
     models: Sequence[nn.Module],
     refitted: Sequence[nn.Module],
     batches: Sequence[Batch],
+    share: Share,
     prepare: Preparation,
     loss: Loss | None,
 ) -> list[float]:
@@ -361,22 +284,43 @@ def _losses(
 
     Raise `NonFiniteLossError` if that of one of `models`, which are not refitted, is not finite.
     """
-    held = range(_CHECKED - 1, len(batches), _CHECKED)
+    held = range(CHECKED - 1, len(batches), CHECKED)
     compared = Objective(dense, lambda: batches[held[0]], smaller=(*models, *refitted))
-    totals = [0.0 for _ in (*models, *refitted)]
-    for index in held:
-        batch = batches[index]
-        target = compared.target(batch) if loss is None else None
-        for i, model in enumerate((*models, *refitted)):
-            if target is None:
-                assert loss is not None
-                errors = loss(run(model, batch, labels=True), batch)
-                value = float(errors) * batch_size(batch)
-            else:
-                errors = compared.divergence(target, compared.run(model, batch), batch)
-                value = float(errors.double().sum())
-            if i < len(models) and not math.isfinite(value):
-                where = prepare.place(index, row_not_finite(errors) if loss is None else None)
-                raise NonFiniteLossError(f"the loss of {where} is {value} before any refit.")
-            totals[i] += value
-    return [total / sum(batch_size(batches[index]) for index in held) for total in totals]
+    totals = torch.zeros(len(models) + len(refitted), dtype=torch.float64)
+    where = "some batch, maybe of another process,"
+    for number in (n for n, own in zip(share.numbers, share.held, strict=True) if own):
+        batch, row = batches[number], 0
+        for part in [batch] if loss else _parts(dense, batch):
+            target = compared.target(part) if loss is None else None
+            for i, model in enumerate((*models, *refitted)):
+                if target is None:
+                    assert loss is not None
+                    errors = loss(run(model, batch, labels=True), batch)
+                    value = float(errors) * batch_size(batch)
+                else:
+                    errors = compared.divergence(target, compared.run(model, part), part)
+                    value = float(errors.double().sum())
+                if i < len(models) and not math.isfinite(value):
+                    bad = row_not_finite(errors) if loss is None else None
+                    where = prepare.place(number, None if bad is None else row + bad)
+                totals[i] += value
+            row += batch_size(part)
+    totals = sum_over_processes(totals, device_of(dense))
+    for value in totals[: len(models)].tolist():
+        if not math.isfinite(value):
+            raise NonFiniteLossError(f"the loss of {where} is {value} before any refit.")
+    return (totals / sum(batch_size(batches[number]) for number in held)).tolist()
+
+
+def _parts(dense: nn.Module, batch: Batch) -> Iterator[Batch]:
+    """Cut a batch into parts of samples whose logits over a vocabulary are few enough at a time."""
+    size = batch_size(batch)
+    values = list(batch.values()) if isinstance(batch, Mapping) else [batch]
+    tensors = [value for value in values if isinstance(value, Tensor) and value.dim() > 0]
+    head: Any = output_embedding(dense)
+    each = size
+    if head is not None and all(len(value) == size for value in tensors):
+        tokens = max((value.shape[1] for value in tensors if value.dim() > 1), default=1)
+        each = max(1, _LOGITS // (len(head.weight) * tokens))
+    for low in range(0, size, each):
+        yield slice_samples(batch, low, min(low + each, size))

@@ -1,11 +1,12 @@
 """Run many batches side by side, each waiting at every layer for the others."""
 
-from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import weakref
+from collections import deque
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
@@ -13,8 +14,12 @@ from solpath.errors import BatchError
 from solpath.model.hooks import Hook, hooked
 from solpath.running.forward import Batch, run
 
-_REACH = 60  # inputs and outputs of modules to look at on each side of a layer's output
-_TOKENS = 32  # tokens of a sample in which residual streams are looked for
+Group = tuple[str, ...]
+"""Dotted paths of layers that get one and the same input, with no other layer between them."""
+
+
+class Enough(BaseException):
+    """A hook raises it to end the forward pass of `run_part`: what comes later is not needed."""
 
 
 class Place(NamedTuple):
@@ -44,26 +49,43 @@ class Stream:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One batch at one layer.
+    """One batch at the layers of one group, which run for the first time.
 
     Attributes:
-        hidden: The input of the layer.
+        value: The input of the layers; of a group that was waited for behind it, its output.
         stream: What the output will be added to, if that was found.
-        output: The output of the layer, if it was waited for.
     """
 
-    hidden: Tensor
+    value: Tensor
     stream: Tensor | None
-    output: Tensor | None = None
+
+
+_Stops = deque[tuple[Group, LayerCall]]
 
 
 class _Run(greenlet):
-    """The forward pass of one batch, which pauses where hooks tell it to."""
+    """The forward pass of one batch, which pauses where hooks tell it to.
 
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
+    Attributes:
+        seen: What was seen at places that a later layer needs.
+        needed: The layers that still need what is seen at a place.
+        stops: The layer calls since the last pause.
+        waiting: The groups that have not run yet.
+        inputs: The input that each layer of a group that has begun must get.
+    """
+
+    def __init__(
+        self, model: nn.Module, batch: Batch, groups: Iterable[Group], streams: Mapping[str, Stream]
+    ) -> None:
         super().__init__(lambda: self._forward(model, batch))
         self.driver = getcurrent()
         self.seen: dict[Place, Tensor] = {}
+        self.needed: dict[Place, set[str]] = {}
+        for name, stream in streams.items():
+            self.needed.setdefault(stream.place, set()).add(name)
+        self.stops: _Stops = deque()
+        self.waiting = set(groups)
+        self.inputs: dict[str, weakref.ref[Tensor]] = {}
 
     @classmethod
     def current(cls) -> "_Run":
@@ -76,154 +98,195 @@ class _Run(greenlet):
     def _forward(model: nn.Module, batch: Batch) -> None:
         run(model, batch, labels=False)
 
+    def note(self, place: Place, value: Tensor) -> None:
+        """Keep what is seen at a place, if a layer still needs it."""
+        if self.needed[place]:
+            self.seen[place] = value
+
+    def use(self, place: Place, name: str) -> Tensor:
+        """Return what was seen last at a place. It is forgotten once no layer needs it any more."""
+        self.needed[place].discard(name)
+        return self.seen[place] if self.needed[place] else self.seen.pop(place)
+
+    def pause(self) -> None:
+        """Go on with the driver, until it switches back."""
+        self.driver.switch()
+
+    def advance(self) -> None:
+        """Run up to the next pause, or to the end."""
+        if not self.stops and not self.dead:
+            self.switch()
+
 
 def lockstep(
     model: nn.Module,
     batches: Sequence[Batch],
-    layers: Iterable[str],
+    groups: Sequence[Group],
     streams: Mapping[str, Stream],
-    after: Container[str] = (),
-) -> Generator[tuple[str, list[LayerCall]], None, None]:
+    after: Collection[str] = (),
+) -> Generator[tuple[Group, list[LayerCall]], None, None]:
     """Run all batches side by side, so that all of them reach a layer before any runs it.
+
+    In memory are the activations that the forward passes hold where they wait, and streams that
+    a later layer needs. A layer that runs again later is not waited for again. The passes end at
+    the last group: what the model does after it does not run.
 
     Args:
         model: The model. Its hooks are removed at the end.
         batches: The batches to run.
-        layers: Dotted paths of the layers to wait at.
+        groups: The layers to wait at, from `input_groups`.
         streams: The residual streams to look at, by layer, from `residual_streams`.
-        after: Those of `layers` to wait behind, so that their outputs are known.
+        after: Those layers, each a group of its own, of which the outputs are wanted. They run
+            without waiting, and are yielded before the next group runs.
 
     Yields:
-        The layer that all batches wait at, and the layer call of each batch. When the next layer is
-        asked for, the batches run this one with the weights that it has by then. A layer of `after`
-        has run before it is yielded.
+        The group that all batches wait at, and the layer call of each batch. When the next group is
+        asked for, the batches run this one with the weights that it has by then. Neither is kept
+        here, so what the caller lets go of is free.
 
     Raises:
-        BatchError: Two batches run the layers in different orders.
+        BatchError: Two batches run the layers in different orders, or a batch gives layers of a
+            group different inputs.
     """
 
-    def wait_at(name: str) -> Any:
+    def call(one: _Run, name: str, value: Tensor) -> LayerCall:
         stream = streams.get(name)
+        return LayerCall(value, None if stream is None else one.use(stream.place, name))
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any = None) -> None:
+    def wait_at(name: str, group: Group) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             one = _Run.current()
-            known = None if stream is None else one.seen[stream.place]
-            one.driver.switch((name, LayerCall(args[0], known, output)))
+            if group in one.waiting:
+                one.waiting.remove(group)
+                one.inputs.update(dict.fromkeys(group, weakref.ref(args[0])))
+                one.stops.append((group, call(one, name, args[0])))
+                one.pause()
+            expected = one.inputs.pop(name, None)
+            if expected is not None and expected() is not args[0]:
+                raise BatchError(
+                    f"{' and '.join(group)} got the same input on the first batch, and another "
+                    "on a later one; leave out batches that the model treats otherwise."
+                )
+            if not one.waiting and not one.inputs:
+                one.pause()
+
+        return hook
+
+    def note_output(name: str, group: Group) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            one = _Run.current()
+            if group in one.waiting:
+                one.waiting.remove(group)
+                passed = call(one, name, output)  # what follows may change both in place
+                stream = None if passed.stream is None else passed.stream.clone()
+                one.stops.append((group, LayerCall(output.clone(), stream)))
+                if not one.waiting:
+                    one.pause()
 
         return hook
 
     def note(place: Place) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any = None) -> None:
-            _Run.current().seen[place] = output if place.output else args[0]
+            _Run.current().note(place, output if place.output else args[0])
 
         return hook
 
     def waiting() -> Iterator[Hook]:
-        for name in layers:
-            module = model.get_submodule(name)
-            yield Hook(module, "after" if name in after else "before", wait_at(name))
+        for group in groups:
+            for name in group:
+                module = model.get_submodule(name)
+                if name in after:
+                    yield Hook(module, "after", note_output(name, group))
+                else:
+                    yield Hook(module, "before", wait_at(name, group))
         for place in {stream.place for stream in streams.values()}:
             when: Any = "after" if place.output else "before"
             yield Hook(model.get_submodule(place.module), when, note(place))
 
-    runs = [_Run(model, batch) for batch in batches]
+    runs = [_Run(model, batch, groups, streams) for batch in batches]
     with hooked(waiting()):
         try:
-            while any(stops := [one.switch() for one in runs]):
-                names = {stop[0] if stop else "the end" for stop in stops}
+            for _ in groups:
+                for one in runs:
+                    one.advance()
+                names = {one.stops[0][0][0] if one.stops else "the end" for one in runs}
                 if len(names) > 1:
                     low, high = min(names), max(names)
                     raise BatchError(f"one batch runs {low} where another runs {high}.")
-                yield stops[0][0], [call for _, call in stops]
+                if names == {"the end"}:
+                    return
+                yield runs[0].stops[0][0], [one.stops.popleft()[1] for one in runs]
+            for one in runs:
+                if one.inputs:  # layers of the last group, whose inputs are still to be checked
+                    one.advance()
         finally:
             for one in runs:
                 if not one.dead:
                     one.throw()  # GreenletExit: its forward pass ends there
 
 
-def layers_run(model: nn.Module, layers: Iterable[str], sample: Batch) -> list[str]:
-    """Return those of `layers` that a forward pass runs as modules, in the order they run."""
-    found: dict[str, None] = {}
-
-    def noting(name: str) -> Hook:
-        return Hook(model.get_submodule(name), "before", lambda *args: found.setdefault(name))
-
-    with hooked(noting(name) for name in layers):
-        run(model, sample, labels=False)
-    return list(found)
-
-
-def residual_streams(model: nn.Module, layers: Sequence[str], sample: Batch) -> dict[str, Stream]:
-    """Find out where the outputs of `layers` are added to a residual stream, by looking.
-
-    The input t of a later module is the stream after the sum, and an earlier tensor a is the stream
-    before it, if ``t = a + gain * output`` holds for all tokens, channel by channel. The tensors
-    are inputs and outputs of modules that have no children. A sample of one token shows nothing:
-    some gain always fits it.
+def run_part(model: nn.Module, sample: Batch, hooks: Iterable[Hook]) -> None:
+    """Run a model with hooks until one of them raises `Enough`, at most to its output embedding.
 
     Args:
-        model: The dense model. It runs once, and its hooks are removed afterwards.
-        layers: Dotted paths of the layers.
-        sample: A few samples to run.
-
-    Returns:
-        The stream of every layer for which such tensors were found, by layer.
+        model: The model. The hooks are removed at the end.
+        sample: The batch to run.
+        hooks: The hooks.
     """
-    log: list[tuple[Place, Tensor]] = []
-    with _logging(model, log):
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise Enough
+
+    def every() -> Iterator[Hook]:
+        yield from hooks
+        head = output_embedding(model)
+        if head is not None:
+            yield Hook(head, "before", stop)
+
+    with hooked(every()), suppress(Enough):
         run(model, sample, labels=False)
-    tolerance = max(1e-4, 4 * torch.finfo(next(model.parameters()).dtype).eps)
-    found: dict[str, Stream] = {}
-    for i, (place, output) in enumerate(log):
-        if place.module not in layers or not place.output or place.module in found:
-            continue
-        if len(output) < 2:
-            continue
-        nearest = log[max(0, i - _REACH) : i][::-1]
-        before = [(where, value) for where, value in nearest if value.shape == output.shape]
-        for where, after in log[i + 1 : i + _REACH]:
-            if where.output or after.shape != output.shape or torch.equal(after, output):
-                continue
-            stream = _sum_of(before, output, after, tolerance)
-            if stream is not None:
-                found[place.module] = stream
-                break
-    return found
 
 
-def _sum_of(
-    before: Sequence[tuple[Place, Tensor]], output: Tensor, after: Tensor, tolerance: float
-) -> Stream | None:
-    """Return the first stream among `before` that `output`, times a gain, turns into `after`."""
-    energy = output.square().sum(0).clamp(min=1e-30)
-    for place, value in before:
-        step = after - value
-        gain = (step * output).sum(0) / energy
-        if gain.any() and (step - gain * output).norm() < tolerance * after.norm():
-            return Stream(place, gain)
-    return None
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """Return the layer that turns hidden states into logits over a vocabulary, if there is one."""
+    find: Any = getattr(model, "get_output_embeddings", None)
+    try:
+        head = find() if find is not None else None
+    except NotImplementedError:
+        return None
+    return head if isinstance(head, nn.Module) else None
 
 
-@contextmanager
-def _logging(model: nn.Module, log: list[tuple[Place, Tensor]]) -> Iterator[None]:
-    """Log the first input and the output of every module without children, ``[n, features]``."""
+def input_groups(model: nn.Module, layers: Iterable[str], sample: Batch) -> list[Group]:
+    """Return those of `layers` that a forward pass runs as modules, in groups of equal input.
 
-    def note(place: Place, value: Any) -> None:
-        if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
-            value = value if value.dim() == 2 else value[:, :_TOKENS].flatten(0, -2)
-            log.append((place, value.float().clone()))
+    Layers are in one group if they get the same tensor and none of the others runs between them:
+    query, key and value, or gate and up. What counts is the first time that a layer runs.
 
-    def before(name: str) -> Any:
-        return lambda module, args: note(Place(name, False), args[0] if args else None)
+    Args:
+        model: The model. It runs until all layers have run; its hooks are removed afterwards.
+        layers: Dotted paths of the layers.
+        sample: The batch to run.
+    """
+    names = list(dict.fromkeys(layers))
+    found: list[list[str]] = []
+    seen: set[str] = set()
+    last: list[Tensor] = []
 
-    def after(name: str) -> Any:
-        return lambda module, args, output: note(Place(name, True), output)
+    def noting(name: str) -> Hook:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if name in seen:
+                return
+            seen.add(name)
+            if last and last[0] is args[0]:
+                found[-1].append(name)
+            else:
+                found.append([name])
+            last[:] = [args[0]]
+            if len(seen) == len(names):
+                raise Enough
 
-    def logging() -> Iterator[Hook]:
-        for name, module in model.named_modules():
-            if not any(True for _ in module.children()):
-                yield Hook(module, "before", before(name))
-                yield Hook(module, "after", after(name))
+        return Hook(model.get_submodule(name), "before", hook)
 
-    with hooked(logging()):
-        yield
+    run_part(model, sample, (noting(name) for name in names))
+    return [tuple(group) for group in found]

@@ -19,9 +19,17 @@ class Moments(NamedTuple):
     square: Tensor
     cross: Tensor
 
-    def plus(self, other: "Moments") -> "Moments":
-        """Return the moments of the tokens of both."""
-        return Moments(self.square + other.square, self.cross + other.cross)
+    @classmethod
+    def zeros(cls, outputs: int, inputs: int, device: torch.device) -> "Moments":
+        """Return the moments of no tokens; `inputs` counts the 1 that follows an input."""
+        shapes = (inputs, inputs), (outputs, inputs)
+        return cls(*(torch.zeros(s, dtype=torch.float64, device=device) for s in shapes))
+
+    def plus_(self, square: Tensor, cross: Tensor) -> "Moments":
+        """Add the moments of other tokens in place."""
+        self.square.add_(square)
+        self.cross.add_(cross)
+        return self
 
     def lacking(self, present: Tensor) -> "Moments":
         """Return the moments with r less what a layer ``[out, in + 1]`` already gives."""

@@ -35,11 +35,18 @@ from solpath.pair import Pair, Side
 from solpath.planning.cost import CostTable
 from solpath.running.forward import Batch, device_of, output_tensor, row_not_finite, run
 from solpath.running.memory import free_memory, peak_memory, resident_bytes
-from solpath.running.modes import differentiating
+from solpath.running.modes import differentiating, undoing
 from solpath.running.processes import process, sum_over_processes
 from solpath.running.recompute import blocks_of, recomputing
 from solpath.searching.estimate import Estimate, must_recompute
-from solpath.searching.redundancy import Inputs, input_hooks, unexplained_variances
+from solpath.searching.redundancy import (
+    Inputs,
+    ScratchInputs,
+    input_hooks,
+    moment_bytes,
+    parts_in_memory,
+    unexplained_variances,
+)
 
 _ENERGY_BATCHES = 4
 _LARGE = 32 * 2**20  # bytes of weights from which on the memory of a step is looked at
@@ -104,6 +111,8 @@ class Probe:
         self._loss, self._seed = loss, seed
         self._device = device_of(model)
         self._rank, self._world = process()
+        self._looked_at: frozenset[str] = frozenset()  # pairs whose moments this process keeps
+        self._scratch: ScratchInputs | None = None
         self._targets: Targets[list[Target]] = Targets()
         self._compared = Objective(model, self._first)
         self.restrict(pairs)
@@ -219,8 +228,24 @@ class Probe:
     def measure_inputs(self, batches: int) -> Inputs:
         """See `Engine.measure_inputs`."""
         pairs = [pair for pair in self.pairs if pair.kind not in ("qk", "experts")]
-        totals = self._add_up(batches, input_hooks, pairs)
-        return {name: total for name, total in totals.items() if total.any()}
+        own = self.pairs[self._rank :: self._world]
+        self._looked_at = frozenset(pair.name for pair in own)
+        parts = parts_in_memory(self._model, pairs)
+        if len(parts) > 1:  # a pass over the batches for every part
+            size = moment_bytes(self._model, [p for p in pairs if p.name in self._looked_at])
+            self.close()
+            self._scratch = ScratchInputs(size)
+        inputs: dict[str, Tensor] = {}
+        for part in parts:
+            totals = self._add_up(batches, input_hooks, part)
+            for name in list(totals):
+                total = totals.pop(name)
+                if name in self._looked_at and total.any():
+                    if self._scratch is None:
+                        inputs[name] = total
+                    else:
+                        self._scratch.put(name, total)
+        return inputs if self._scratch is None else self._scratch
 
     def _add_up(self, batches: int, hooks: Hooks, pairs: Sequence[Pair]) -> dict[str, Tensor]:
         """Return what `hooks` add up on the dense model, over batches and all processes."""
@@ -237,7 +262,7 @@ class Probe:
                 where = self._place(step, low, row_not_finite(first))
                 raise NonFiniteLossError(f"on {where} the dense model itself is not finite.")
             for name, value in seen.items():
-                totals[name] = totals[name] + value if name in totals else value
+                totals[name] = totals[name].add_(value) if name in totals else value
         return {name: self._sum(total) for name, total in totals.items()}
 
     def rotated(self, basis: Basis) -> contextlib.AbstractContextManager[Any]:
@@ -246,7 +271,19 @@ class Probe:
 
     def unexplained_variance(self, inputs: Inputs, mask: Tensor) -> Tensor:
         """See `Engine.unexplained_variance`."""
-        return unexplained_variances(self._model, self.pairs, inputs, mask)
+        parts = zip(self.pairs, torch.split(mask, [p.units for p in self.pairs]), strict=True)
+        shares = [
+            unexplained_variances(self._model, [pair], inputs, kept)
+            if pair.name in self._looked_at
+            else torch.zeros(pair.units, dtype=torch.float64)
+            for pair, kept in parts
+        ]
+        return self._sum(torch.cat(shares))
+
+    def close(self) -> None:
+        """Let go of what `measure_inputs` keeps on disk."""
+        if self._scratch is not None:
+            self._scratch.close()
 
     def measure_reach(self, batches: int) -> Tensor:
         """See `Engine.measure_reach`."""
@@ -426,6 +463,7 @@ def probing(
             check_once(model, slice_samples(source[0], 0, 2))
         masks = stack.enter_context(mask_hooks(model, pairs))
         probe = Probe(model, pairs, source, prepare, masks, loss, seed, micro_batch)
+        stack.enter_context(undoing(probe.close))
         probe.measure_energy(_ENERGY_BATCHES)
         if recompute is None:
             large = resident_bytes(model) > _LARGE
