@@ -149,11 +149,11 @@ def extract(
 ) -> None:
     """Cut a model to a budget and save it. Latency is measured here, and verified."""
     from solpath.files import check_output
-    from solpath.model.extraction import extract as cut
     from solpath.planning.budget import Budget
-    from solpath.pretrained import load_processor
-    from solpath.storing.writing import save
+    from solpath.pretrained import load_processor, quiet_transformers
+    from solpath.storing.streaming import extract as cut
 
+    quiet_transformers()
     check_output(out)
     options = plan_options(multiple_of, min_width, protect)
     found, (measure, value) = path_of(path), budget
@@ -161,18 +161,14 @@ def extract(
         if latency is not None:
             raise BudgetError("--latency is for --latency-ms.")
         made = found.plan(Budget(measure, value), **options)
-        loaded = load_any(model)
     else:
-        loaded = load_any(model)
-        batch = random_tokens(loaded, samples, tokens)
-        made = _plan_for_latency(loaded, found, batch, value, latency, options)
-    small = cut(loaded, made)
+        made = _plan_for_latency(model, found, (samples, tokens), value, latency, options)
     try:
         processor = load_processor(model)
     except FileError as error:
         say(f"no tokenizer or image processor is saved with it: {error}")
         processor = None
-    save(small, out, tokenizer=processor)
+    cut(model, made, out=out, tokenizer=processor)
     if as_json:
         summary = made.to_dict()
         found_ms = {"latency_ms": summary["latency_ms"]} if made.latency_ms else {}
@@ -182,9 +178,9 @@ def extract(
 
 
 def _plan_for_latency(
-    model: Any,
+    name: str,
     path: "SolutionPath",
-    batch: Any,
+    size: tuple[int, int],
     latency_ms: float,
     file: Path | None,
     options: Mapping[str, Any],
@@ -192,6 +188,8 @@ def _plan_for_latency(
     """Read the table, or measure it and write it if a file is given; then plan and verify."""
     from solpath.measuring.latency import check_request, measure_latency, plan_for_latency
 
+    model = load_any(name)
+    batch = random_tokens(model, *size)
     check_request(model, path, batch, latency_ms, **options)
     if file is not None and file.exists():
         table = table_of(file)
