@@ -83,6 +83,8 @@ def table(name: str) -> str:
         return _markdown([("what", "measured", "against", "aim", "script"), *costs()])
     if name == "checkpoints":
         return _markdown([*checkpoints()])
+    if name == "streaming":
+        return _markdown([*streaming()])
     if name == "gpu":
         return _markdown([*gpu()])
     if name == "latency_budget":
@@ -230,6 +232,18 @@ def latency_budget() -> Iterator[list[str]]:
         for kind in ("verified", "table_alone"):
             row += [f"{entry[kind]['side_by_side_ms']:.1f}", f"{entry[kind]['error']:+.1%}"]
         yield row
+
+
+def streaming() -> Iterator[list[str]]:
+    """Checkpoints that are cut from disk to disk: memory, and time against a copy."""
+    columns = ("read", "written", "largest weight", "memory", "of its own", "imports")
+    keys = ("dense_bytes", "small_bytes", "largest_tensor_bytes", "peak", "anonymous")
+    yield ["checkpoint", *columns, "time", "÷ copy"]
+    for name, found in _results("streaming").items():
+        if name == "digests":
+            continue
+        sizes = [f"{found[key] / 1e6:,.0f} MB" for key in (*keys, "anonymous_before")]
+        yield [name, *sizes, f"{found['seconds']:.0f} s", _x(found["ratio"])]
 
 
 def gpu() -> Iterator[list[str]]:

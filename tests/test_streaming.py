@@ -14,7 +14,13 @@ import solpath
 from conftest import build
 from plans import random_plan
 from solpath.arch import lookup, register, table
-from solpath.errors import ConfigError, FileError, FingerprintError, UnsupportedModelError
+from solpath.errors import (
+    BudgetError,
+    ConfigError,
+    FileError,
+    FingerprintError,
+    UnsupportedModelError,
+)
 from solpath.model.discovery import find_pairs
 from solpath.model.fingerprint import fingerprint, values_digest
 from solpath.model.linear import linear_map
@@ -230,6 +236,24 @@ def test_weights_of_another_dtype_are_accepted_if_they_are_the_same(tmp_path):
         for model in (half, wide, tmp_path):
             solpath.extract(model, plan)
         solpath.extract(tmp_path, plan, out=tmp_path / "out", overwrite=True)
+
+
+def test_sizes_are_those_of_the_dtype_that_is_cut(tmp_path):
+    build("llama").bfloat16().save_pretrained(tmp_path)
+    wide = from_pretrained(tmp_path, dtype=torch.float32)
+    plan = random_plan(wide, FRACTIONS)
+    own = random_plan(from_pretrained(tmp_path), FRACTIONS).achieved
+    assert (own.bytes, own.cache) != (plan.achieved.bytes, plan.achieved.cache)
+    assert solpath.extract(wide, plan).solpath_plan is plan
+    assert solpath.extract(tmp_path, plan).solpath_plan.achieved == own
+    solpath.extract(tmp_path, plan, out=tmp_path / "out")
+    assert solpath.load(tmp_path / "out").solpath_plan.achieved == own
+    for measure in ("bytes", "cache"):
+        share, count = (replace(plan, asked={measure: value}) for value in (0.5, 5000))
+        solpath.extract(tmp_path, share)
+        for options in ({}, {"out": tmp_path / "new"}):
+            with pytest.raises(BudgetError, match=rf"5,000 of {measure} in torch.*a share"):
+                solpath.extract(tmp_path, count, **options)
 
 
 def test_rounded_weights_are_refused_with_both_dtypes():

@@ -3,10 +3,13 @@
 import copy
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar, cast, overload
 
+import torch
 from torch import Tensor, nn
 
+from solpath.errors import BudgetError
 from solpath.model.basis import rotated
 from solpath.model.checking import check_for_plan
 from solpath.model.cutting import channels_kept, cut_model
@@ -54,6 +57,8 @@ def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Mo
     Raises:
         FingerprintError: The plan belongs to another model (the message says what differs), or it
             was read from a saved model and lacks the basis of a pair that it cuts.
+        BudgetError: The plan keeps a number of bytes, and the model is in another dtype than that
+            of the search.
         UnsupportedModelError: The model cannot be cut or was cut already; see `find_pairs`. Or its
             table was registered, and is wrong or could not be checked; see `check_table`.
         FileError: A folder or id was given and cannot be read; see `from_pretrained`.
@@ -78,6 +83,7 @@ def _extract(model: Model, plan: Plan, check: bool) -> Model:
     if check:
         check_fingerprint(plan.fingerprint, plan.pairs, model, pairs)
         check_for_plan(model, plan)
+        plan = in_dtype_of(model, plan)
     else:
         check_pairs(plan.pairs, pairs)
     kept = {pair.name: plan.units_of(pair) for pair in pairs}
@@ -85,6 +91,34 @@ def _extract(model: Model, plan: Plan, check: bool) -> Model:
         result = cut_model(model, pairs, sites, kept, plan.gains)
     setattr(result, EXTRACTED, plan)
     return result
+
+
+def in_dtype_of(model: nn.Module, plan: Plan) -> Plan:
+    """Return a plan with the bytes of a model that holds the weights of the search in any dtype.
+
+    Args:
+        model: The dense model.
+        plan: A plan for it. It is returned as it is if it was made in the dtype of the model.
+
+    Raises:
+        BudgetError: The plan was asked for a number of bytes, which another dtype does not come to.
+    """
+    known = [getattr(torch, name, None) for name in plan.fingerprint.dtype.split(", ")]
+    dtype = next(model.parameters()).dtype
+    if len(known) != 1 or known[0] in (None, dtype):
+        return plan
+    before, after = known[0].itemsize, dtype.itemsize
+    for measure in ("bytes", "cache"):
+        if plan.asked.get(measure, 0) > 1:
+            raise BudgetError(
+                f"the plan keeps {plan.asked[measure]:,} of {measure} in {known[0]}, and this model"
+                f" is in {dtype}, of {after} bytes a number in place of {before}; plan by a share, "
+                f"such as path.plan({measure}=0.5)."
+            )
+    sizes = plan.achieved
+    more = sizes.params * (after - before)
+    sizes = replace(sizes, bytes=sizes.bytes + more, cache=sizes.cache * after // before)
+    return replace(plan, achieved=sizes)
 
 
 def cut_reader(

@@ -17,7 +17,7 @@ from solpath.errors import ConfigError, UnsupportedModelError
 from solpath.files import check_output, new_folder, temporary_folder
 from solpath.model import extraction
 from solpath.model.discovery import survey
-from solpath.model.extraction import cut_reader
+from solpath.model.extraction import cut_reader, in_dtype_of
 from solpath.model.fingerprint import (
     check_pairs,
     check_same,
@@ -98,6 +98,8 @@ def extract(
     Raises:
         FingerprintError: The plan belongs to another model (the message says what differs), or it
             was read from a saved model and lacks the basis of a pair that it cuts.
+        BudgetError: The plan keeps a number of bytes, and the model is in another dtype than that
+            of the search.
         UnsupportedModelError: The model cannot be cut or was cut already; see `find_pairs`. Or its
             table was registered, and is wrong or could not be checked; see `check_table`.
         FileError: A folder or id was given and cannot be read; see `from_pretrained`. Or `out`
@@ -159,6 +161,7 @@ def _stream(
         if plan.fingerprint.version == 1:
             check_same(plan.fingerprint, fingerprint(dense, pairs, version=1, read=read))
         read = _noting(read, digests, dense, pairs)
+        plan = in_dtype_of(dense, plan)
     read = cut_reader(dense, plan, read)
     shapes = replace(plan, basis={}, dropped_rotations=())  # which a rotation leaves as they are
     small = extraction.extract(dense, shapes, check=False)
