@@ -125,21 +125,19 @@ def _narrowest(values: Tensor) -> Tensor:
     """Return the same numbers in the first of bfloat16, float16, float32 and float64 that can."""
     if values.dtype == torch.float64:
         values = _if_equal(values, torch.float32)
-    if values.dtype == torch.float16:
-        wide = _if_equal(values.float(), torch.bfloat16)
-        return wide if wide.dtype == torch.bfloat16 else values
-    for dtype in (torch.bfloat16, torch.float16):
-        if values.dtype == torch.float32:
-            values = _if_equal(values, dtype)
-    return values
+    if values.dtype in (torch.float32, torch.float16):
+        values = _if_equal(values, torch.bfloat16)
+    return _if_equal(values, torch.float16) if values.dtype == torch.float32 else values
 
 
 def _if_equal(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `values` in a narrower dtype, or as they are if that would change a bit of them."""
-    whole = {torch.float32: torch.int32, torch.float64: torch.int64}[values.dtype]
-    for part in (values[:_GLANCE], values):  # the first few settle nearly all of them
+    """Return `values` in another dtype, or as they are if that would change a number."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    whole = torch.int64 if wide == torch.float64 else torch.int32
+    for some in (values[:_GLANCE], values):  # the first few settle nearly all of them
+        part = some.to(wide)
         narrow = part.to(dtype)
-        if not torch.equal(narrow.to(values.dtype).view(whole), part.view(whole)):
+        if not torch.equal(narrow.to(wide).view(whole), part.view(whole)):
             return values
     return narrow
 
