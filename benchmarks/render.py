@@ -73,8 +73,9 @@ def table(name: str) -> str:
     closed-form method (``short_<model>``: of the best), ``parts_<model>`` one per part of the best
     that is switched off, ``speed_<model>`` one per member that was timed, ``tuning`` one per member
     that was tuned, ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision,
-    ``latency_budget`` one per asked latency, ``gpu`` one per model. ``tutorial`` is what the
-    tutorial prints about its sizes, as text.
+    ``latency_budget`` one per asked latency, ``gpu`` one per model, ``streaming`` one per
+    checkpoint, ``digests`` one per dtype. ``tutorial`` is what the tutorial prints about its sizes,
+    as text.
     """
     if name == "tutorial":
         lines = [line for line in _results("tutorial") if "parameters" in line]
@@ -83,6 +84,9 @@ def table(name: str) -> str:
         return _markdown([("what", "measured", "against", "aim", "script"), *costs()])
     if name == "checkpoints":
         return _markdown([*checkpoints()])
+    if name == "digests":
+        rows = _results("streaming")["digests"].items()
+        return _markdown([("weights", "÷ digest of bytes"), *((name, _x(x)) for name, x in rows)])
     if name == "streaming":
         return _markdown([*streaming()])
     if name == "gpu":

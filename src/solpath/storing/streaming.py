@@ -5,8 +5,10 @@ next but one is read. What is written is what `extract` and `save` write, to the
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar, overload
 
@@ -27,7 +29,6 @@ from solpath.model.fingerprint import (
     values_digest,
 )
 from solpath.model.weights import weight_reader
-from solpath.pair import Pair
 from solpath.planning.plan import EXTRACTED, Plan
 from solpath.pretrained import Name, off_loaded
 from solpath.running.modes import contained
@@ -155,36 +156,50 @@ def _stream(
     remove_hook_from_submodules(dense)
     pairs, _ = survey(dense)
     check_pairs(plan.pairs, pairs)
-    digests: dict[str, str] = {}
-    if check:
-        _check_table(dense, name)
-        if plan.fingerprint.version == 1:
-            check_same(plan.fingerprint, fingerprint(dense, pairs, version=1, read=read))
-        read = _noting(read, digests, dense, pairs)
-        plan = in_dtype_of(dense, plan)
+    if not check:
+        return _write(dense, plan, read, folder, tokenizer, max_shard_size)
+    _check_table(dense, name)
+    if plan.fingerprint.version == 1:
+        check_same(plan.fingerprint, fingerprint(dense, pairs, version=1, read=read))
+    digests: dict[str, Future[str]] = {}
+    with ThreadPoolExecutor(1) as pool:
+        noting = _noting(read, digests, {*chain(*parameters_of(dense, pairs).values())}, pool)
+        sized = in_dtype_of(dense, plan)
+        _write(dense, sized, noting, folder, tokenizer, max_shard_size)
+    if plan.fingerprint.version > 1:
+        found = combined(dense, pairs, {name: digest.result() for name, digest in digests.items()})
+        check_same(plan.fingerprint, found)
+
+
+def _write(
+    dense: nn.Module,
+    plan: Plan,
+    read: Callable[[str], Tensor],
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    max_shard_size: int | str,
+) -> None:
     read = cut_reader(dense, plan, read)
     shapes = replace(plan, basis={}, dropped_rotations=())  # which a rotation leaves as they are
     small = extraction.extract(dense, shapes, check=False)
     setattr(small, EXTRACTED, plan)
-    contents = contents_of(small, read)
-    write(contents, folder, tokenizer, max_shard_size)
-    if check and plan.fingerprint.version > 1:
-        check_same(plan.fingerprint, combined(dense, pairs, digests))
+    write(contents_of(small, read), folder, tokenizer, max_shard_size)
 
 
 def _noting(
     read: Callable[[str], Tensor],
-    digests: dict[str, str],
-    model: nn.Module,
-    pairs: tuple[Pair, ...],
+    digests: dict[str, Future[str]],
+    names: Collection[str],
+    pool: ThreadPoolExecutor,
 ) -> Callable[[str], Tensor]:
-    """Return a reader that notes the digests of the weights of all pairs as they pass."""
-    wanted = {name for names in parameters_of(model, pairs).values() for name in names}
+    """Return a reader that has some weights digested as they pass, one at a time."""
 
     def noting(name: str) -> Tensor:
         value = read(name)
-        if name in wanted:
-            digests[name] = values_digest(value)
+        if name in names:
+            for last in [*digests.values()][-1:]:
+                last.result()
+            digests[name] = pool.submit(values_digest, value)
         return value
 
     return noting
