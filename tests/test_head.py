@@ -8,9 +8,9 @@ from conftest import build, inputs
 from plans import random_plan
 from solpath.errors import BatchError, ConfigError
 from solpath.measuring.evaluation import evaluate, reference_outputs
-from solpath.running.memory import peak_memory
 from solpath.model import head
 from solpath.running.forward import forward
+from solpath.running.memory import peak_memory
 
 # Caps, scales and biases on logits, heads of several layers, other children ahead of the head.
 LABELS = ["bart", "cohere", "distilbert", "falcon", "gemma2", "gemma3", "gpt2", "llava", "mpnet"]

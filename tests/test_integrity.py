@@ -180,6 +180,18 @@ def test_axes_without_an_inverse_are_refused(path, tmp_path):
         SolutionPath.load(tmp_path / "path")
 
 
+@pytest.mark.parametrize("part", ["", "config", "fingerprint"])
+def test_a_field_is_compared_whatever_else_has_its_name(part, tmp_path):
+    header = {"version": 2, "config": {"dtype": "a"}, "fingerprint": {"version": 2, "dtype": "b"}}
+    checkpoints.write_checkpoint(tmp_path / "state", header, {"x": torch.ones(1)})
+    assert checkpoints.read_checkpoint(tmp_path / "state", header)
+    other = json.loads(json.dumps(header))
+    inner = other[part] if part else other
+    inner["version" if part != "config" else "dtype"] = "other"
+    with pytest.raises(FingerprintError, match="differs in"):
+        checkpoints.read_checkpoint(tmp_path / "state", other)
+
+
 def forge_state(file, change):
     with safe_open(file, framework="pt") as stream:
         text = stream.metadata()[checkpoints._KEY]

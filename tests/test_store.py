@@ -27,7 +27,7 @@ from solpath.model.fingerprint import fingerprint
 from solpath.planning.budget import Budget, Constraints
 from solpath.planning.plan import make_plan
 from solpath.reading import sealed
-from solpath.storing import manifest
+from solpath.storing import manifest, shards
 from solpath.storing import writing as store
 from solpath.storing.skeleton import state_of
 
@@ -268,10 +268,9 @@ FULL = OSError(28, "No space left on device")
 @pytest.mark.parametrize(
     ("home", "name"),
     [
-        (store, "save_file"),
+        (store, "write_shards"),
+        (shards, "values_as_bytes"),
         (store, "json_bytes"),
-        (store, "digests"),
-        (store, "sync"),
         (files, "sync"),
         (files, "_rename_with"),
     ],

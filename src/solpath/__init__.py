@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from solpath.measuring.measurement import measure
     from solpath.model.checking import check_table
     from solpath.model.discovery import find_pairs
-    from solpath.model.extraction import extract
     from solpath.model.masks import masked
     from solpath.planning.latency_table import LatencyTable
     from solpath.planning.path import SolutionPath
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from solpath.refining.tuning import tune
     from solpath.searching.search import search
     from solpath.storing.reading import load
+    from solpath.storing.streaming import extract
     from solpath.storing.writing import push_to_hub, save
 
 __version__ = "0.1.0"
@@ -45,7 +45,7 @@ _HOME = {
     "check_table": "model.checking",
     "compensate": "refining.compensation",
     "evaluate": "measuring.evaluation",
-    "extract": "model.extraction",
+    "extract": "storing.streaming",
     "find_pairs": "model.discovery",
     "image_batches": "data.images",
     "image_text_batches": "data.images",

@@ -250,10 +250,17 @@ class Fingerprint:
         architecture: Class name of the model.
         digests: Pair name to the first digits of a SHA-256 of the weights and biases of its
             layers.
+        dtype: The dtypes that these weights had, such as ``"bfloat16"``, sorted and joined by
+            commas. It is empty in version 1.
+        version: How `digests` were made, 1 or 2. Those of version 2 are equal for equal numbers,
+            whatever dtype holds them; those of version 1 hold for one dtype. See
+            docs/file-formats.md.
     """
 
     architecture: str
     digests: Mapping[str, str]
+    dtype: str = ""
+    version: int = 1
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "Fingerprint":
@@ -264,18 +271,21 @@ class Fingerprint:
 
         Raises:
             TypeError: A field is missing or unknown, or not of its type.
+            ValueError: The version is unknown.
         """
         found = cls(**value)
-        texts = [found.architecture, *found.digests, *dict(found.digests).values()]
+        texts = [found.architecture, found.dtype, *found.digests, *dict(found.digests).values()]
         if not all(isinstance(text, str) for text in texts):
-            raise TypeError("fingerprint: the class and all digests must be texts")
+            raise TypeError("fingerprint: the class, the dtype and all digests must be texts")
+        if whole(found.version, 1) > 2:
+            raise ValueError(f"fingerprint: version {found.version} is unknown, update solpath")
         return found
 
     def differences(self, other: "Fingerprint") -> str:
         """Return in words how `other` differs, or an empty string when it does not.
 
         Args:
-            other: The fingerprint to compare with, of the model at hand.
+            other: The fingerprint to compare with, of the model at hand and of the same version.
         """
         if self.architecture != other.architecture:
             return f"the class is {other.architecture}, not {self.architecture}"
@@ -283,7 +293,18 @@ class Fingerprint:
             names = sorted(set(self.digests) ^ set(other.digests))
             return f"the pairs differ, for example {names[0]}"
         changed = [n for n, digest in self.digests.items() if other.digests[n] != digest]
-        if changed:
-            share = f"{len(changed)} of {len(self.digests)} pairs"
-            return f"the weights differ in {share}, first {changed[0]}"
-        return ""
+        if not changed:
+            return ""
+        share = f"{len(changed)} of {len(self.digests)} pairs"
+        found = f"the weights differ in {share}, first {changed[0]}"
+        if self.dtype == other.dtype:
+            return found
+        if self.version == 1:
+            return (
+                f"{found}; its digests are of an older version and fit one dtype only, that of the "
+                f"search: these weights are {other.dtype}, so load the model in the other dtype"
+            )
+        return (
+            f"{found}; it was made from {self.dtype} weights, and these are {other.dtype}. If they "
+            f"were rounded, load the model in {self.dtype} and cast the smaller one"
+        )

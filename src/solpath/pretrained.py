@@ -3,7 +3,9 @@
 import logging
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -71,6 +73,84 @@ def from_pretrained(
     """
     if is_gguf(name):
         return _from_gguf(Path(name), device, dtype)
+    return _load(name, device, dtype, {})
+
+
+def off_loaded(name: Name, scratch: Path) -> "PreTrainedModel":
+    """Load a dense model whose weights stay where they are on disk.
+
+    Parameters are on the meta device, and buffers in memory. The model has the hooks that
+    accelerate puts on off-loaded models, which know the file of every weight.
+
+    Args:
+        name: See `from_pretrained`.
+        scratch: An empty folder on disk, which must live as long as the model. Weights that
+            transformers computes from others, such as those of experts that were saved one by one,
+            are written into it.
+
+    Raises:
+        UnsupportedModelError: See `from_pretrained`. Or transformers holds some of its weights in
+            float32 and others not, so that no smaller model of them could be saved.
+        FileError: See `from_pretrained`.
+        ConfigError: See `from_pretrained`.
+    """
+    placement = {"device_map": {"": "disk"}, "offload_folder": str(scratch)}
+    with _quiet_accelerate():
+        model = _load(name, "cpu", None, placement)
+        if computed := _not_in_files(model):  # accelerate has lost them
+            device_map = dict(_places("", model, computed))
+            model = _load(name, "cpu", None, {**placement, "device_map": device_map})
+    wide = model._get_dtype_plan(model.dtype)
+    if mixed := [n for n, _ in model.named_parameters() if any(part in n for part in wide)]:
+        raise UnsupportedModelError(
+            f"{name} is in {model.dtype}, and transformers holds {mixed[0]} in float32; load it in "
+            "one dtype with from_pretrained(name, dtype=torch.float32), and cut and save that."
+        )
+    return model
+
+
+@contextmanager
+def _quiet_accelerate() -> Iterator[None]:
+    """Let accelerate off-load what it was told to without a warning that it did."""
+    logger = logging.getLogger("accelerate.big_modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*device_map keys do not match")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _not_in_files(model: nn.Module) -> set[str]:
+    """Return the modules whose parameters are computed, such as sinusoids, and not read."""
+    found = set()
+    for path, module in model.named_modules():
+        devices = getattr(getattr(module, "_hf_hook", None), "original_devices", {})
+        if any(devices[name].type != "meta" for name in devices.keys() & module._parameters):
+            found.add(path)
+    return found
+
+
+def _places(path: str, module: nn.Module, computed: set[str]) -> Iterator[tuple[str, str]]:
+    """Yield what goes to disk, in parts as large as can be, and what stays in memory."""
+    prefix = f"{path}." if path else ""
+    if path in computed:
+        yield path, "cpu"
+    elif not any(name.startswith(prefix) for name in computed):
+        yield path, "disk"
+    else:
+        for leaf in (*module._parameters, *module._buffers):
+            yield f"{prefix}{leaf}", "cpu"
+        for name, child in module.named_children():
+            yield from _places(f"{prefix}{name}", child, computed)
+
+
+def _load(
+    name: Name, device: str | torch.device, dtype: torch.dtype | None, placement: dict[str, Any]
+) -> "PreTrainedModel":
+    """Load a dense model as `from_pretrained` says, with more arguments for transformers."""
     folder, local = _locate(name)
     if (folder / "solpath.json").is_file():
         raise UnsupportedModelError(
@@ -105,13 +185,14 @@ def from_pretrained(
             dtype=dtype or "auto",
             output_loading_info=True,
             **options,
+            **placement,
         )
     except SolpathError:
         raise
     except Exception as error:  # forged settings can make transformers raise anything
         raise _unreadable(name, error) from error
     _check_missing(name, kind, report)
-    return cast("PreTrainedModel", model.eval().to(device))
+    return cast("PreTrainedModel", model.eval() if placement else model.eval().to(device))
 
 
 def _from_gguf(

@@ -153,11 +153,12 @@ def extract(
 ) -> None:
     """Cut a model to a budget and save it. Latency is measured here, and verified."""
     from solpath.files import check_output
-    from solpath.model.extraction import extract as cut
     from solpath.planning.budget import Budget
-    from solpath.pretrained import load_processor
+    from solpath.pretrained import load_processor, quiet_transformers
+    from solpath.storing.streaming import extract as cut
     from solpath.storing.writing import save
 
+    quiet_transformers()
     check_output(out)
     options = plan_options(multiple_of, min_width, protect)
     found, (measure, value) = path_of(path), budget
@@ -165,18 +166,20 @@ def extract(
         if latency is not None:
             raise BudgetError("--latency is for --latency-ms.")
         made = found.plan(Budget(measure, value), **options)
-        loaded = load_any(model, dtype)
     else:
         loaded = load_any(model, dtype)
         batch = random_tokens(loaded, samples, tokens)
         made = _plan_for_latency(loaded, found, batch, value, latency, options)
-    small = cut(loaded, made)
+        del loaded
     try:
         processor = load_processor(model)
     except FileError as error:
         say(f"no tokenizer or image processor is saved with it: {error}")
         processor = None
-    save(small, out, tokenizer=processor)
+    if dtype is Precision.AUTO:
+        cut(model, made, out=out, tokenizer=processor)
+    else:
+        save(cut(load_any(model, dtype), made), out, tokenizer=processor)
     if as_json:
         summary = made.to_dict()
         found_ms = {"latency_ms": summary["latency_ms"]} if made.latency_ms else {}

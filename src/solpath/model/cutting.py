@@ -36,14 +36,12 @@ def cut_model(
     """
     # deepcopy finds the cut parameters in `memo`, so a matrix that is cut is never copied whole.
     cut = {pair.name for pair in pairs if kept[pair.name].shape[1] < pair.width}
-    layers = _sides_of_layers(pairs, cut)
+    layers = channels_kept(pairs, kept)
     slim = [site for site in sites if cut & {pair.name for pair in site.pairs}]
     changed = *layers, *(site.path for site in slim)
     memo: dict[int, Any] = {}
-    for path, sides in layers.items():
-        index = [pair.channel_index(side, kept[pair.name]) for pair, side in sides]
-        order = torch.cat(index).sort().values
-        memo |= cut_linear(linear_map(model, path), order, sides[0][1].axis)
+    for path, (order, axis) in layers.items():
+        memo |= cut_linear(linear_map(model, path), order, axis)
     result = copy.deepcopy(model, memo)
     for path in changed:  # accelerate's hooks, once removed, leave the `forward` of the class
         vars(layer_at(result, path)).pop("forward", None)
@@ -54,15 +52,29 @@ def cut_model(
     return result
 
 
-def _sides_of_layers(pairs: Sequence[Pair], cut: set[str]) -> dict[str, list[tuple[Pair, Side]]]:
-    """Return every layer that a cut pair touches, by path, with all pairs and sides in it."""
+def channels_kept(
+    pairs: Sequence[Pair], kept: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, int]]:
+    """Return what is kept of every layer that a cut pair touches.
+
+    Args:
+        pairs: The pairs of a model.
+        kept: Pair name to the kept units of every head, int64 ``[heads, r]``, ascending.
+
+    Returns:
+        Path of the layer to its channels that stay, int64, ascending, and to the axis they lie on,
+        0 for outputs and 1 for inputs.
+    """
     layers: dict[str, list[tuple[Pair, Side]]] = defaultdict(list)
     for pair in pairs:
         for side in pair.sides:
             layers[side.module].append((pair, side))
-    return {
-        path: sides for path, sides in layers.items() if any(pair.name in cut for pair, _ in sides)
-    }
+    result = {}
+    for path, sides in layers.items():
+        if any(kept[pair.name].shape[1] < pair.width for pair, _ in sides):
+            index = [pair.channel_index(side, kept[pair.name]) for pair, side in sides]
+            result[path] = torch.cat(index).sort().values, int(sides[0][1].axis)
+    return result
 
 
 def _slim_(

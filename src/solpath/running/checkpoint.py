@@ -116,6 +116,10 @@ def _digest(text: str, state: State) -> str:
 
 
 def _fields(header: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the header without its nesting."""
-    rest = {name: value for name, value in header.items() if name not in ("config", "fingerprint")}
-    return {**rest, **header["config"], **header["fingerprint"]}
+    """Return the header without its nesting. Of two equal names the inner one says where it is."""
+    inner = ("config", "fingerprint")
+    fields = {name: value for name, value in header.items() if name not in inner}
+    for part in inner:
+        for name, value in header[part].items():
+            fields[f"{part}.{name}" if name in fields else name] = value
+    return fields

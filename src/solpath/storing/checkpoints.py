@@ -7,6 +7,8 @@ folder that `solpath.save` writes.
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ from solpath.errors import ConfigError, FileError
 from solpath.files import sync, temporary_folder
 from solpath.running.modes import contained
 from solpath.storing.manifest import GENERATION, HEADER, INDEX, SHARD
-from solpath.storing.skeleton import unshared
 from solpath.storing.writing import contents_of, write
 
 _REFUSED = {
@@ -68,9 +69,9 @@ def save_pretrained(
         contents.config["_name_or_path"] = ""
     if state_dict is not None:
         _check_state(model, state_dict)
-        contents.tensors = unshared(
-            {name: state_dict.get(name, value) for name, value in contents.tensors.items()}
-        )
+        for name in contents.tensors.keys() & state_dict:
+            given = partial(state_dict.__getitem__, name)
+            contents.tensors[name] = replace(contents.tensors[name], read=given)
     folder = Path(save_directory)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -271,7 +271,7 @@ def check_same(
         dtype: The dtype of the model, which any tensor may have.
 
     Raises:
-        SolpathError: A tensor differs, is on one side only, or has no data.
+        SolpathError: A tensor differs, or is on one side only.
     """
     if wrong := sorted(set(state) ^ set(built)):
         where = "the model has" if wrong[0] in state else "only a model built from its config has"
@@ -280,21 +280,8 @@ def check_same(
         )
     for key, tensor in state.items():
         other = built[key]
-        if tensor.is_meta:
-            raise SolpathError(f"{key} has no data (it is on the meta device).")
         if tensor.shape != other.shape or tensor.dtype not in (other.dtype, dtype):
             raise SolpathError(
                 f"{name} cannot be rebuilt from its config and plan: {key} is {tensor.dtype} "
                 f"{list(tensor.shape)}, not {other.dtype} {list(other.shape)}."
             )
-
-
-def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous tensors on the CPU, no two in the same memory, as safetensors requires."""
-    result, seen = {}, set()
-    for name, tensor in tensors.items():
-        value = tensor.detach().cpu().contiguous()
-        address = value.untyped_storage().data_ptr()
-        result[name] = value.clone() if address in seen else value
-        seen.add(address)
-    return result

@@ -8,22 +8,22 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from solpath.errors import ConfigError, FileError, SolpathError
-from solpath.files import check_output, json_bytes, new_folder, sync
+from solpath.errors import ConfigError, SolpathError
+from solpath.files import check_output, json_bytes, new_folder
+from solpath.model.weights import weight_reader
 from solpath.planning.plan import Plan, plan_of
 from solpath.pretrained import unwrapped
-from solpath.reading import digests, dtype_name, sealed
+from solpath.reading import dtype_name, sealed
 from solpath.running.modes import contained
 from solpath.running.provenance import version_of
 from solpath.storing.manifest import (
@@ -36,6 +36,7 @@ from solpath.storing.manifest import (
     HEADER,
     INDEX,
 )
+from solpath.storing.shards import Stored, write_shards
 from solpath.storing.skeleton import (
     AUTO_MARK,
     build_skeleton,
@@ -44,7 +45,6 @@ from solpath.storing.skeleton import (
     constructor_options,
     resolve,
     state_of,
-    unshared,
 )
 
 
@@ -155,7 +155,7 @@ def push_to_hub(
 class Contents:
     """What goes into a folder. Building it checks that `load` rebuilds exactly this model."""
 
-    def __init__(self, model: Any, plan: Plan) -> None:
+    def __init__(self, model: Any, plan: Plan, read: Callable[[str], Tensor]) -> None:
         name, config = type(model).__name__, model.config
         dtypes = {parameter.dtype for parameter in model.parameters()}
         if len(dtypes) != 1:
@@ -196,19 +196,35 @@ class Contents:
                 f"{type(model).__module__}.{name} is not the class of that name in transformers; "
                 "load could not rebuild it."
             )
-        state = state_of(model)
+        state = _state_of(model, read)
         skeleton, expected = build_skeleton(model_class, self.config, self.head, plan, len(state))
         check_same(name, state, state_of(skeleton), dtype)
-        self.tensors = unshared({key: state[key] for key in expected})
-        header = {key: (dtype_name(t.dtype), tuple(t.shape)) for key, t in self.tensors.items()}
+        self.tensors = {
+            key: Stored(state[key].dtype, tuple(state[key].shape), partial(read, key))
+            for key in expected
+        }
+        header = {key: (dtype_name(t.dtype), t.shape) for key, t in self.tensors.items()}
         check_sizes(self.config, [header])
 
 
-def contents_of(model: nn.Module) -> Contents:
+def _state_of(model: Any, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Return parameters and buffers as `state_of`. Tied ones that accelerate has untied are one."""
+    state = state_of(model)
+    for name, first in model.all_tied_weights_keys.items():
+        if name in state and first in state and state[name].is_meta:
+            values = read(name), read(first)
+            if not values[0].is_meta and torch.equal(*values):
+                del state[name]
+    return state
+
+
+def contents_of(model: nn.Module, read: Callable[[str], Tensor] | None = None) -> Contents:
     """Return what goes into the folder of a model.
 
     Args:
         model: A model from `extract`.
+        read: Reads a parameter or buffer by its name. None reads those of the model, also where
+            accelerate has off-loaded them.
 
     Raises:
         SolpathError: The model was not extracted, or `load` could not rebuild it.
@@ -227,7 +243,7 @@ def contents_of(model: nn.Module) -> Contents:
             "to rebuild it from. Wrap a timm model in TimmWrapperForImageClassification or "
             "TimmWrapperModel before the search; or keep state_dict() and extract again."
         )
-    return Contents(model, plan)
+    return Contents(model, plan, read or weight_reader(model))
 
 
 def write(
@@ -245,32 +261,14 @@ def write(
         ConfigError: See `save`.
         FileError: A file cannot be written.
     """
-    from huggingface_hub import split_torch_state_dict_into_shards
-
     if tokenizer is not None:
         if not callable(getattr(tokenizer, "save_pretrained", None)):
             raise ConfigError(f"tokenizer has no save_pretrained: {tokenizer!r}.")
         tokenizer.save_pretrained(str(folder))
-    try:
-        shards = split_torch_state_dict_into_shards(contents.tensors, max_shard_size=max_shard_size)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"max_shard_size {max_shard_size!r}: {error}") from error
-    written = []
-    for name, keys in shards.filename_to_tensors.items():
-        part = {key: contents.tensors[key] for key in keys}
-        try:
-            save_file(part, folder / name, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise FileError(f"could not write {name}: {error}") from error
-        written.append(folder / name)
-    with digests(written) as found:
-        for path in written:  # this takes as long as the digests, so both run at once
-            sync(path)
-        known = {name: digest.result() for name, digest in found.items()}
+    known, index = write_shards(contents.tensors, folder, max_shard_size)
     texts: dict[str, Mapping[str, Any] | None] = {CONFIG: contents.config}
     texts[GENERATION] = contents.generation
-    if shards.is_sharded:
-        texts[INDEX] = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+    texts[INDEX] = index
     for name, value in texts.items():
         if value is not None:
             text = json_bytes(value)
