@@ -11,10 +11,9 @@ from torch.nn import functional
 from solpath.data.preparation import Preparation
 from solpath.errors import BatchError, NonFiniteLossError
 from solpath.model.linear import LinearMap, linear_map
-from solpath.running.forward import at_least_float
 from solpath.refining.layerwise import Group, LayerCall, Stream
 from solpath.refining.least_squares import Moments
-from solpath.running.forward import Batch, activation_mask, row_not_finite
+from solpath.running.forward import Batch, activation_mask, at_least_float, row_not_finite
 from solpath.running.processes import process, sum_over_processes
 
 CHECKED = 4
