@@ -20,6 +20,7 @@ from solpath.pretrained import check_takes_batches
 from solpath.running.claims import claimed
 from solpath.running.forward import device_of, run
 from solpath.running.modes import contained, inferring, undoing
+from solpath.running.placement import check_whole
 
 WARM_UP = 3
 """Rounds before the timed ones."""
@@ -75,6 +76,8 @@ def measure(
 
     Raises:
         ConfigError: There is no model, or `repeats` is below 1.
+        UnsupportedModelError: accelerate off-loads a model or spreads it over devices; moving its
+            weights would be measured.
         BatchError: The batch has no samples, or is on another device than a model.
         ModelInUseError: A model is masked or searched, or another thread works on it.
 
@@ -90,6 +93,7 @@ def measure(
     check_count("repeats", repeats, 1)
     for model in models.values():
         check_takes_batches(model)
+        check_whole(model, "measured")
     first, *_ = models.values()
     with preparing(first, *map(device_of, models.values())) as prepare:
         batch = prepare(0, batch)

@@ -219,7 +219,7 @@ class Probe:
         """See `Engine.weight_norms`."""
         linear = linear_map(self._model, side.module)
         unit = pair.unit_of_channel(side)
-        square = linear.weight.detach().double().cpu().square()
+        square = linear.read(linear.weight).double().cpu().square()
         channels = square.sum(linear.dim(1 - side.axis)).flatten()[pair.channels_of(side)]
         return torch.zeros(pair.units, dtype=torch.float64).index_add(0, unit, channels)
 
@@ -301,13 +301,13 @@ def probing(
         BatchError: There are no batches, or a single one in place of an iterable.
     """
     parameter = next(model.parameters())
-    if parameter.device.type == "cpu" and parameter.dtype in (torch.float16, torch.bfloat16):
+    if device_of(model).type == "cpu" and parameter.dtype in (torch.float16, torch.bfloat16):
         raise UnsupportedModelError(
             f"the model is in {parameter.dtype} on the CPU, where masks lose their gradients to "
             "rounding; use model.float(), or a GPU."
         )
     with (
-        preparing(model, parameter.device) as prepare,
+        preparing(model, device_of(model)) as prepare,
         differentiating(model),
         contextlib.ExitStack() as stack,
     ):
