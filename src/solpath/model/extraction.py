@@ -1,6 +1,5 @@
 """Cut a model to a plan: make a new model with smaller matrices."""
 
-import copy
 from typing import TypeVar, overload
 
 from torch import nn
@@ -10,9 +9,11 @@ from solpath.model.checking import check_for_plan
 from solpath.model.cutting import cut_model
 from solpath.model.discovery import survey
 from solpath.model.fingerprint import check_fingerprint, check_pairs
+from solpath.model.placed import copied
 from solpath.planning.plan import EXTRACTED, Plan, plan_of
 from solpath.pretrained import Name, as_model
 from solpath.running.claims import claimed
+from solpath.running.forward import device_of
 from solpath.running.modes import contained
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -83,6 +84,9 @@ def _extract(model: Model, plan: Plan, check: bool) -> Model:
 
 
 def copy_extracted(model: Model) -> Model:
-    """Return a deep copy of a model. The plan that it was cut to, if any, stays the same object."""
+    """Return a deep copy of a model, whole in memory on the device that `model` runs on.
+
+    The plan that it was cut to, if any, stays the same object.
+    """
     plan = plan_of(model)
-    return copy.deepcopy(model, {id(plan): plan})
+    return copied(model, {id(plan): plan}, device_of(model))

@@ -234,4 +234,4 @@ def _check_model(model: nn.Module, config: TuneConfig) -> torch.device:
                 f"{name} is {parameter.dtype}, in which small updates are lost to rounding; use "
                 "model.float() with mixed_precision='bf16', or lora_rank."
             )
-    return trained[0][1].device
+    return device_of(model)
