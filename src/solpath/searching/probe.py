@@ -75,7 +75,7 @@ class Probe:
         self._prepare = prepare
         self._loss, self._seed = loss, seed
         self._device = device_of(model)
-        self._rank, self._world = process()
+        self._rank, self._world = process(self._device)
         self._targets, self._compared = Targets(), Objective(self._first)
         self.restrict(pairs)
 
@@ -271,7 +271,7 @@ class Probe:
         return self._prepare.place(index, None if row is None else row + low)
 
     def _sum(self, values: Tensor) -> Tensor:
-        return sum_over_processes(values, self._device)
+        return sum_over_processes(values)
 
 
 @contextlib.contextmanager
