@@ -27,9 +27,9 @@ from solpath.baselines import magnitude
 from solpath.data.docstrings import read_corpus
 from solpath.data.text import text_batches
 from solpath.measuring.evaluation import evaluate
-from solpath.measuring.memory import peak_memory
 from solpath.model.extraction import extract
 from solpath.refining.compensation import compensate
+from solpath.running.memory import peak_memory
 from workloads import Batch, quiet, random_tokens
 
 DEPTHS = (4, 8, 16)

@@ -17,12 +17,12 @@ import solpath
 from conftest import COMMON, batches, build, inputs
 from plans import plan_of, random_plan
 from solpath.errors import BatchError, ConfigError, FileError, UnsupportedModelError
-from solpath.measuring.memory import peak_memory
 from solpath.model.discovery import find_pairs
 from solpath.model.linear import linear_map
 from solpath.refining.layerwise import input_groups, lockstep
 from solpath.refining.streams import residual_streams
 from solpath.running.forward import run
+from solpath.running.memory import peak_memory
 from solpath.searching import redundancy
 from solpath.searching.dynamics import unexplained_variance
 from solpath.searching.redundancy import input_hooks, unexplained_variances

@@ -268,8 +268,11 @@ def test_kill_and_resume(bert, tmp_path):
     assert 100 - data.left == 3
 
 
-def test_two_processes_give_the_same_model(tmp_path):
-    """Batches of five samples, so that the shares differ; then with every parameter sharded.
+@pytest.mark.parametrize(
+    ("processes", "cases"), [(2, ["full", "lora", "shards"]), (3, ["shards", "lora-shards"])]
+)
+def test_several_processes_give_the_same_model(processes, cases, tmp_path):
+    """Batches of five samples, so that the shares differ, with every parameter sharded or none.
 
     accelerate shards on GPUs only, so the script does what it would do there.
     """
@@ -280,8 +283,10 @@ def test_two_processes_give_the_same_model(tmp_path):
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import test_tune as t
         from accelerate import Accelerator, PartialState
+        from solpath.refining.training import Training
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import DTensor
 
         meshes = []
 
@@ -295,18 +300,32 @@ def test_two_processes_give_the_same_model(tmp_path):
                 group["params"] = [model.get_parameter(names[id(p)]) for p in group["params"]]
             return model, optimizer
 
+        def finish(self):
+            assert all(isinstance(p, DTensor) for p in self._taught._dense.parameters())
+            whole = sum(p.numel() for p in self._trained.values())
+            part = sum(value.numel() for value in self.best.values())
+            assert part < 0.6 * whole
+            return stock[2](self)
+
         folder = sys.argv[1]
-        for name, config in (("full", t.QUICK), ("lora", t.LORA), ("shards", t.QUICK)):
-            if name == "shards":
-                Accelerator.prepare = prepare
+        stock = Accelerator.prepare, Accelerator.is_fsdp2, Training.finish_
+        for name in sys.argv[2:]:
+            config = t.LORA if "lora" in name else t.QUICK
+            Accelerator.prepare, Accelerator.is_fsdp2, Training.finish_ = stock
+            if "shards" in name:
+                Accelerator.prepare, Accelerator.is_fsdp2 = prepare, property(lambda self: True)
+                Training.finish_ = finish
             dense = t.build("bert").double()
             data = t.batches(dense, samples=5)
             small = t.solpath.load(folder + "/small")
+            found = [t.everything(model) for model in (small, dense)]
             options = {{"checkpoint": f"{{folder}}/state-{{name}}", "checkpoint_every": 2}}
             try:
                 t.run(small, dense, config, t.Stops(data, 4, ValueError), **options)
             except ValueError:
                 tuned = t.run(small, dense, config, data, **options)
+            for model, before in zip((small, dense), found):
+                t.assert_equal(t.everything(model), before)
             state = PartialState()
             print("process", state.process_index, state.num_processes)
             if state.is_main_process:
@@ -320,14 +339,18 @@ def test_two_processes_give_the_same_model(tmp_path):
     dense = build("bert").double()
     small = cut(dense, 0.9)
     solpath.save(small, tmp_path / "small")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*launch, script, tmp_path], env=environment, capture_output=True, text=True
+        [*launch, f"--nproc-per-node={processes}", script, tmp_path, *cases],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "process 1 2" in done.stdout
-    for name, config in (("full", QUICK), ("lora", LORA), ("shards", QUICK)):
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert f"process 1 {processes}" in done.stdout
+    for name in cases:
+        config = LORA if "lora" in name else QUICK
         one = run(small, dense, config, batches(dense, samples=5))
         two = solpath.load(tmp_path / name)
         moved = max((a - b).abs().max() for a, b in zip(*map(_filled, (one, small)), strict=True))

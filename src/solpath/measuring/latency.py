@@ -30,6 +30,7 @@ from solpath.pretrained import unwrapped
 from solpath.running.claims import claimed
 from solpath.running.forward import device_of, run
 from solpath.running.modes import contained, inferring
+from solpath.running.placement import check_whole
 from solpath.running.provenance import provenance
 
 ATTEMPTS = 6
@@ -237,6 +238,7 @@ def check_request(
 
 def prepared(model: nn.Module, batch: Any) -> Any:
     """Return a batch checked and completed for a model; see `Preparation`."""
+    check_whole(model, "timed")
     with preparing(model, device_of(model)) as prepare:
         return prepare(0, batch)
 

@@ -20,6 +20,7 @@ from solpath.running.claims import claimed
 from solpath.running.forward import device_of, run
 from solpath.running.memory import peak_memory, resident_bytes
 from solpath.running.modes import contained, inferring
+from solpath.running.placement import check_whole
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def measure(
         BatchError: The batch has no samples, or is on another device than a model; or there is
             nothing in it to generate after.
         UnsupportedModelError: A model cannot generate text, or does so without a key-value cache.
+            Or accelerate off-loads a model or spreads it over devices; moving its weights would be
+            measured.
         ModelInUseError: A model is masked or searched, or another thread works on it.
 
     Example:
@@ -101,6 +104,7 @@ def measure(
     check_count("repeats", repeats, 1)
     for model in models.values():
         check_takes_batches(model)
+        check_whole(model, "measured")
     if generate is not None:
         check_count("generate", generate, 2)
         for name, model in models.items():

@@ -16,6 +16,7 @@ from solpath.model.linear import linear_map
 from solpath.pair import Pair, Side
 from solpath.running.forward import Batch, activation_mask
 from solpath.running.modes import plain_torch, undoing
+from solpath.running.placement import put_weight_, weight_at
 
 Basis = Mapping[str, Tensor]
 """Pair name to the matrix that multiplies the outputs of its first layer.
@@ -114,7 +115,7 @@ def principal_basis(
             continue
         if pair.kind == "vo":
             weight = linear_map(model, pair.right.module)
-            columns = weight.weight.detach().double().cpu().movedim(1 - weight.outputs, 0)
+            columns = weight.read(weight.weight).double().cpu().movedim(1 - weight.outputs, 0)
             columns = _by_head(pair, pair.right, columns)
             right = torch.einsum("hrio,hrjo->hij", columns, columns)
         if right.any():
@@ -185,11 +186,11 @@ def rotated(model: nn.Module, pairs: Sequence[Pair], basis: Basis) -> Iterator[n
 
     def restore() -> None:
         for layer, name, parameter, _ in places:
-            layer._parameters[name] = parameter
+            put_weight_(layer, name, parameter)
 
     with undoing(restore):
         for layer, name, _, turned in places:
-            layer._parameters[name] = turned
+            put_weight_(layer, name, turned)
         yield model
 
 
@@ -213,7 +214,7 @@ def _rotated_parameters(model: nn.Module, pairs: Sequence[Pair], basis: Basis) -
                 else:
                     continue
                 places[id(parameter)] = layer, name, parameter
-                value = values.setdefault(id(parameter), parameter.detach().double().clone())
+                value = values.setdefault(id(parameter), weight_at(layer, name).double().clone())
                 _rotate_(value.movedim(dim, 0), pair, side, matrix.to(value.device))
     return [
         (layer, name, old, nn.Parameter(values[key].to(old.dtype), old.requires_grad))

@@ -1,6 +1,5 @@
 """Check the table of an architecture: every kind of block, masked and cut, computes the same."""
 
-import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from solpath.model.cutting import cut_model
 from solpath.model.discovery import Block, find_blocks
 from solpath.model.hooks import Hook, hooked
 from solpath.model.masks import mask_hooks
+from solpath.model.placed import copied
 from solpath.pair import Pair
 from solpath.planning.plan import Plan, best_units
 from solpath.running.forward import Batch, device_of, run
@@ -146,7 +146,8 @@ def _calls(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> dict[str,
 
     def remember(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.setdefault(path, _Call(_copied(args), _copied(kwargs)))
+            device = device_of(module)
+            calls.setdefault(path, _Call(_copied(args, device), _copied(kwargs, device)))
 
         return hook
 
@@ -223,7 +224,7 @@ def _half(pair: Pair, halve: bool) -> Tensor:
 
 def _randomised(module: nn.Module) -> nn.Module:
     """Return a float32 copy of a block with weights of order one and without hooks."""
-    block = copy.deepcopy(module).float().eval()
+    block = copied(module, {}, device_of(module)).float().eval()
     generator = torch.Generator().manual_seed(0)
     for part in block.modules():
         for hooks in (part._forward_hooks, part._forward_pre_hooks):
@@ -250,7 +251,8 @@ def _output(
     """Return what a block returns, the settings of its attention functions, and tokens cached."""
     settings: list[dict[str, Any]] = []
     module, cache = shell.get_submodule(block.path), DynamicCache()
-    args, kwargs = list(_copied(call.args)), _copied(call.kwargs)
+    device = device_of(module)
+    args, kwargs = list(_copied(call.args, device)), _copied(call.kwargs, device)
     if any(site.table.cached for site in block.sites):
         cross = any(not site.table.cached for site in block.sites)
         given = EncoderDecoderCache(cache, DynamicCache()) if cross else cache
@@ -298,16 +300,17 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _copied(value: Any) -> Any:
-    """Copy arguments: numbers in float32, and no cache."""
+def _copied(value: Any, device: torch.device) -> Any:
+    """Copy arguments to a device: numbers in float32, and no cache."""
     if isinstance(value, Tensor):
-        return value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        return value.to(device, dtype, copy=True)
     if isinstance(value, Cache):
         return None
     if type(value) in (tuple, list):
-        return type(value)(_copied(part) for part in value)
+        return type(value)(_copied(part, device) for part in value)
     if type(value) is dict:
-        return {name: _copied(part) for name, part in value.items()}
+        return {name: _copied(part, device) for name, part in value.items()}
     return value
 
 

@@ -17,8 +17,9 @@ from solpath.errors import ConfigError
 from solpath.model.discovery import find_blocks
 from solpath.model.hooks import Hook, hooked
 from solpath.model.linear import layer_at, linear_map
+from solpath.model.placed import distinct_parameters, tied_names
 from solpath.nn.experts import counted_forward, is_experts
-from solpath.nn.slim import slim_class
+from solpath.nn.slim import become_, slim_class
 from solpath.pair import Pair, Side
 from solpath.planning.cost import CostTable
 from solpath.running.forward import Batch, device_of, run
@@ -55,7 +56,7 @@ The costs of units must add up: a model without some units must cost less by exa
 
 def _params(seen: Seen) -> tuple[int, Mapping[str, int]]:
     """Count parameters, a tied one once."""
-    whole = sum(parameter.numel() for parameter in seen.model.parameters())
+    whole = sum(parameter.numel() for _, parameter in distinct_parameters(seen.model))
     return whole, {pair.name: pair.cost for pair in seen.pairs}
 
 
@@ -217,21 +218,21 @@ def _counted_experts(model: nn.Module) -> Iterator[None]:
 
     def restore() -> None:
         for module, kind in stock:
-            module.__class__ = kind
+            become_(module, kind)
 
     with undoing(restore):
         for module, kind in stock:
-            counted: Any = slim_class(kind, counted_forward)  # type: ignore[arg-type]
-            module.__class__ = counted
+            become_(module, slim_class(kind, counted_forward))  # type: ignore[arg-type]
         yield
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and saved buffers of a model, each once, under its first name."""
     distinct: dict[object, tuple[str, Tensor]] = {}
+    tied = tied_names(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
-        key: object = id(tensor)
-        if tensor.numel() and not tensor.is_meta:  # the same view of memory is the same tensor
+        key: object = tied.get(name, name) if tied else id(tensor)
+        if not tied and tensor.numel() and not tensor.is_meta:  # one view of memory is one tensor
             key = tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape
         distinct.setdefault(key, (name, tensor))
     return dict(distinct.values())

@@ -1,6 +1,5 @@
 """Cut the linear layers of a model, or of a part of one, and let its attentions run with them."""
 
-import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -11,9 +10,11 @@ from torch import Tensor, nn
 from solpath.model.discovery import Site
 from solpath.model.linear import layer_at, linear_map
 from solpath.model.pickling import slimmed
+from solpath.model.placed import copied
 from solpath.model.slicing import cut_linear, resize_
 from solpath.pair import Pair, Side
 from solpath.running.forward import device_of
+from solpath.running.placement import home_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,7 +26,7 @@ def cut_model(
     kept: Mapping[str, Tensor],
     gains: Mapping[str, Tensor],
 ) -> Model:
-    """Return a copy of a model that keeps some units of its pairs.
+    """Return a copy of a model that keeps some units of its pairs, without accelerate's hooks.
 
     Args:
         model: The model, or any module that has the layers at their paths. It is left untouched.
@@ -34,17 +35,17 @@ def cut_model(
         kept: Pair name to the kept units of every head, int64 ``[heads, r]``, ascending.
         gains: See `Plan.gains`.
     """
-    # deepcopy finds the cut parameters in `memo`, so a matrix that is cut is never copied whole.
+    # The copy finds the cut parameters in `memo`, so a matrix that is cut is never copied whole.
     cut = {pair.name for pair in pairs if kept[pair.name].shape[1] < pair.width}
     layers = channels_kept(pairs, kept)
     slim = [site for site in sites if cut & {pair.name for pair in site.pairs}]
-    changed = *layers, *(site.path for site in slim)
+    home = home_of(model)
     memo: dict[int, Any] = {}
     for path, (order, axis) in layers.items():
-        memo |= cut_linear(linear_map(model, path), order, axis)
-    result = copy.deepcopy(model, memo)
-    for path in changed:  # accelerate's hooks, once removed, leave the `forward` of the class
-        vars(layer_at(result, path)).pop("forward", None)
+        for key, parameter in cut_linear(linear_map(model, path), order, axis).items():
+            parameter.data = parameter.data.to(home or parameter.device)
+            memo[key] = parameter
+    result = copied(model, memo, home)
     for layer in {layer_at(result, path) for path in layers}:
         resize_(layer)
     for site in slim:

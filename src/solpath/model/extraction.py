@@ -1,6 +1,5 @@
 """Cut a model to a plan: make a new model with smaller matrices."""
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,11 +15,13 @@ from solpath.model.cutting import channels_kept, cut_model
 from solpath.model.discovery import survey
 from solpath.model.fingerprint import check_fingerprint, check_pairs
 from solpath.model.linear import layer_at, linear_map
+from solpath.model.placed import copied
 from solpath.model.slicing import cut_linear
 from solpath.pair import Pair
 from solpath.planning.plan import EXTRACTED, Plan, plan_of
 from solpath.pretrained import Name, as_model
 from solpath.running.claims import claimed
+from solpath.running.forward import device_of
 from solpath.running.modes import contained
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -171,6 +172,9 @@ def cut_reader(
 
 
 def copy_extracted(model: Model) -> Model:
-    """Return a deep copy of a model. The plan that it was cut to, if any, stays the same object."""
+    """Return a deep copy of a model, whole in memory on the device that `model` runs on.
+
+    The plan that it was cut to, if any, stays the same object.
+    """
     plan = plan_of(model)
-    return copy.deepcopy(model, {id(plan): plan})
+    return copied(model, {id(plan): plan}, device_of(model))

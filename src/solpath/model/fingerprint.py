@@ -198,7 +198,8 @@ def check_pairs(known_pairs: Sequence[Pair], pairs: Sequence[Pair]) -> None:
 
 def weights_digest(model: nn.Module) -> str:
     """Return the first 16 hexadecimal digits of a SHA-256 of all weights and saved buffers."""
-    return tensors_digest(model.state_dict())[:16]
+    read = weight_reader(model)
+    return tensors_digest({name: read(name) for name in model.state_dict()})[:16]
 
 
 def _raw_digest(weights: Iterable[Tensor]) -> str:

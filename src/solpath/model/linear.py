@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from solpath.errors import UnsupportedModelError
+from solpath.running.placement import weight_at
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class LinearMap:
     other, are its outputs before the neurons and its inputs after them.
 
     Attributes:
+        layer: The module that has the parameters.
         weight: The weight, ``[out, in]``, or ``[in, out]`` when `outputs` is 1; of experts
             ``[experts, out, in]`` or ``[experts, in, out]``.
         bias: The bias, ``[out]`` or ``[experts, out]``, or None.
@@ -26,6 +28,7 @@ class LinearMap:
         neurons: For experts, the axis of their neurons: 0 for outputs, 1 for inputs. Else None.
     """
 
+    layer: nn.Module
     weight: nn.Parameter
     bias: nn.Parameter | None
     outputs: int = 0
@@ -47,6 +50,20 @@ class LinearMap:
         For experts it runs over those of one expert.
         """
         return (self.outputs if axis == 0 else 1 - self.outputs) + (self.neurons is not None)
+
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        """Return the data of the weight or of the bias, also if accelerate has off-loaded it.
+
+        Args:
+            parameter: `weight` or `bias`, which has the shape and the dtype, but may have no data.
+
+        Returns:
+            The data, detached; see `weight_at`.
+        """
+        if not parameter.is_meta:
+            return parameter.detach()
+        own = self.layer._parameters.items()
+        return weight_at(self.layer, next(name for name, value in own if value is parameter))
 
     def _features(self, axis: int) -> int:
         experts = self.weight.shape[0] if axis == self.neurons else 1
@@ -109,21 +126,22 @@ def linear_map(model: nn.Module, path: str) -> LinearMap:
     name = path.rpartition(".")[2]
     if is_experts(layer) and name in layer._parameters and not parametrize.is_parametrized(layer):
         return LinearMap(
+            layer,
             layer._parameters[name],
             layer._parameters.get(f"{name}_bias"),
             outputs=int(layer.is_transposed),
             neurons=int(name == "down_proj"),
         )
     if kind in (nn.Linear, NonDynamicallyQuantizableLinear) or is_falcon(kind):
-        return LinearMap(layer.weight, layer.bias)
+        return LinearMap(layer, layer.weight, layer.bias)
     if kind in (Conv1D, CutConv1D):
-        return LinearMap(layer.weight, layer.bias, outputs=1)
+        return LinearMap(layer, layer.weight, layer.bias, outputs=1)
     if (
         isinstance(layer, nn.MultiheadAttention)
         and kind.forward.__module__ in _MULTIHEAD
         and layer.in_proj_weight is not None
     ):
-        return LinearMap(layer.in_proj_weight, layer.in_proj_bias)
+        return LinearMap(layer, layer.in_proj_weight, layer.in_proj_bias)
     if parametrize.is_parametrized(layer):
         name = next(iter(layer.parametrizations))
         raise UnsupportedModelError(

@@ -158,7 +158,7 @@ def _on_neurons(masks: Masks, pair: Pair) -> OnNeurons:
         mask = masks.units.get(pair.name)
         if mask is None:
             return neurons
-        mask = mask.to(neurons.dtype).view(*mask.shape[:-1], pair.heads, pair.width)[..., expert, :]
+        mask = mask.to(neurons).view(*mask.shape[:-1], pair.heads, pair.width)[..., expert, :]
         if mask.dim() == 2:  # tokens of one sample lie next to each other
             mask = mask[token // _rows_per_sample(tokens, len(mask), pair)]
         return neurons * mask
@@ -183,10 +183,10 @@ def _on_norm(masks: Masks, pair: Pair, norm: Norm, query: bool) -> Any:
         if mask is None:
             return output
         wide = torch.promote_types(output.dtype, torch.float32)  # sums of squares overflow float16
-        mask = mask.to(wide).view(*mask.shape[:-1], pair.heads, pair.width)
+        mask = mask.to(output.device, wide).view(*mask.shape[:-1], pair.heads, pair.width)
         gain = masks.gains.get(pair.name)
         if gain is None:
-            gain = norm_gain(mask, masks.energy[pair.name])
+            gain = norm_gain(mask, masks.energy[pair.name].to(mask.device))
         mask = mask.to(output.dtype)
         if query:
             mask = mask.repeat_interleave(pair.left[0].repeat, -2)
@@ -203,7 +203,7 @@ def _on_norm(masks: Masks, pair: Pair, norm: Norm, query: bool) -> Any:
             output = module.forward(args[0] * kept)
         if not query:
             return output
-        return output * by_head(gain.to(output.dtype).flatten(-2).unsqueeze(-1), 1)
+        return output * by_head(gain.to(output).flatten(-2).unsqueeze(-1), 1)
 
     return hook
 
@@ -298,7 +298,7 @@ def _expansion(pair: Pair) -> Callable[[Tensor, Tensor], Tensor]:
     unit_on = cache(unit.to)
 
     def expand(mask: Tensor, inner: Tensor) -> Tensor:
-        mask = mask.to(inner.dtype)
+        mask = mask.to(inner)
         if not whole:
             mask = nn.functional.pad(mask, (0, 1), value=1.0) if gaps else mask
             index = unit_on(mask.device)

@@ -14,7 +14,9 @@ from torch.nn.utils import prune
 
 from solpath.errors import UnsupportedModelError
 from solpath.model.linear import layer_at, linear_map
+from solpath.model.placed import tied_names
 from solpath.pair import Pair
+from solpath.running.placement import offloads, other_hook, own_forward, placing_hooks
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LEAVES_ITS_OWN = "transformers."  # its hooks only look on, and come back when a model is loaded
@@ -52,12 +54,15 @@ def check_plain(model: nn.Module, pairs: Sequence[Pair]) -> None:
         model: The model, which is only looked at.
         pairs: Its pairs.
     """
+    _check_off_loading(model)
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    tied = tied_names(model)
+    shared = {*tied, *tied.values()}
     for path in dict.fromkeys(side.module for pair in pairs for side in pair.sides):
         layer = layer_at(model, path)
         _check_weights(layer, path)
         for name, parameter in linear_map(model, path).parameters().items():
-            if owners[id(parameter)] > 1:
+            if owners[id(parameter)] > 1 or f"{path}.{name}" in shared:
                 raise UnsupportedModelError(
                     f"{path}.{name} is shared with another module; cutting one would break the "
                     "other. Give each its own copy first."
@@ -68,6 +73,22 @@ def check_plain(model: nn.Module, pairs: Sequence[Pair]) -> None:
         if pair.kind == "experts":  # a kernel that runs the whole mixture passes its experts by
             path = pair.right.module.rsplit(".", 2)[0]
             _check_own_forward(model.get_submodule(path), path)
+
+
+def _check_off_loading(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` if weights are off-loaded where their module cannot be run."""
+    for path, module in model.named_modules():
+        filled = offloads(module) and len(module._modules)
+        if filled and any(getattr(h, "place_submodules", False) for h in placing_hooks(module)):
+            raise UnsupportedModelError(
+                f"accelerate fills {path or 'the model'} in as a whole, weights of its submodules "
+                "included; off-load without preload_module_classes=."
+            )
+        if isinstance(module, nn.MultiheadAttention) and offloads(module.out_proj):
+            raise UnsupportedModelError(
+                f"accelerate off-loads {path}.out_proj, whose weight torch reads without calling "
+                "it; keep this module on a device in device_map=."
+            )
 
 
 def _check_weights(layer: nn.Module, path: str) -> None:
@@ -124,12 +145,13 @@ def check_forward(module: nn.Module, path: str, *, registered: bool) -> None:
 
 def _check_own_forward(module: nn.Module, path: str) -> None:
     """Raise `UnsupportedModelError` if a module does not run the `forward` of its class."""
-    if hasattr(module, "_hf_hook"):
+    if (kind := other_hook(module)) is not None:
         raise UnsupportedModelError(
-            f"{path} has a hook of accelerate, as models have that are spread over devices; put "
-            "the model on one device and call accelerate.hooks.remove_hook_from_submodules(model)."
+            f"{path} has a hook of accelerate, {kind.__name__} of {kind.__module__}, that may do "
+            "more than to place it on a device or to off-load it; call "
+            "accelerate.hooks.remove_hook_from_submodules(model)."
         )
-    own: Any = vars(module).get("forward")  # accelerate's hooks, once removed, leave the same one
+    own = own_forward(module)  # accelerate's hooks, once removed, leave the same one
     if own is not None and getattr(own, "__func__", None) is not type(module).forward:
         raise UnsupportedModelError(
             f"{path} has a forward of its own, beside that of its class; del module.forward first."

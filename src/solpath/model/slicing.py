@@ -6,37 +6,35 @@ from torch import Tensor, nn
 from solpath.model.linear import LinearMap
 
 
-def cut(parameter: nn.Parameter, index: Tensor, dim: int) -> nn.Parameter:
-    """Return a new parameter that keeps some entries of one dimension.
+def cut(values: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Return a new tensor that keeps some entries of one dimension.
 
     Args:
-        parameter: A parameter of any shape, which is left untouched. It may be on the meta device.
+        values: A tensor of any shape, which is left untouched. It may be on the meta device.
         index: Entries to keep, int64 ``[r]``, in the order that they will have.
         dim: The dimension that is cut to r.
 
     Returns:
-        The new parameter, with the dtype, device and `requires_grad` of the old one.
+        The new tensor, with the dtype and device of the old one.
     """
-    kept = parameter.detach().index_select(dim, index.to(parameter.device))
-    return nn.Parameter(kept, requires_grad=parameter.requires_grad)
+    return values.index_select(dim, index.to(values.device))
 
 
-def cut_experts(parameter: nn.Parameter, index: Tensor, dim: int) -> nn.Parameter:
-    """Return a new parameter of experts that keeps some entries of one dimension of each.
+def cut_experts(values: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Return new weights of experts that keep some entries of one dimension of each.
 
     Args:
-        parameter: A parameter whose first dimension runs over experts. It is left untouched.
+        values: Weights whose first dimension runs over experts. They are left untouched.
         index: Entries to keep, int64 ``[experts * r]``, ascending. They count through all experts.
         dim: The dimension that is cut to r, at least 1.
 
     Returns:
-        The new parameter, with the dtype, device and `requires_grad` of the old one.
+        The new weights, with the dtype and device of the old ones.
     """
-    experts, size = len(parameter), parameter.shape[dim]
+    experts, size = len(values), values.shape[dim]
     index = index.view(experts, len(index) // experts) - size * torch.arange(experts).unsqueeze(1)
-    parts = zip(parameter.detach(), index.to(parameter.device), strict=True)
-    kept = torch.stack([part.index_select(dim - 1, own) for part, own in parts])
-    return nn.Parameter(kept, requires_grad=parameter.requires_grad)
+    parts = zip(values, index.to(values.device), strict=True)
+    return torch.stack([part.index_select(dim - 1, own) for part, own in parts])
 
 
 def cut_linear(linear: LinearMap, index: Tensor, axis: int) -> dict[int, nn.Parameter]:
@@ -48,13 +46,17 @@ def cut_linear(linear: LinearMap, index: Tensor, axis: int) -> dict[int, nn.Para
         axis: 0 keeps these outputs with their biases; 1 keeps these inputs and the whole bias.
 
     Returns:
-        The `id` of every parameter that changes, to the parameter that takes its place.
+        The `id` of every parameter that changes, to the parameter that takes its place, with the
+        dtype and `requires_grad` of the old one, on the device that its data lie on.
     """
     keep = cut if linear.neurons is None else cut_experts
-    small = {id(linear.weight): keep(linear.weight, index, linear.dim(axis))}
+    changed = [(linear.weight, linear.dim(axis))]
     if linear.bias is not None and axis == 0:
-        small[id(linear.bias)] = keep(linear.bias, index, linear.bias.dim() - 1)
-    return small
+        changed.append((linear.bias, linear.bias.dim() - 1))
+    return {
+        id(old): nn.Parameter(keep(linear.read(old), index, dim), requires_grad=old.requires_grad)
+        for old, dim in changed
+    }
 
 
 def resize_(layer: nn.Module) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from functools import cache
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -72,14 +73,30 @@ def hook_inside_(
         forward: Does what the stock `forward` does, and calls the function.
     """
     vars(module)[name] = function
-    slim: Any = slim_class(type(module), forward)  # type: ignore[arg-type]
-    module.__class__ = slim
+    become_(module, slim_class(type(module), forward))  # type: ignore[arg-type]
 
 
 def unhook_inside_(module: nn.Module, name: str, stock: type[nn.Module]) -> None:
     """Give a module its own class `stock` back, and forget its function, if there is one."""
-    module.__class__ = stock
+    become_(module, stock)
     vars(module).pop(name, None)
+
+
+def become_(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Give a module another class, and its `forward` wherever accelerate's hooks keep it.
+
+    A hook that was put on a module keeps the `forward` of its class on the module itself, where it
+    comes before that of any class. So does a hook that was removed.
+
+    Args:
+        module: The module.
+        kind: The class.
+    """
+    stock, own = type(module), vars(module)
+    module.__class__ = kind
+    for name in ("forward", "_old_forward"):
+        if getattr(own.get(name), "__func__", None) is stock.forward:
+            own[name] = MethodType(kind.forward, module)
 
 
 def _units_of(module: nn.Module) -> str | None:

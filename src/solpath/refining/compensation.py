@@ -25,6 +25,7 @@ from solpath.refining.streams import residual_streams
 from solpath.running.claims import claimed
 from solpath.running.forward import Batch, device_of, row_not_finite, run
 from solpath.running.modes import contained, inferring, undoing
+from solpath.running.placement import is_placed
 from solpath.running.processes import sum_over_processes
 from solpath.running.progress import progress_bar
 
@@ -125,6 +126,7 @@ def compensate(
         raise ConfigError(f"ridge must be positive, got {ridge!r}.")
     check_ends(batches)
     with claimed(dense, *models, doing="compensated"):
+        models = [copy_extracted(model) if is_placed(model) else model for model in models]
         results = _compensate(models, dense, pairs[0], batches, ridge, loss, progress)
     return results if isinstance(small, Sequence) else results[0]
 
@@ -305,7 +307,7 @@ def _losses(
                     where = prepare.place(number, None if bad is None else row + bad)
                 totals[i] += value
             row += batch_size(part)
-    totals = sum_over_processes(totals, device_of(dense))
+    totals = sum_over_processes(totals)
     for value in totals[: len(models)].tolist():
         if not math.isfinite(value):
             raise NonFiniteLossError(f"the loss of {where} is {value} before any refit.")

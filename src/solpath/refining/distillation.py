@@ -149,6 +149,6 @@ class Distillation:
 
     def sum(self, *values: float) -> list[float]:
         """Return the sum of each value over all processes."""
-        total = sum_over_processes(torch.tensor(values, dtype=torch.float64), self._device)
+        total = sum_over_processes(torch.tensor(values, dtype=torch.float64))
         found: list[float] = total.tolist()
         return found

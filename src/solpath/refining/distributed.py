@@ -1,19 +1,27 @@
 """Train in one process or in several, with accelerate and with tensors that may be sharded."""
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from solpath.errors import ConfigError
+from solpath.planning.plan import plan_of
 from solpath.running.modes import undoing
-from solpath.running.processes import ending_group
+from solpath.running.placement import is_placed
+from solpath.running.processes import ending_group, process
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _REFUSED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
@@ -40,7 +48,7 @@ def accelerating(device: torch.device, mixed_precision: str) -> Iterator[Acceler
             AcceleratorState._reset_state()
 
     handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-    cpu = device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    cpu = device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _shards()
     with undoing(reset):
         try:
             with ending_group():
@@ -71,11 +79,75 @@ def _check(accelerator: Accelerator, device: torch.device, mixed_precision: str)
             f"accelerate counts {accelerator.num_processes} processes, torch.distributed "
             f"{processes}; on CPUs create accelerate.PartialState(cpu=True) first."
         )
-    if processes > 1 and accelerator.device.type != device.type:
+    if processes > 1 and accelerator.device.type != device.type and not is_sharding(accelerator):
         raise ConfigError(
             f"the model is on {device}, this process runs on {accelerator.device}; move the model "
             "there, or launch with --cpu."
         )
+    process(device)  # which refuses the GPU of another process
+
+
+def _shards() -> bool:
+    """Return whether the launcher asked for FSDP on GPUs, which takes models on the CPU."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return asked and torch.accelerator.is_available()
+
+
+def is_sharding(accelerator: Accelerator) -> bool:
+    """Return whether an accelerator divides the weights of models over processes, by FSDP 2."""
+    return bool(getattr(accelerator, "is_fsdp2", False))
+
+
+def aliased(model: Model) -> Model:
+    """Return a copy of a model whose parameters and buffers share the memory of the model's own.
+
+    Sharding such a copy leaves `model` as it is, and needs the memory of the shards alone.
+    """
+    plan = plan_of(model)
+    memo: dict[int, Any] = {id(plan): plan}
+    for tensor in chain(model.parameters(), model.buffers()):
+        alias = tensor.detach()
+        trained = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(alias, tensor.requires_grad) if trained else alias
+    return copy.deepcopy(model, memo)
+
+
+def unalias_(model: nn.Module) -> None:
+    """Give every parameter from `aliased` that was not sharded a memory of its own."""
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.clone()
+
+
+def sharded_like(model: Model, other: nn.Module) -> Model:
+    """Return a copy of a model that is sharded over processes as another one is.
+
+    Args:
+        model: The model, which is left untouched; its memory stays its own.
+        other: A model with modules of the same names.
+
+    Returns:
+        The copy; `model` itself, if `other` is not sharded, or if accelerate off-loads `model`.
+    """
+    meshes = [p.device_mesh for p in other.parameters() if isinstance(p, DTensor)]
+    if not meshes or is_placed(model):
+        return model
+    result = aliased(model)
+    blocks = [name for name, part in other.named_modules() if isinstance(part, FSDPModule)]
+    known = dict(result.named_modules())
+    for name in reversed(blocks):  # the innermost first
+        if name and name in known and not _shares(result, known[name]):
+            fully_shard(known[name], mesh=meshes[0], reshard_after_forward=True)
+    fully_shard(result, mesh=meshes[0], reshard_after_forward=True)
+    return result
+
+
+def _shares(model: nn.Module, part: nn.Module) -> bool:
+    """Return whether a parameter of a part of a model also belongs to a module outside of it."""
+    inside = {id(module) for module in part.modules()}
+    own = {id(parameter) for parameter in part.parameters()}
+    outside = (module for module in model.modules() if id(module) not in inside)
+    return any(id(p) in own for module in outside for p in module._parameters.values())
 
 
 def gather(tensor: Tensor) -> Tensor:
@@ -84,6 +156,31 @@ def gather(tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     return tensor.to("cpu", copy=True)
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return a copy on the CPU of what this process holds of a tensor: its shard, or all of it."""
+    tensor = tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).to("cpu", copy=True)
+
+
+def gather_parts(part: Tensor, like: Tensor) -> Tensor:
+    """Return on the CPU the whole of a tensor of which every process has its own part.
+
+    Args:
+        part: What `own_part` gave this process.
+        like: A tensor of the shape of the whole, sharded as it was.
+    """
+    if isinstance(like, DTensor):
+        whole = DTensor.from_local(
+            part.to(like.device),
+            like.device_mesh,
+            like.placements,
+            shape=like.shape,
+            stride=like.stride(),
+        )
+        return gather(whole)
+    return part
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def _moments(
     def total(held: bool) -> Moments:
         chosen = [triple for triple, own in zip(triples, share.held, strict=True) if own is held]
         sums = _add_up(rows, chosen) if chosen else Moments.zeros(size, columns, device)
-        return Moments(*(sum_over_processes(part, device).to(device) for part in sums))
+        return Moments(*(sum_over_processes(part).to(device) for part in sums))
 
     return total(False), total(True)
 

@@ -1,19 +1,19 @@
 """The training loop of `tune`: updates, checks on held-out batches, and states to resume from."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from transformers import get_scheduler
 
 from solpath.config import TuneConfig
 from solpath.errors import FileError, NonFiniteLossError
 from solpath.refining.distillation import Distillation
-from solpath.refining.distributed import gather, shard_like
+from solpath.refining.distributed import gather, gather_parts, own_part, shard_like
 from solpath.running.checkpoint import State, check_state, resume_hint, write_checkpoint
 from solpath.running.progress import Report
 
@@ -28,7 +28,9 @@ class Training:
     """A model in training: its weights, its optimizer, and what the held-out batches said.
 
     Args:
-        model: The model, which is changed. Parameters that require no gradients stay as they are.
+        model: The model, which is changed, from `prepared`. Parameters that require no gradients
+            stay as they are.
+        optimizer: The optimizer, from `prepared`.
         config: The settings.
         taught: The distillation batches to train on.
         heldout: The distillation batches that decide which weights are best.
@@ -38,13 +40,14 @@ class Training:
     Attributes:
         losses: The loss of every step.
         checks: Step and held-out divergence of every check; the first is before any update.
-        best: The trained parameters at the best check, on the CPU.
+        best: The trained parameters at the best check, on the CPU: what this process holds of them.
         settled: False while an update is under way.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        optimizer: torch.optim.Optimizer,
         config: TuneConfig,
         taught: Distillation,
         heldout: Distillation,
@@ -54,23 +57,13 @@ class Training:
         self._config, self._taught, self._heldout = config, taught, heldout
         self._width = width
         self.accelerator = accelerator
-        trained = [p for p in model.parameters() if p.requires_grad]
-        decayed = [p for p in trained if p.dim() > 1]
-        others = [p for p in trained if p.dim() <= 1]
-        groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        self._model, self._optimizer = accelerator.prepare(
-            model, torch.optim.AdamW(groups, fused=True)
-        )
+        self._model, self._optimizer = model, optimizer
         named = accelerator.unwrap_model(self._model).named_parameters()
         self._trained = {name: p for name, p in named if p.requires_grad}
         self._schedule = _schedule(config)
         self.losses: list[float] = []
         self.checks: list[tuple[int, float]] = []
-        self.best = {name: gather(p) for name, p in self._trained.items()}
+        self.best = {name: own_part(p) for name, p in self._trained.items()}
         self.settled = True
 
     @property
@@ -114,7 +107,7 @@ class Training:
             where = self._heldout.first_not_finite(self._model)
             raise NonFiniteLossError(f"the loss of {where} is {value} at step 0.")
         if self.checks and value < min(value for _, value in self.checks):
-            self.best = {name: gather(p) for name, p in self._trained.items()}
+            self.best = {name: own_part(p) for name, p in self._trained.items()}
         self.checks.append((done, value if math.isfinite(value) else math.inf))
 
     def step_(self) -> None:
@@ -144,15 +137,34 @@ class Training:
         self.settled = True
 
     def state(self) -> State:
-        """Return everything that a resumed run needs, as tensors on the CPU."""
+        """Return everything that a resumed run needs, as tensors on the CPU.
+
+        Every process must call this; the first gets them, and the others get nothing.
+        """
         state = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
         state["checks"] = torch.tensor(self.checks, dtype=torch.float64).view(-1, 2)
+        for key, value in self._gathered():
+            if self.accelerator.is_main_process:
+                state[key] = value
+        return state if self.accelerator.is_main_process else {}
+
+    def _gathered(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parts of a state that may be sharded, one by one."""
         for name, parameter in self._trained.items():
-            state[f"weights/{name}"] = gather(parameter)
-            state[f"best/{name}"] = self.best[name]
+            yield f"weights/{name}", gather(parameter)
+            yield f"best/{name}", gather_parts(self.best[name], parameter)
             for key, value in self._optimizer.state.get(parameter, {}).items():
-                state[f"{key}/{name}"] = gather(value)
-        return state
+                yield f"{key}/{name}", gather(value)
+
+    def finish_(self) -> Iterator[tuple[str, Tensor]]:
+        """Free the optimizer, and return the best weights by name, each whole and on the CPU.
+
+        They are gathered one by one, so every process must take all of them.
+        """
+        self._optimizer.zero_grad()
+        self._optimizer.state.clear()
+        trained = self._trained.items()
+        return ((name, gather_parts(self.best.pop(name), like)) for name, like in trained)
 
     def restore_(self, state: State, file: Path) -> None:
         """Go back to a state.
@@ -167,8 +179,8 @@ class Training:
         self._check_(state, file)
         self.losses = state["losses"].tolist()
         self.checks = [(int(step), value) for step, value in state["checks"].tolist()]
-        self.best = {name: state[f"best/{name}"] for name in self._trained}
         for name, parameter in self._trained.items():
+            self.best[name] = own_part(shard_like(state[f"best/{name}"], parameter))
             with torch.no_grad():
                 parameter.copy_(shard_like(state[f"weights/{name}"], parameter))
             if f"step/{name}" in state:
@@ -197,6 +209,30 @@ class Training:
             raise FileError(f"{file}: losses and checks are not of {self._config.steps} steps.")
         if (steps or count) and steps[:1] != [0.0]:
             raise FileError(f"{file}: there is no check before the first step.")
+
+
+def prepared(
+    model: nn.Module, config: TuneConfig, accelerator: Accelerator
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a model and its optimizer, ready to train in one process or in several.
+
+    Args:
+        model: The model, which is changed. Its parameters that require gradients are trained.
+        config: The settings.
+        accelerator: Wraps both of them, and may divide them over processes.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() > 1]
+    others = [p for p in trained if p.dim() <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    found: tuple[nn.Module, torch.optim.Optimizer] = accelerator.prepare(
+        model, torch.optim.AdamW(groups, fused=True)
+    )
+    return found
 
 
 def train_(

@@ -3,7 +3,7 @@
 import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -21,12 +21,19 @@ from solpath.objective import Loss
 from solpath.pretrained import unwrapped
 from solpath.refining.adapters import add_adapters_, merge_adapters_
 from solpath.refining.distillation import Distillation
-from solpath.refining.distributed import accelerating
-from solpath.refining.training import Training, train_
+from solpath.refining.distributed import (
+    accelerating,
+    aliased,
+    is_sharding,
+    sharded_like,
+    unalias_,
+)
+from solpath.refining.training import Training, prepared, train_
 from solpath.running.checkpoint import read_checkpoint
 from solpath.running.claims import claimed
 from solpath.running.forward import device_of
 from solpath.running.modes import contained, evaluating, gradients, keeping_random_state
+from solpath.running.placement import is_placed
 from solpath.running.progress import progress_bar
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -142,43 +149,62 @@ def _tune(
         keeping_random_state(),
         gradients(True),
         evaluating(dense),
-        preparing(small, device, device_of(dense)) as prepare,
-        preparing(small, device, device_of(dense), name="held-out batch") as prepare_held,
     ):
-        torch.manual_seed(derive_seed(config.seed, "tune"))
-        train, held = _split(batches, heldout, config.seed, prepare, prepare_held)
-        bf16 = config.mixed_precision == "bf16"
-        taught = Distillation(dense, train, prepare, device, accelerator, bf16=bf16, loss=loss)
-        judge = Distillation(dense, held, prepare_held, device, accelerator, bf16=False, loss=loss)
-        work = copy_extracted(small).eval()
-        if config.lora_rank is not None:
-            add_adapters_(work, config.lora_rank, config.lora_alpha)
-        training = Training(work, config, taught, judge, accelerator, _width(small))
-        if state is not None and file is not None:
-            training.restore_(state, file)
-        show = progress and accelerator.is_main_process
-        figures = {"loss": math.nan, "now": math.nan, "best": math.nan}
-        with progress_bar(
-            "tune", _FIGURES, config.steps, training.steps, show=show, **figures
-        ) as report:
-            train_(training, file, header, checkpoint_every, report)
-        return _result(small, config, training, judge)
+        sharding = is_sharding(accelerator)
+        devices = {device, device_of(dense)}
+        if sharding and accelerator.device.type != device.type:  # its shards are on GPUs
+            device = accelerator.device
+            devices = {device}
+        with (
+            preparing(small, *devices) as prepare,
+            preparing(small, *devices, name="held-out batch") as prepare_held,
+        ):
+            torch.manual_seed(derive_seed(config.seed, "tune"))
+            train, held = _split(batches, heldout, config.seed, prepare, prepare_held)
+            alias = sharding and not is_placed(small)
+            work = (aliased(small) if alias else copy_extracted(small)).eval()
+            if config.lora_rank is not None:
+                add_adapters_(work, config.lora_rank, config.lora_alpha)
+            model, optimizer = prepared(work, config, accelerator)
+            if alias:
+                unalias_(model)
+            teacher = sharded_like(dense, model)
+            bf16 = config.mixed_precision == "bf16"
+            common: Any = {"device": device, "accelerator": accelerator, "loss": loss}
+            taught = Distillation(teacher, train, prepare, bf16=bf16, **common)
+            judge = Distillation(teacher, held, prepare_held, bf16=False, **common)
+            training = Training(model, optimizer, config, taught, judge, accelerator, _width(small))
+            if state is not None and file is not None:
+                training.restore_(state, file)
+            show = progress and accelerator.is_main_process
+            figures = {"loss": math.nan, "now": math.nan, "best": math.nan}
+            with progress_bar(
+                "tune", _FIGURES, config.steps, training.steps, show=show, **figures
+            ) as report:
+                train_(training, file, header, checkpoint_every, report)
+            return _result(small, config, training, model, judge)
 
 
-def _result(small: Model, config: TuneConfig, training: Training, judge: Distillation) -> Model:
+def _result(
+    small: Model,
+    config: TuneConfig,
+    training: Training,
+    trained: nn.Module,
+    judge: Distillation,
+) -> Model:
     """Return a copy of `small` with the best weights."""
+    best: Iterable[tuple[str, Tensor]] = training.finish_()
     result = copy_extracted(small)
-    values: Mapping[str, Tensor] = training.best
     if config.lora_rank is not None:
         tuner = add_adapters_(copy_extracted(small), config.lora_rank, config.lora_alpha)
-        values = merge_adapters_(tuner, training.best)
+        best = merge_adapters_(tuner, dict(best)).items()
+    own = dict(result.named_parameters())
     with torch.no_grad():
-        for name, parameter in result.named_parameters():
-            if name in values:
-                parameter.copy_(values[name])
+        for name, value in best:
+            own[name].copy_(value)
     if config.lora_rank is not None:  # a merge rounds, so the result is checked once more
         with evaluating(result):
-            merged = judge.divergence(result)
+            merged = judge.divergence(sharded_like(result, trained))
         if not merged < training.checks[0][1]:
             return copy_extracted(small)
     return result
@@ -235,4 +261,4 @@ def _check_model(model: nn.Module, config: TuneConfig) -> torch.device:
                 "lora_rank, or tune model.float() (--dtype float32 on the command line) and cast "
                 "the result back."
             )
-    return trained[0][1].device
+    return device_of(model)

@@ -8,14 +8,25 @@ import torch
 from torch import Tensor, nn
 
 from solpath.errors import BatchError
+from solpath.running.placement import execution_device
 
 Batch = Any
 """A mapping of keyword arguments for the model, or its first argument as a tensor."""
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's first parameter, or the CPU for a model without parameters."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    """Return the device on which a model takes its inputs.
+
+    That is the device of its first parameter, or that on which accelerate runs the first module, if
+    it spreads or off-loads the weights. It is the CPU for a model without parameters.
+    """
+    for module in model.modules():
+        if (device := execution_device(module)) is not None:
+            return device
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                return parameter.device
+    return torch.device("cpu")
 
 
 def run(model: nn.Module, batch: Batch, *, labels: bool) -> Any:
@@ -173,7 +184,7 @@ def attended(batch: Batch, spans: Tensor) -> Tensor | None:
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     fits = isinstance(mask, Tensor) and mask.shape == (spans.shape[0], spans.shape[2])
-    return mask.bool() if fits and mask is not None else None
+    return mask.bool().to(spans.device) if fits and mask is not None else None
 
 
 def output_mask(batch: Batch, output: Tensor) -> Tensor | None:
@@ -191,7 +202,7 @@ def output_mask(batch: Batch, output: Tensor) -> Tensor | None:
     mask = batch.get(f"{side}attention_mask", batch.get("pixel_attention_mask"))
     if not isinstance(mask, Tensor) or output.dim() != 3 or mask.shape != output.shape[:2]:
         return None
-    return mask.bool()
+    return mask.bool().to(output.device)
 
 
 def activation_mask(batch: Batch, states: Tensor) -> Tensor | None:
@@ -212,4 +223,5 @@ def activation_mask(batch: Batch, states: Tensor) -> Tensor | None:
     if masks[1] is None and isinstance(batch.get("decoder_input_ids"), Tensor):
         masks[1] = torch.ones_like(batch["decoder_input_ids"])
     fits = [m.bool() for m in masks if isinstance(m, Tensor) and m.shape == states.shape[:2]]
-    return fits[0] if fits and all(torch.equal(fits[0], other) for other in fits[1:]) else None
+    alike = fits and all(torch.equal(fits[0], other) for other in fits[1:])
+    return fits[0].to(states.device) if alike else None

@@ -91,8 +91,8 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Return the bytes of all parameters and buffers of a model, each storage once."""
-    tensors = (*model.parameters(), *model.buffers())
+    """Return the bytes of the parameters and buffers of a model in memory, each storage once."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if not t.is_meta]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 

@@ -222,14 +222,22 @@ def differentiating(model: nn.Module) -> Iterator[None]:
             f"the weights of this {type(model).__name__} were made in torch.inference_mode, so no "
             "gradient goes through them; build or load the model outside of it."
         )
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [
+        (module, name, parameter, parameter.requires_grad)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
 
     def restore() -> None:
-        for parameter, flag in flags:
+        for module, name, parameter, flag in flags:
             parameter.requires_grad_(flag)
+            now = module._parameters.get(name)  # accelerate off-loads by new parameters
+            if now is not None and now is not parameter:
+                now.requires_grad_(flag)
 
     with evaluating(model), keeping_random_state(), gradients(True), undoing(restore):
-        for parameter, _ in flags:
+        for _, _, parameter, _ in flags:
             parameter.requires_grad_(False)
         yield
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from solpath.running.modes import undoing
+from solpath.running.placement import is_placed
 
 
 def blocks_of(model: nn.Module, modules: Sequence[str]) -> list[str]:
@@ -55,6 +56,7 @@ def recomputing(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
         >>> with recomputing(model, ["bert.encoder.layer.0"]):
         ...     output = model(**batch).logits
     """
+    placed = is_placed(model)  # stopped early, accelerate would not empty the last weights again
     found: list[tuple[nn.Module, Any]] = []
 
     def restore() -> None:
@@ -68,15 +70,18 @@ def recomputing(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
         for path in blocks:
             block = model.get_submodule(path)
             found.append((block, block.__dict__.get("forward")))
-            block.__dict__["forward"] = _checkpointed(block.forward)
+            block.__dict__["forward"] = _checkpointed(block.forward, whole=placed)
         yield
 
 
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _checkpointed(forward: Callable[..., Any], *, whole: bool) -> Callable[..., Any]:
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        with set_checkpoint_early_stop(not whole):
+            return checkpoint(
+                forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+            )
 
     return checkpointed
 

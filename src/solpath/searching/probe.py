@@ -36,6 +36,7 @@ from solpath.planning.cost import CostTable
 from solpath.running.forward import Batch, device_of, output_tensor, row_not_finite, run
 from solpath.running.memory import free_memory, peak_memory, resident_bytes
 from solpath.running.modes import differentiating, undoing
+from solpath.running.placement import offloads
 from solpath.running.processes import process, sum_over_processes
 from solpath.running.recompute import blocks_of, recomputing
 from solpath.searching.estimate import Estimate, must_recompute
@@ -110,7 +111,7 @@ class Probe:
         self.recomputes = False
         self._loss, self._seed = loss, seed
         self._device = device_of(model)
-        self._rank, self._world = process()
+        self._rank, self._world = process(self._device)
         self._looked_at: frozenset[str] = frozenset()  # pairs whose moments this process keeps
         self._scratch: ScratchInputs | None = None
         self._targets: Targets[list[Target]] = Targets()
@@ -294,7 +295,7 @@ class Probe:
         """See `Engine.weight_norms`."""
         linear = linear_map(self._model, side.module)
         unit = pair.unit_of_channel(side)
-        square = linear.weight.detach().double().cpu().square()
+        square = linear.read(linear.weight).double().cpu().square()
         channels = square.sum(linear.dim(1 - side.axis)).flatten()[pair.channels_of(side)]
         return torch.zeros(pair.units, dtype=torch.float64).index_add(0, unit, channels)
 
@@ -414,7 +415,7 @@ class Probe:
         return self._prepare.place(index, None if row is None else row + low)
 
     def _sum(self, values: Tensor) -> Tensor:
-        return sum_over_processes(values, self._device)
+        return sum_over_processes(values)
 
 
 @contextlib.contextmanager
@@ -454,7 +455,7 @@ def probing(
             "dtype=torch.bfloat16 or dtype=torch.float32."
         )
     with (
-        preparing(model, parameter.device) as prepare,
+        preparing(model, device_of(model)) as prepare,
         differentiating(model),
         contextlib.ExitStack() as stack,
     ):
@@ -466,8 +467,10 @@ def probing(
         stack.enter_context(undoing(probe.close))
         probe.measure_energy(_ENERGY_BATCHES)
         if recompute is None:
-            large = resident_bytes(model) > _LARGE
-            recompute = large and must_recompute(probe.step_memory(), free_memory(parameter.device))
+            recompute = any(map(offloads, model.modules())) or (
+                resident_bytes(model) > _LARGE
+                and must_recompute(probe.step_memory(), free_memory(device_of(model)))
+            )
         if recompute:
             blocks = blocks_of(model, [pair.right.module for pair in pairs])
             stack.enter_context(recomputing(model, blocks))

@@ -137,7 +137,7 @@ def search(
         recompute: Keep only what goes into the blocks of the model, and compute the activations of
             one block after another again in the backward pass. The path is the same to the last
             bit, in less memory and a third more time. None does it if a batch needs more than is
-            free.
+            free, or if accelerate off-loads weights, which are read again with each block.
         micro_batch: Samples of a batch that run at once, the others after them. Less memory, with
             sums that may round otherwise. None runs all of them.
         progress: Say first what the search will take, and show a progress bar with the loss, the
