@@ -319,10 +319,10 @@ def _parts(dense: nn.Module, batch: Batch) -> Iterator[Batch]:
     size = batch_size(batch)
     values = list(batch.values()) if isinstance(batch, Mapping) else [batch]
     tensors = [value for value in values if isinstance(value, Tensor) and value.dim() > 0]
-    head: Any = output_embedding(dense)
+    weight = getattr(output_embedding(dense), "weight", None)
     each = size
-    if head is not None and all(len(value) == size for value in tensors):
+    if isinstance(weight, Tensor) and all(len(value) == size for value in tensors):
         tokens = max((value.shape[1] for value in tensors if value.dim() > 1), default=1)
-        each = max(1, _LOGITS // (len(head.weight) * tokens))
+        each = max(1, _LOGITS // (len(weight) * tokens))
     for low in range(0, size, each):
         yield slice_samples(batch, low, min(low + each, size))

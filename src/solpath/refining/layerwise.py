@@ -226,24 +226,14 @@ def lockstep(
 
 
 def run_part(model: nn.Module, sample: Batch, hooks: Iterable[Hook]) -> None:
-    """Run a model with hooks until one of them raises `Enough`, at most to its output embedding.
+    """Run a model with hooks, to its end or until one of them raises `Enough`.
 
     Args:
         model: The model. The hooks are removed at the end.
         sample: The batch to run.
         hooks: The hooks.
     """
-
-    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-        raise Enough
-
-    def every() -> Iterator[Hook]:
-        yield from hooks
-        head = output_embedding(model)
-        if head is not None:
-            yield Hook(head, "before", stop)
-
-    with hooked(every()), suppress(Enough):
+    with hooked(hooks), suppress(Enough):
         run(model, sample, labels=False)
 
 

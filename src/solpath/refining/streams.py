@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from solpath.model.hooks import Hook
 from solpath.model.linear import linear_map
-from solpath.refining.layerwise import Enough, Place, Stream, run_part
+from solpath.refining.layerwise import Enough, Place, Stream, output_embedding, run_part
 from solpath.running.forward import Batch
 
 _REACH = 60  # inputs and outputs of modules to look at on each side of a layer's output
@@ -42,6 +42,7 @@ class _Finder:
     recent: deque[tuple[Place, Tensor | None]] = field(default_factory=lambda: deque(maxlen=_REACH))
     sought: dict[str, _Sought] = field(default_factory=dict)
     found: dict[str, Stream] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
 
     def note(self, place: Place, value: Any) -> None:
         """Take the next tensor of the forward pass."""
@@ -58,10 +59,12 @@ class _Finder:
                     self.found[name] = stream
             if name in self.found or one.seen == _REACH - 1:
                 del self.sought[name]
-        if place.output and kept is not None and len(kept) > 1:
-            name = place.module
-            if name in self.layers and name not in self.found and name not in self.sought:
-                near = ((where, v) for where, v in reversed(self.recent) if v is not None)
+        name = place.module
+        self.ran |= {name} if place.output else set()
+        wanted = place.output and name in self.layers
+        if wanted and not (name in self.found or name in self.sought):
+            near = [(where, v) for where, v in reversed(self.recent) if v is not None]
+            if kept is not None and len(kept) > 1:
                 before = [(where, v) for where, v in near if v.shape == kept.shape]
                 self.sought[name] = _Sought(kept, before)
         self.recent.append((place, kept))
@@ -99,11 +102,18 @@ def residual_streams(model: nn.Module, layers: Sequence[str], sample: Batch) -> 
     def after(name: str) -> Any:
         return lambda module, args, output: finder.note(Place(name, True), output)
 
+    def at_head(module: nn.Module, args: Any) -> None:
+        if finder.ran.issuperset(layers):
+            raise Enough
+
     def noting() -> Iterator[Hook]:
         for name, module in model.named_modules():
             if not any(True for _ in module.children()):
                 yield Hook(module, "before", before(name))
                 yield Hook(module, "after", after(name))
+        head = output_embedding(model)
+        if head is not None:
+            yield Hook(head, "before", at_head)
 
     run_part(model, sample, noting())
     return finder.found
