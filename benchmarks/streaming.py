@@ -140,13 +140,14 @@ def cut(dense: Path, path: Path, sparsity: float, out: Path) -> dict[str, float]
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     solpath.extract(dense, plan, out=out)
-    seconds = time.perf_counter() - start
+    seconds, processor = time.perf_counter() - start, time.process_time() - processor
     done.set()
     watcher.join()
     return {
         "seconds": seconds,
+        "processor_seconds": processor,
         "peak_before": before["peak"],
         "peak": memory()["peak"],
         "anonymous_before": before["anonymous"],
