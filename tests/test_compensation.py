@@ -161,7 +161,9 @@ def test_several_sizes_are_refitted_as_each_alone(label):
     alone = [compensated(one, dense, data) for one in small]
     assert isinstance(together, list)
     assert compensated([], dense, data) == []
-    assert len(runs) <= len(data) * 5 / 4 + 2  # it, and the check; not once for every size
+    # Not once for every size: all batches and the held-out ones, the looks for streams and groups,
+    # and two at what is compared.
+    assert len(runs) <= len(data) * 5 / 4 + 4
     for one, other in zip(together, alone, strict=True):
         assert_same(state(one), state(other))
 
@@ -337,21 +339,9 @@ def test_streams_are_forgotten_and_the_head_runs_for_held_out_batches_alone():
     assert bytes_a_batch(4) < 1.02 * bytes_a_batch(2)
     dense, runs = build("llama"), []
     small = solpath.extract(dense, random_plan(dense, HALF))
-    dense.lm_head.register_forward_pre_hook(lambda *args: runs.append(1))
+    dense.lm_head.register_forward_pre_hook(lambda module, args: runs.append(len(args[0])))
     compensated(small, dense)
-    assert len(runs) == 2
-
-
-def test_few_logits_at_a_time_give_the_same_model(monkeypatch):
-    dense = build("llama")
-    small = solpath.extract(dense, random_plan(dense, HALF))
-    expected, rows = compensated(small, dense), []
-    monkeypatch.setattr("solpath.refining.compensation._LOGITS", 60 * 20)
-    hook = dense.lm_head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    result = compensated(small, dense)
-    hook.remove()
-    assert set(rows) == {60 * 20 // (60 * inputs(dense)["input_ids"].shape[1])}
-    assert_same(state(result), state(expected))
+    assert [rows for rows in runs if rows > 1] == [4, 4]  # one sample says what is compared
 
 
 def test_what_changes_an_output_in_place_does_not_change_the_target():

@@ -14,7 +14,7 @@ from solpath.data.source import slice_samples
 from solpath.errors import UnsupportedModelError
 from solpath.objective import Objective, divergence
 from solpath.pair import flatten
-from solpath.running.forward import output_mask, run
+from solpath.running.forward import forward, output_mask, run
 from solpath.running.head import (
     HeadTarget,
     blocks_of,
@@ -104,7 +104,8 @@ WHOLE = {"gemma2": {}, "cohere": {"logit_scale": 0.5}, "bert": {}, "vit": {}}
 @pytest.mark.parametrize("label", WHOLE)
 def test_logits_that_are_more_than_a_layer_stay_whole(label):
     model = build(label, **WHOLE[label])
-    assert separable_head(model, slice_samples(batches(model)[0], 0, 1)) is None
+    sample = slice_samples(batches(model)[0], 0, 1)
+    assert separable_head(model, sample, forward(model, sample)) is None
 
 
 @pytest.mark.parametrize("label", HEADS)

@@ -194,12 +194,13 @@ class Objective:
         first = self._first()
         sample = slice_samples(first, 0, 1)
         with torch.no_grad():
-            self._kind = kind_of(self._dense, run(self._dense, sample, labels=False))
+            outputs = run(self._dense, sample, labels=False)
+            self._kind = kind_of(self._dense, outputs)
             if self._kind == "regression":
-                outputs = output_tensor(run(self._dense, first, labels=False))
-                self._spread = _spread(outputs.double().flatten(0, -2))
+                whole = output_tensor(run(self._dense, first, labels=False))
+                self._spread = _spread(whole.double().flatten(0, -2))
             if self._kind == "classes" and not self._whole:
-                head = separable_head(self._dense, sample)
+                head = separable_head(self._dense, sample, output_tensor(outputs))
                 self._separable = head is not None and all(
                     _equal(head, _head(model)) for model in self._smaller
                 )

@@ -15,6 +15,7 @@ from transformers.utils.generic import ModelOutput
 from solpath.errors import BatchError
 from solpath.model.hooks import Hook, hooked
 from solpath.running.forward import Batch, has_logits, run
+from solpath.running.head import output_embedding
 from solpath.running.modes import inferring, undoing
 
 LARGE = 256 * 2**20
@@ -101,14 +102,15 @@ def logits_in_parts(model: nn.Module, batch: Batch) -> LazyLogits | None:
         >>> logits_in_parts(model, batch) is None  # two classes
         True
     """
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    head = output_embedding(model)
     bodies = _bodies(model)
-    if not bodies or not isinstance(batch, Mapping) or not hasattr(head, "weight"):
+    weight = getattr(head, "weight", None)
+    if not bodies or not isinstance(batch, Mapping) or not isinstance(weight, Tensor):
         return None
     if any(module._compiled_call_impl is not None for module in model.modules()):
         return None  # compiled code takes no notice of what a child is told
     ids = batch.get("decoder_input_ids", batch.get("input_ids"))
-    if not isinstance(ids, Tensor) or 4 * ids.numel() * len(head.weight) < LARGE:
+    if not isinstance(ids, Tensor) or 4 * ids.numel() * len(weight) < LARGE:
         return None
     outputs: dict[str, ModelOutput] = {}
     with hooked(_noting(model, bodies, outputs)):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from solpath.running.placement import weight_at
+from solpath.running.placement import off_loaded_weights, weight_at
 
 
 def weight_reader(model: nn.Module) -> Callable[[str], Tensor]:
@@ -14,7 +14,8 @@ def weight_reader(model: nn.Module) -> Callable[[str], Tensor]:
         model: The model, which is only read. It may have hooks of accelerate.
 
     Returns:
-        Name to the tensor, detached; see `solpath.running.placement.weight_at`.
+        Name to the tensor, detached; see `solpath.running.placement.weight_at`. The hooks may be
+        removed meanwhile.
 
     Example:
         >>> read = weight_reader(model)
@@ -22,9 +23,10 @@ def weight_reader(model: nn.Module) -> Callable[[str], Tensor]:
         torch.Size([32])
     """
     modules = dict(model.named_modules(remove_duplicate=False))
+    away = {path: off_loaded_weights(module) for path, module in modules.items()}
 
     def read(name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
-        return weight_at(modules[path], leaf)
+        return weight_at(modules[path], leaf, away[path])
 
     return read

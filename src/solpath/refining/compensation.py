@@ -3,12 +3,12 @@
 import copy
 import math
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any, TypeVar, cast, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from solpath.data.preparation import Preparation, preparing
 from solpath.data.source import batch_size, check_ends, slice_samples
@@ -20,7 +20,7 @@ from solpath.pair import Pair
 from solpath.planning.plan import plan_of
 from solpath.pretrained import unwrapped
 from solpath.refining.fitting import CHECKED, Share, refit_, share_of
-from solpath.refining.layerwise import Group, LayerCall, input_groups, lockstep, output_embedding
+from solpath.refining.layerwise import Group, LayerCall, input_groups, lockstep
 from solpath.refining.streams import residual_streams
 from solpath.running.claims import claimed
 from solpath.running.forward import Batch, device_of, row_not_finite, run
@@ -32,7 +32,6 @@ from solpath.running.progress import progress_bar
 Model = TypeVar("Model", bound=nn.Module)
 
 _SAMPLES = 8  # samples of the first batch in which the residual streams are looked for
-_LOGITS = 2**25  # of a vocabulary, that are compared at a time
 
 
 @overload
@@ -291,38 +290,21 @@ def _losses(
     totals = torch.zeros(len(models) + len(refitted), dtype=torch.float64)
     where = "some batch, maybe of another process,"
     for number in (n for n, own in zip(share.numbers, share.held, strict=True) if own):
-        batch, row = batches[number], 0
-        for part in [batch] if loss else _parts(dense, batch):
-            target = compared.target(part) if loss is None else None
-            for i, model in enumerate((*models, *refitted)):
-                if target is None:
-                    assert loss is not None
-                    errors = loss(run(model, batch, labels=True), batch)
-                    value = float(errors) * batch_size(batch)
-                else:
-                    errors = compared.divergence(target, compared.run(model, part), part)
-                    value = float(errors.double().sum())
-                if i < len(models) and not math.isfinite(value):
-                    bad = row_not_finite(errors) if loss is None else None
-                    where = prepare.place(number, None if bad is None else row + bad)
-                totals[i] += value
-            row += batch_size(part)
+        batch = batches[number]
+        target = compared.target(batch) if loss is None else None
+        for i, model in enumerate((*models, *refitted)):
+            if target is None:
+                assert loss is not None
+                errors = loss(run(model, batch, labels=True), batch)
+                value = float(errors) * batch_size(batch)
+            else:
+                errors = compared.divergence(target, compared.run(model, batch), batch)
+                value = float(errors.double().sum())
+            if i < len(models) and not math.isfinite(value):
+                where = prepare.place(number, row_not_finite(errors) if loss is None else None)
+            totals[i] += value
     totals = sum_over_processes(totals)
     for value in totals[: len(models)].tolist():
         if not math.isfinite(value):
             raise NonFiniteLossError(f"the loss of {where} is {value} before any refit.")
     return (totals / sum(batch_size(batches[number]) for number in held)).tolist()
-
-
-def _parts(dense: nn.Module, batch: Batch) -> Iterator[Batch]:
-    """Cut a batch into parts of samples whose logits over a vocabulary are few enough at a time."""
-    size = batch_size(batch)
-    values = list(batch.values()) if isinstance(batch, Mapping) else [batch]
-    tensors = [value for value in values if isinstance(value, Tensor) and value.dim() > 0]
-    weight = getattr(output_embedding(dense), "weight", None)
-    each = size
-    if isinstance(weight, Tensor) and all(len(value) == size for value in tensors):
-        tokens = max((value.shape[1] for value in tensors if value.dim() > 1), default=1)
-        each = max(1, _LOGITS // (len(weight) * tokens))
-    for low in range(0, size, each):
-        yield slice_samples(batch, low, min(low + each, size))

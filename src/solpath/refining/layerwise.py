@@ -237,16 +237,6 @@ def run_part(model: nn.Module, sample: Batch, hooks: Iterable[Hook]) -> None:
         run(model, sample, labels=False)
 
 
-def output_embedding(model: nn.Module) -> nn.Module | None:
-    """Return the layer that turns hidden states into logits over a vocabulary, if there is one."""
-    find: Any = getattr(model, "get_output_embeddings", None)
-    try:
-        head = find() if find is not None else None
-    except NotImplementedError:
-        return None
-    return head if isinstance(head, nn.Module) else None
-
-
 def input_groups(model: nn.Module, layers: Iterable[str], sample: Batch) -> list[Group]:
     """Return those of `layers` that a forward pass runs as modules, in groups of equal input.
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from solpath.model.hooks import Hook
 from solpath.model.linear import linear_map
-from solpath.refining.layerwise import Enough, Place, Stream, output_embedding, run_part
+from solpath.refining.layerwise import Enough, Place, Stream, run_part
 from solpath.running.forward import Batch
+from solpath.running.head import output_embedding
 
 _REACH = 60  # inputs and outputs of modules to look at on each side of a layer's output
 _TOKENS = 32  # tokens of a sample in which residual streams are looked for

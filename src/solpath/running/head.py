@@ -19,7 +19,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional
 
-from solpath.running.forward import Batch, at_least_float, output_tensor, run
+from solpath.running.forward import Batch, at_least_float, run
 from solpath.running.modes import undoing
 
 _ROWS = 4096  # of the embedding, in one block: with 512 tokens a block of logits is 8 MB
@@ -42,7 +42,17 @@ class HeadTarget(NamedTuple):
     mean: Tensor
 
 
-def separable_head(model: nn.Module, sample: Batch) -> nn.Linear | None:
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """Return the layer that turns hidden states into logits over a vocabulary, if there is one."""
+    find: Any = getattr(model, "get_output_embeddings", None)
+    try:
+        head = find() if find is not None else None
+    except NotImplementedError:
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def separable_head(model: nn.Module, sample: Batch, logits: Tensor) -> nn.Linear | None:
     """Return the output embedding of a model if its logits are what this layer gives, or None.
 
     That is tried on `sample`: the logits must be equal to the last bit. They are not if the model
@@ -51,13 +61,12 @@ def separable_head(model: nn.Module, sample: Batch) -> nn.Linear | None:
     Args:
         model: The model.
         sample: A batch of one sample.
+        logits: What the model gives it.
     """
-    embeddings: Any = getattr(model, "get_output_embeddings", None)
-    head = embeddings() if embeddings else None
+    head = output_embedding(model)
     if type(head) is not nn.Linear:
         return None
     with torch.no_grad():
-        logits = output_tensor(run(model, sample, labels=False))
         try:
             states = run_without_head(model, head, sample)
         except (IndexError, LookupError, RuntimeError, TypeError, ValueError):

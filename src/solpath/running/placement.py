@@ -100,12 +100,14 @@ def check_whole(model: nn.Module, what: str) -> None:
         )
 
 
-def weight_at(module: nn.Module, name: str) -> Tensor:
+def weight_at(module: nn.Module, name: str, weights: Mapping[str, Tensor] | None = None) -> Tensor:
     """Return the data of a parameter or a buffer of a module, also if it is off-loaded.
 
     Args:
         module: The module that has the tensor.
         name: Its name in the module.
+        weights: The off-loaded weights of the module, from `off_loaded_weights`. None asks for
+            them.
 
     Returns:
         The tensor, detached, in the dtype that the model runs with. It is the tensor of the model
@@ -114,8 +116,8 @@ def weight_at(module: nn.Module, name: str) -> Tensor:
     """
     found = module._parameters.get(name)
     value: Tensor = (module._buffers[name] if found is None else found).detach()  # type: ignore[union-attr]
-    weights = _offloaded(module) if value.is_meta else None
-    if weights is None:
+    weights = off_loaded_weights(module) if weights is None else weights
+    if weights is None or not value.is_meta:
         return value
     try:
         return weights[name].detach().to(value.dtype)
@@ -147,7 +149,8 @@ def put_weight_(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     module._parameters[name] = parameter
 
 
-def _offloaded(module: nn.Module) -> Mapping[str, Tensor] | None:
+def off_loaded_weights(module: nn.Module) -> Mapping[str, Tensor] | None:
+    """Return where accelerate keeps the weights of a module, by name; None if it keeps none."""
     for hook in placing_hooks(module):
         if getattr(hook, "offload", False):
             weights: MutableMapping[str, Tensor] = hook.weights_map
