@@ -241,12 +241,13 @@ def test_the_estimate_is_one_line(capsys):
     assert size(0) == "0.1 MB"
 
 
-def test_a_limit_of_the_process_counts():
+@pytest.mark.parametrize(("limit", "used"), [("AS", "vms"), ("DATA", "data")])
+def test_a_limit_of_the_process_counts(limit, used):
     code = (
         "import resource, psutil, torch\n"
         "from solpath.running.memory import free_memory\n"
-        "used = psutil.Process().memory_info().vms\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (used + 10**8, resource.RLIM_INFINITY))\n"
+        f"used = psutil.Process().memory_info().{used}\n"
+        f"resource.setrlimit(resource.RLIMIT_{limit}, (used + 10**8, resource.RLIM_INFINITY))\n"
         "print(free_memory(torch.device('cpu')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,11 +13,13 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 import solpath
 from conftest import batches, build, inputs
 from plans import random_plan
+from solpath import SearchConfig
 from solpath.errors import UnsupportedModelError
 from solpath.model.counting import count_costs, saved_tensors
 from solpath.model.masks import mask_hooks
 from solpath.model.placed import distinct_parameters
 from solpath.pair import flatten
+from solpath.pretrained import load_within
 from solpath.running.forward import activation_mask, device_of, forward, output_mask
 from solpath.running.modes import differentiating
 from solpath.searching.probe import probing
@@ -277,3 +279,16 @@ def test_a_search_leaves_no_weights_in_memory(tmp_path):
                 assert found.all()
         probe.curvature(1)
         assert all(parameter.is_meta for parameter in away.parameters())
+
+
+def test_a_checkpoint_that_does_not_fit_stays_on_disk(tmp_path, monkeypatch):
+    model = build("llama")
+    model.save_pretrained(tmp_path / "dense")
+    data, config = batches(model), SearchConfig(steps=3, scale_batches=2)
+    expected = solpath.search(model, data, config, progress=False)
+    monkeypatch.setattr("solpath.searching.search.free_memory", lambda device: 1000)
+    found = solpath.search(tmp_path / "dense", data, config, progress=False)
+    assert all(torch.equal(found.score[name], score) for name, score in expected.score.items())
+    assert found.fingerprint == expected.fingerprint
+    left = load_within(tmp_path / "dense", 1000)
+    assert all(parameter.is_meta for parameter in left.parameters())

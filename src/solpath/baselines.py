@@ -18,6 +18,7 @@ from solpath.planning.path import SolutionPath
 from solpath.planning.removal import groups_by_rank, removal_order
 from solpath.pretrained import Name, for_batches
 from solpath.running.claims import claimed
+from solpath.running.memory import free_memory
 from solpath.running.modes import contained
 from solpath.searching.dynamics import sparse_copy
 from solpath.searching.engine import Engine, open_engine
@@ -331,7 +332,8 @@ def _opened(
 ) -> Iterator[tuple[Engine, Fingerprint]]:
     """Yield an engine for `model`, loaded if it is a name, and the fingerprint of the model."""
     check_batches(batches)
-    model, batches = for_batches(model, batches)
+    free = free_memory(torch.device("cpu"))
+    model, batches = for_batches(model, batches, free=free)
     with claimed(model, doing="searched"):
         identity = fingerprint(model, find_pairs(model))
         with open_engine(model, batches, loss=loss, seed=seed) as engine:

@@ -4,10 +4,12 @@ import logging
 import os
 import re
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
@@ -107,6 +109,36 @@ def off_loaded(name: Name, scratch: Path) -> "PreTrainedModel":
             "one dtype with from_pretrained(name, dtype=torch.float32), and cut and save that."
         )
     return model
+
+
+def load_within(
+    name: Name,
+    free: int,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> "PreTrainedModel":
+    """Load a dense model, or leave its weights on disk if they do not fit into memory.
+
+    Weights stay on disk only for the CPU and in their own dtype, and not those of a GGUF file.
+
+    Args:
+        name: See `from_pretrained`.
+        free: Bytes that may be taken. The weights may take four fifths of it.
+        device: See `from_pretrained`.
+        dtype: See `from_pretrained`.
+
+    Raises:
+        SolpathError: In the same cases as `from_pretrained` and `off_loaded`.
+    """
+    if torch.device(device).type == "cpu" and dtype is None and not is_gguf(name):
+        empty = from_pretrained(name, device="meta")
+        if sum(parameter.nbytes for parameter in empty.parameters()) > 0.8 * free:
+            scratch = TemporaryDirectory(prefix="solpath-")
+            model = off_loaded(name, Path(scratch.name))
+            weakref.finalize(model, scratch.cleanup)
+            return model
+    return from_pretrained(name, device=device, dtype=dtype)
 
 
 @contextmanager
@@ -380,13 +412,16 @@ def as_model(model: nn.Module | Name, *, device: str | torch.device = "cpu") -> 
     return unwrapped(model)
 
 
-def for_batches(model: nn.Module | Name, batches: Iterable[Any]) -> tuple[nn.Module, Iterable[Any]]:
+def for_batches(
+    model: nn.Module | Name, batches: Iterable[Any], *, free: int
+) -> tuple[nn.Module, Iterable[Any]]:
     """Return a model and its batches. A name is loaded onto the device of the first batch.
 
     Args:
         model: A model, which is returned without its wrapper, or a name for `from_pretrained`.
-    batches: The batches. Of an iterator that runs only once, the first one is read and put
-        back.
+        batches: The batches. Of an iterator that runs only once, the first one is read and put
+            back.
+        free: See `load_within`.
     """
     if not isinstance(model, str | os.PathLike):
         return unwrapped(model, hooks=True), batches
@@ -397,7 +432,7 @@ def for_batches(model: nn.Module | Name, batches: Iterable[Any]) -> tuple[nn.Mod
         first = next(iter(batches), None)
     values = first.values() if isinstance(first, Mapping) else (first,)
     device = next((value.device for value in values if isinstance(value, Tensor)), "cpu")
-    return from_pretrained(model, device=device), batches
+    return load_within(model, free, device=device), batches
 
 
 def _locate(name: Name) -> tuple[Path, bool]:

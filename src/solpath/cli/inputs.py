@@ -151,6 +151,22 @@ def load_any(name: str, dtype: Precision = Precision.AUTO) -> Any:
     return from_pretrained(name, dtype=dtype.dtype)
 
 
+def load_dense(name: str, dtype: Precision = Precision.AUTO) -> Any:
+    """Load a dense model, or leave its weights on disk if they do not fit into memory.
+
+    Args:
+        name: The name of the model.
+        dtype: The dtype of its weights.
+    """
+    import torch
+
+    from solpath.pretrained import load_within, quiet_transformers
+    from solpath.running.memory import free_memory
+
+    quiet_transformers()
+    return load_within(name, free_memory(torch.device("cpu")), dtype=dtype.dtype)
+
+
 def load_small(name: str, dtype: Precision = Precision.AUTO) -> Any:
     """Load an extracted model of a folder or Hub id.
 

@@ -24,7 +24,7 @@ from solpath.cli.arguments import (
     plan_options,
     takes_budget,
 )
-from solpath.cli.inputs import batches_for, load_any, path_of, random_tokens, table_of
+from solpath.cli.inputs import batches_for, load_any, load_dense, path_of, random_tokens, table_of
 from solpath.cli.terminal import print_json, print_table, say
 from solpath.errors import BudgetError, ConfigError, FileError
 
@@ -81,7 +81,7 @@ def search(
     if method == "paper":
         config = InclusionConfig(**length, seed=seed)
     check_output(out)
-    loaded = load_any(model, dtype)
+    loaded = load_dense(model, dtype)
     batches = batches_for(model, loaded, text, images, seed)
     if method in searches:
         context.obj.checkpoint = checkpoint

@@ -102,7 +102,7 @@ def free_memory(device: torch.device) -> int:
 
     On a GPU that is what the driver and torch's own cache have left. On the CPU it is what the
     system can give without swapping, less if the process runs under a limit: that of its control
-    group, or of its address space (``ulimit -v``).
+    group, of its address space, or of its data (``ulimit -v`` and ``-d``).
 
     Args:
         device: The device.
@@ -113,9 +113,11 @@ def free_memory(device: torch.device) -> int:
     limits = [psutil.virtual_memory().available]
     if hasattr(psutil, "RLIMIT_AS"):
         own = psutil.Process()
-        soft, _ = own.rlimit(psutil.RLIMIT_AS)
-        if soft != psutil.RLIM_INFINITY:
-            limits.append(soft - own.memory_info().vms)
+        used = own.memory_info()
+        for kind, taken in ((psutil.RLIMIT_AS, used.vms), (psutil.RLIMIT_DATA, used.data)):
+            soft, _ = own.rlimit(kind)
+            if soft != psutil.RLIM_INFINITY:
+                limits.append(soft - taken)
     limits += _left_in_control_groups()
     return max(0, int(min(limits)))
 

@@ -30,6 +30,7 @@ from solpath.running.checkpoint import (
     write_checkpoint,
 )
 from solpath.running.claims import claimed
+from solpath.running.memory import free_memory
 from solpath.running.modes import contained
 from solpath.running.processes import process
 from solpath.running.progress import Report, progress_bar, say
@@ -120,7 +121,9 @@ def search(
 
     Args:
         model: A model of transformers or timm, searched on the device that it is on. A folder or a
-            Hub id is loaded by `from_pretrained`, to the device of the batches.
+            Hub id is loaded by `from_pretrained`, to the device of the batches. If that is the CPU
+            and the weights do not fit into what is free, they stay on disk, and each layer's are
+            read when it runs.
         batches: An iterable of dicts of arguments or of input tensors, on the model's device, with
             8 to 64 samples each. They are repeated when there are fewer than steps. An iterator may
             be endless: it is read only as far as the steps need, and what was read is kept. Rows of
@@ -169,7 +172,8 @@ def search(
     if micro_batch is not None:
         check_count("micro_batch", micro_batch, 1)
     check_batches(batches)
-    model, batches = for_batches(model, batches)
+    free = free_memory(torch.device("cpu"))
+    model, batches = for_batches(model, batches, free=free)
     config = config or SearchConfig()
     with claimed(model, doing="searched"):
         opened = open_engine(
