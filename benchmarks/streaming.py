@@ -29,12 +29,13 @@ import typer
 import solpath
 from checkpoints import sample
 from record import RESULTS, save, show
+from solpath.loading import off_loaded
 from solpath.model.counting import count_costs
 from solpath.model.discovery import find_pairs
 from solpath.model.fingerprint import fingerprint, values_digest
 from solpath.model.weights import weight_reader
 from solpath.planning.path import SolutionPath
-from solpath.pretrained import from_pretrained, off_loaded
+from solpath.pretrained import from_pretrained
 from solpath.reading import values_as_bytes
 from solpath.storing.shards import Stored, write_shards
 from workloads import quiet

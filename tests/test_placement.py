@@ -15,11 +15,11 @@ from conftest import batches, build, inputs
 from plans import random_plan
 from solpath import SearchConfig
 from solpath.errors import UnsupportedModelError
+from solpath.loading import load_within
 from solpath.model.counting import count_costs, saved_tensors
 from solpath.model.masks import mask_hooks
 from solpath.model.placed import distinct_parameters
 from solpath.pair import flatten
-from solpath.pretrained import load_within
 from solpath.running.forward import activation_mask, device_of, forward, output_mask
 from solpath.running.modes import differentiating
 from solpath.searching.probe import probing

@@ -75,17 +75,18 @@ def test_extraction_by_name(bert, tmp_path):
 def test_the_model_goes_where_the_batches_are(bert, tmp_path, monkeypatch):
     bert.save_pretrained(tmp_path)
     places = []
-    real = solpath.pretrained.from_pretrained
+    real = solpath.loading.from_pretrained
 
-    def load(name, *, device):
+    def load(name, *, device, dtype=None):
         places.append(torch.device(device).type)
-        return real(name, device=device)
+        return real(name, device=device, dtype=dtype)
 
-    monkeypatch.setattr(solpath.pretrained, "from_pretrained", load)
+    monkeypatch.setattr(solpath.loading, "from_pretrained", load)
     there = [{key: value.to("meta") for key, value in batch.items()} for batch in batches(bert)]
-    solpath.pretrained.for_batches(tmp_path, there)
-    solpath.pretrained.for_batches(tmp_path, iter(batches(bert)))
-    assert places == ["meta", "cpu"]
+    solpath.loading.for_batches(tmp_path, there, free=10**9)
+    assert places == ["meta"]
+    solpath.loading.for_batches(tmp_path, iter(batches(bert)), free=10**9)
+    assert places == ["meta", "meta", "cpu"]  # its size, then its weights
 
 
 def test_the_dtype_is_that_of_the_files_or_the_one_asked(tmp_path):

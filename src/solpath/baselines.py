@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from solpath.config import check_count, check_number
 from solpath.data.source import check_batches
+from solpath.loading import for_batches
 from solpath.model.discovery import find_pairs
 from solpath.model.fingerprint import fingerprint
 from solpath.objective import Loss
 from solpath.pair import Fingerprint, Pair, unflatten
 from solpath.planning.path import SolutionPath
 from solpath.planning.removal import groups_by_rank, removal_order
-from solpath.pretrained import Name, for_batches
+from solpath.pretrained import Name
 from solpath.running.claims import claimed
 from solpath.running.memory import free_memory
 from solpath.running.modes import contained

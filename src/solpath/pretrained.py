@@ -3,17 +3,12 @@
 import logging
 import os
 import re
-import warnings
-import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import chain
+from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from solpath.arch import TIMM_WRAPPER, lookup, timm
 from solpath.arch.building import drop_data_, without_weights
@@ -27,6 +22,7 @@ from solpath.gguf import (
     scale_positions_,
 )
 from solpath.vetting import INDEX, check_files, check_index, check_settings
+from solpath.wrapping import unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,111 +71,10 @@ def from_pretrained(
     """
     if is_gguf(name):
         return _from_gguf(Path(name), device, dtype)
-    return _load(name, device, dtype, {})
+    return load_placed(name, device, dtype, {})
 
 
-def off_loaded(name: Name, scratch: Path) -> "PreTrainedModel":
-    """Load a dense model whose weights stay where they are on disk.
-
-    Parameters are on the meta device, and buffers in memory. The model has the hooks that
-    accelerate puts on off-loaded models, which know the file of every weight.
-
-    Args:
-        name: See `from_pretrained`.
-        scratch: An empty folder on disk, which must live as long as the model. Weights that
-            transformers computes from others, such as those of experts that were saved one by one,
-            are written into it.
-
-    Raises:
-        UnsupportedModelError: See `from_pretrained`. Or transformers holds some of its weights in
-            float32 and others not, so that no smaller model of them could be saved.
-        FileError: See `from_pretrained`.
-        ConfigError: See `from_pretrained`.
-    """
-    placement = {"device_map": {"": "disk"}, "offload_folder": str(scratch)}
-    with _quiet_accelerate():
-        model = _load(name, "cpu", None, placement)
-        if computed := _not_in_files(model):  # accelerate has lost them
-            device_map = dict(_places("", model, computed))
-            model = _load(name, "cpu", None, {**placement, "device_map": device_map})
-    wide = model._get_dtype_plan(model.dtype)
-    if mixed := [n for n, _ in model.named_parameters() if any(part in n for part in wide)]:
-        raise UnsupportedModelError(
-            f"{name} is in {model.dtype}, and transformers holds {mixed[0]} in float32; load it in "
-            "one dtype with from_pretrained(name, dtype=torch.float32), and cut and save that."
-        )
-    return model
-
-
-def load_within(
-    name: Name,
-    free: int,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-) -> "PreTrainedModel":
-    """Load a dense model, or leave its weights on disk if they do not fit into memory.
-
-    Weights stay on disk only for the CPU and in their own dtype, and not those of a GGUF file.
-
-    Args:
-        name: See `from_pretrained`.
-        free: Bytes that may be taken. The weights may take four fifths of it.
-        device: See `from_pretrained`.
-        dtype: See `from_pretrained`.
-
-    Raises:
-        SolpathError: In the same cases as `from_pretrained` and `off_loaded`.
-    """
-    if torch.device(device).type == "cpu" and dtype is None and not is_gguf(name):
-        empty = from_pretrained(name, device="meta")
-        if sum(parameter.nbytes for parameter in empty.parameters()) > 0.8 * free:
-            scratch = TemporaryDirectory(prefix="solpath-")
-            model = off_loaded(name, Path(scratch.name))
-            weakref.finalize(model, scratch.cleanup)
-            return model
-    return from_pretrained(name, device=device, dtype=dtype)
-
-
-@contextmanager
-def _quiet_accelerate() -> Iterator[None]:
-    """Let accelerate off-load what it was told to without a warning that it did."""
-    logger = logging.getLogger("accelerate.big_modeling")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*device_map keys do not match")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _not_in_files(model: nn.Module) -> set[str]:
-    """Return the modules whose parameters are computed, such as sinusoids, and not read."""
-    found = set()
-    for path, module in model.named_modules():
-        devices = getattr(getattr(module, "_hf_hook", None), "original_devices", {})
-        if any(devices[name].type != "meta" for name in devices.keys() & module._parameters):
-            found.add(path)
-    return found
-
-
-def _places(path: str, module: nn.Module, computed: set[str]) -> Iterator[tuple[str, str]]:
-    """Yield what goes to disk, in parts as large as can be, and what stays in memory."""
-    prefix = f"{path}." if path else ""
-    if path in computed:
-        yield path, "cpu"
-    elif not any(name.startswith(prefix) for name in computed):
-        yield path, "disk"
-    else:
-        for leaf in (*module._parameters, *module._buffers):
-            yield f"{prefix}{leaf}", "cpu"
-        for name, child in module.named_children():
-            yield from _places(f"{prefix}{name}", child, computed)
-
-
-def _load(
+def load_placed(
     name: Name, device: str | torch.device, dtype: torch.dtype | None, placement: dict[str, Any]
 ) -> "PreTrainedModel":
     """Load a dense model as `from_pretrained` says, with more arguments for transformers."""
@@ -331,75 +226,6 @@ def quiet_transformers() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def unwrapped(model: Any, *, adapters: bool = False, hooks: bool = False) -> nn.Module:
-    """Return the model of transformers or timm inside a wrapper, or say what to pass instead.
-
-    ``DataParallel``, ``DistributedDataParallel`` and what `torch.compile` returns hold one model,
-    which is returned. Any other model is returned as it is.
-
-    Args:
-        model: What a user passed as a model.
-        adapters: Whether a model that peft wrapped will do.
-        hooks: Whether hooks on its layers will have to run.
-
-    Raises:
-        UnsupportedModelError: It is a pipeline or a ``SentenceTransformer``, whose inputs are not
-            the batches of its model; a model that peft wrapped; one that was compiled in place,
-            which runs no hooks; or no model at all. The message says what to pass.
-
-    Example:
-        >>> unwrapped(torch.nn.DataParallel(model)) is model
-        True
-    """
-    while isinstance(model, nn.Module):
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]
-        else:
-            break
-    check_takes_batches(model)
-    if _is(model, "peft", "PeftModel") and not adapters:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has adapters of peft on its layers; pass "
-            "model.merge_and_unload(), or model.unload() to leave them out."
-        )
-    if hooks and any(module._compiled_call_impl is not None for module in model.modules()):
-        raise UnsupportedModelError(
-            f"this {type(model).__name__} was compiled in place, and compiled code takes no notice "
-            "of masks; pass a model without model.compile(), and compile the extracted one."
-        )
-    return cast("nn.Module", model)
-
-
-def check_takes_batches(model: Any) -> None:
-    """Raise `UnsupportedModelError` if something is no module that can be called on batches.
-
-    Args:
-        model: What a user passed as a model.
-    """
-    kind = type(model).__name__
-    if _is(model, "sentence_transformers", "SentenceTransformer"):
-        first = next(model.children())
-        name = next((name for name, _ in first.named_children()), "auto_model")  # by its version
-        raise UnsupportedModelError(
-            f"a {kind} takes texts; pass st[0].{name} with batches from st.tokenizer (see "
-            f"solpath.text_batches), and set st[0].{name} to the extracted model."
-        )
-    if _is(model, "transformers.pipelines", "Pipeline"):
-        raise UnsupportedModelError(
-            f"a {kind} takes raw inputs; pass pipe.model, and set it to the extracted model."
-        )
-    if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"a {kind} is no model; pass a torch.nn.Module.")
-
-
-def _is(value: Any, package: str, name: str) -> bool:
-    """Return whether a value is of a class, without importing its package."""
-    kinds = [kind for kind in type(value).__mro__ if kind.__name__ == name]
-    return any(f"{kind.__module__}.".startswith(f"{package}.") for kind in kinds)
-
-
 def as_model(model: nn.Module | Name, *, device: str | torch.device = "cpu") -> nn.Module:
     """Return `model` itself if it is a module, without its wrapper, or load the one of that name.
 
@@ -410,29 +236,6 @@ def as_model(model: nn.Module | Name, *, device: str | torch.device = "cpu") -> 
     if isinstance(model, str | os.PathLike):
         return from_pretrained(model, device=device)
     return unwrapped(model)
-
-
-def for_batches(
-    model: nn.Module | Name, batches: Iterable[Any], *, free: int
-) -> tuple[nn.Module, Iterable[Any]]:
-    """Return a model and its batches. A name is loaded onto the device of the first batch.
-
-    Args:
-        model: A model, which is returned without its wrapper, or a name for `from_pretrained`.
-        batches: The batches. Of an iterator that runs only once, the first one is read and put
-            back.
-        free: See `load_within`.
-    """
-    if not isinstance(model, str | os.PathLike):
-        return unwrapped(model, hooks=True), batches
-    if isinstance(batches, Iterator):
-        first = next(batches, None)
-        batches = () if first is None else chain([first], batches)
-    else:
-        first = next(iter(batches), None)
-    values = first.values() if isinstance(first, Mapping) else (first,)
-    device = next((value.device for value in values if isinstance(value, Tensor)), "cpu")
-    return load_within(model, free, device=device), batches
 
 
 def _locate(name: Name) -> tuple[Path, bool]:

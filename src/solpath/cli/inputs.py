@@ -160,7 +160,8 @@ def load_dense(name: str, dtype: Precision = Precision.AUTO) -> Any:
     """
     import torch
 
-    from solpath.pretrained import load_within, quiet_transformers
+    from solpath.loading import load_within
+    from solpath.pretrained import quiet_transformers
     from solpath.running.memory import free_memory
 
     quiet_transformers()

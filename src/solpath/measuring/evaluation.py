@@ -18,11 +18,11 @@ from solpath.model.head import LazyLogits
 from solpath.objective import Loss
 from solpath.planning.cost import Achieved
 from solpath.planning.plan import plan_of
-from solpath.pretrained import unwrapped
 from solpath.running.claims import claimed
 from solpath.running.forward import device_of, run
 from solpath.running.modes import contained, inferring
 from solpath.running.provenance import provenance
+from solpath.wrapping import unwrapped
 
 _ONE = "the model"  # what messages call it, where there is one
 

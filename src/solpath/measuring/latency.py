@@ -26,12 +26,12 @@ from solpath.pair import Fingerprint, Pair
 from solpath.planning.latency_table import BlockLatency, LatencyTable, pair_shapes
 from solpath.planning.path import SolutionPath
 from solpath.planning.plan import Plan
-from solpath.pretrained import unwrapped
 from solpath.running.claims import claimed
 from solpath.running.forward import device_of, run
 from solpath.running.modes import contained, inferring
 from solpath.running.placement import check_whole
 from solpath.running.provenance import provenance
+from solpath.wrapping import unwrapped
 
 ATTEMPTS = 6
 """How many plans `plan_for_latency` times before it gives up."""

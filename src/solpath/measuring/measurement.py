@@ -15,12 +15,12 @@ from solpath.measuring.generation import Generation, check_generates, generation
 from solpath.measuring.memory import bytes_on_disk
 from solpath.measuring.timing import interquartile_range, latencies
 from solpath.model.counting import count_macs
-from solpath.pretrained import check_takes_batches, unwrapped
 from solpath.running.claims import claimed
 from solpath.running.forward import device_of, run
 from solpath.running.memory import peak_memory, resident_bytes
 from solpath.running.modes import contained, inferring
 from solpath.running.placement import check_whole
+from solpath.wrapping import check_takes_batches, unwrapped
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from solpath.model.linear import layer_at
 from solpath.nn.experts import OnNeurons
 from solpath.pair import Norm, Pair
 from solpath.planning.plan import Plan, norm_gain, plan_of
-from solpath.pretrained import unwrapped
 from solpath.running.claims import claimed
 from solpath.running.forward import Batch, activation_mask, device_of
+from solpath.wrapping import unwrapped
 
 
 @dataclass

@@ -18,7 +18,6 @@ from solpath.model.linear import linear_map
 from solpath.objective import Loss, Objective
 from solpath.pair import Pair
 from solpath.planning.plan import plan_of
-from solpath.pretrained import unwrapped
 from solpath.refining.fitting import CHECKED, Share, refit_, share_of
 from solpath.refining.layerwise import Group, LayerCall, input_groups, lockstep
 from solpath.refining.streams import residual_streams
@@ -28,6 +27,7 @@ from solpath.running.modes import contained, inferring, undoing
 from solpath.running.placement import is_placed
 from solpath.running.processes import sum_over_processes
 from solpath.running.progress import progress_bar
+from solpath.wrapping import unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 

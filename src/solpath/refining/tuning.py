@@ -18,7 +18,6 @@ from solpath.errors import BatchError, UnsupportedModelError
 from solpath.model.extraction import copy_extracted
 from solpath.model.fingerprint import weights_digest
 from solpath.objective import Loss
-from solpath.pretrained import unwrapped
 from solpath.refining.adapters import add_adapters_, merge_adapters_
 from solpath.refining.distillation import Distillation
 from solpath.refining.distributed import (
@@ -35,6 +34,7 @@ from solpath.running.forward import device_of
 from solpath.running.modes import contained, evaluating, gradients, keeping_random_state
 from solpath.running.placement import is_placed
 from solpath.running.progress import progress_bar
+from solpath.wrapping import unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 

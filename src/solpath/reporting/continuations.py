@@ -8,11 +8,11 @@ from torch import nn
 from solpath.config import check_count
 from solpath.errors import BatchError, ConfigError
 from solpath.measuring.generation import check_generates, greedy
-from solpath.pretrained import unwrapped
 from solpath.reporting.family import Continuation, Line
 from solpath.running.claims import claimed
 from solpath.running.forward import device_of
 from solpath.running.modes import contained, inferring
+from solpath.wrapping import unwrapped
 
 
 @contained

@@ -1,7 +1,7 @@
 """The engine for models in memory: forward-backward passes through a masked model."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from solpath.arch import is_foreign, type_of
-from solpath.data.preparation import Preparation, preparing
+from solpath.data.preparation import preparing
 from solpath.data.source import (
     BatchSource,
     batch_size,
@@ -19,11 +19,11 @@ from solpath.data.source import (
     slice_samples,
 )
 from solpath.errors import NonFiniteLossError, UnsupportedModelError
-from solpath.model.basis import Basis, moment_hooks, obstacle, principal_basis, rotated
+from solpath.model.basis import Basis, rotated
 from solpath.model.checking import check_once
 from solpath.model.counting import count_costs
 from solpath.model.linear import linear_map
-from solpath.model.masks import Masks, energy_hooks, mask_hooks, run_hooks
+from solpath.model.masks import Masks, mask_hooks
 from solpath.objective import (
     TARGET_CACHE_BYTES,
     Loss,
@@ -40,24 +40,11 @@ from solpath.running.placement import offloads
 from solpath.running.processes import process, sum_over_processes
 from solpath.running.recompute import blocks_of, recomputing
 from solpath.searching.estimate import Estimate, must_recompute
-from solpath.searching.redundancy import (
-    Inputs,
-    ScratchInputs,
-    input_hooks,
-    moment_bytes,
-    parts_in_memory,
-    unexplained_variances,
-)
+from solpath.searching.redundancy import Inputs
+from solpath.searching.statistics import Statistics
 
 _ENERGY_BATCHES = 4
 _LARGE = 32 * 2**20  # bytes of weights from which on the memory of a step is looked at
-
-Hooks = Callable[
-    [nn.Module, Sequence[Pair], Batch],
-    contextlib.AbstractContextManager[Mapping[str, Tensor]],
-]
-"""A context manager ``hooks(model, pairs, batch)``: while the model runs, it adds up some
-statistic of every pair, by pair name and on the CPU."""
 
 
 class _Part(NamedTuple):
@@ -85,7 +72,8 @@ class Probe:
         model: The dense model.
         pairs: Its pairs.
         source: The batches, by step.
-        prepare: What the batches pass through; it names them in errors.
+        compared: How far outputs are from those of the dense model.
+        statistics: Of the dense model on the batches.
         masks: The masks that the hooked pairs obey.
         loss: Loss of the user, or None for the divergence from the dense model.
         seed: Seeds the mask draws and all other noise.
@@ -100,22 +88,21 @@ class Probe:
         model: nn.Module,
         pairs: Sequence[Pair],
         source: BatchSource,
-        prepare: Preparation,
+        compared: Objective,
+        statistics: Statistics,
         masks: Masks,
         loss: Loss | None,
         seed: int,
         micro_batch: int | None,
     ) -> None:
         self._model, self._source, self._masks = model, source, masks
-        self._prepare, self._micro_batch = prepare, micro_batch
+        self._micro_batch = micro_batch
         self.recomputes = False
         self._loss, self._seed = loss, seed
         self._device = device_of(model)
         self._rank, self._world = process(self._device)
-        self._looked_at: frozenset[str] = frozenset()  # pairs whose moments this process keeps
-        self._scratch: ScratchInputs | None = None
         self._targets: Targets[list[Target]] = Targets()
-        self._compared = Objective(model, self._first)
+        self._compared, self._statistics = compared, statistics
         self.restrict(pairs)
 
     def restrict(self, pairs: Sequence[Pair]) -> None:
@@ -217,79 +204,28 @@ class Probe:
         Args:
             batches: Number of batches.
         """
-        normed = [pair for pair in self.pairs if pair.norms]
-        totals = self._add_up(batches, energy_hooks, normed)
+        totals = self._statistics.energy(self.pairs, batches)
         self._masks.energy |= {name: total.to(self._device) for name, total in totals.items()}
 
     def measure_basis(self, batches: int) -> dict[str, Tensor]:
         """See `Engine.measure_basis`."""
-        pairs = [pair for pair in self.pairs if obstacle(self._model, pair) is None]
-        return principal_basis(self._model, pairs, self._add_up(batches, moment_hooks, pairs))
+        return self._statistics.basis(self.pairs, batches)
 
     def measure_inputs(self, batches: int) -> Inputs:
         """See `Engine.measure_inputs`."""
-        pairs = [pair for pair in self.pairs if pair.kind not in ("qk", "experts")]
-        own = self.pairs[self._rank :: self._world]
-        self._looked_at = frozenset(pair.name for pair in own)
-        parts = parts_in_memory(self._model, pairs)
-        if len(parts) > 1:  # a pass over the batches for every part
-            size = moment_bytes(self._model, [p for p in pairs if p.name in self._looked_at])
-            self.close()
-            self._scratch = ScratchInputs(size)
-        inputs: dict[str, Tensor] = {}
-        for part in parts:
-            totals = self._add_up(batches, input_hooks, part)
-            for name in list(totals):
-                total = totals.pop(name)
-                if name in self._looked_at and total.any():
-                    if self._scratch is None:
-                        inputs[name] = total
-                    else:
-                        self._scratch.put(name, total)
-        return inputs if self._scratch is None else self._scratch
+        return self._statistics.inputs(self.pairs, batches)
 
-    def _add_up(self, batches: int, hooks: Hooks, pairs: Sequence[Pair]) -> dict[str, Tensor]:
-        """Return what `hooks` add up on the dense model, over batches and all processes."""
-        totals: dict[str, Tensor] = {}
-        for step in range(batches if pairs else 0):
-            batch, low = self._local(step)[:2]
-            with torch.no_grad(), hooks(self._model, pairs, batch) as seen:
-                if self._loss is None:
-                    outputs = self._compared.run(self._model, batch)
-                else:
-                    outputs = run(self._model, batch, labels=False)
-            if not all(value.isfinite().all() for value in seen.values()):
-                first = next(part for part in tree_leaves(outputs) if isinstance(part, Tensor))
-                where = self._place(step, low, row_not_finite(first))
-                raise NonFiniteLossError(f"on {where} the dense model itself is not finite.")
-            for name, value in seen.items():
-                totals[name] = totals[name].add_(value) if name in totals else value
-        return {name: self._sum(total) for name, total in totals.items()}
+    def measure_reach(self, batches: int) -> Tensor:
+        """See `Engine.measure_reach`."""
+        return self._statistics.reach(self.pairs, batches)
+
+    def unexplained_variance(self, inputs: Inputs, mask: Tensor) -> Tensor:
+        """See `Engine.unexplained_variance`."""
+        return self._statistics.unexplained_variance(self.pairs, inputs, mask)
 
     def rotated(self, basis: Basis) -> contextlib.AbstractContextManager[Any]:
         """See `Engine.rotated`."""
         return rotated(self._model, self.pairs, basis)
-
-    def unexplained_variance(self, inputs: Inputs, mask: Tensor) -> Tensor:
-        """See `Engine.unexplained_variance`."""
-        parts = zip(self.pairs, torch.split(mask, [p.units for p in self.pairs]), strict=True)
-        shares = [
-            unexplained_variances(self._model, [pair], inputs, kept)
-            if pair.name in self._looked_at
-            else torch.zeros(pair.units, dtype=torch.float64)
-            for pair, kept in parts
-        ]
-        return self._sum(torch.cat(shares))
-
-    def close(self) -> None:
-        """Let go of what `measure_inputs` keeps on disk."""
-        if self._scratch is not None:
-            self._scratch.close()
-
-    def measure_reach(self, batches: int) -> Tensor:
-        """See `Engine.measure_reach`."""
-        seen = self._add_up(batches, run_hooks, self.pairs)
-        return torch.stack([(seen[pair.name] > 0).all() for pair in self.pairs])
 
     def weight_norms(self, pair: Pair, side: Side) -> Tensor:
         """See `Engine.weight_norms`."""
@@ -403,16 +339,10 @@ class Probe:
             row = row_not_finite(errors)
             if row is None:
                 continue
-            place = self._place(step, part.low, row)
+            place = self._statistics.place(step, row + part.low)
             finite = all(value.isfinite().all() for value in tree_leaves(part.target))
             return place if finite else f"{place}, on which the dense model itself is not finite,"
-        return self._place(step, 0, None)
-
-    def _place(self, step: int, low: int, row: int | None) -> str:
-        """The words for a row of this process in the batch of a step."""
-        index = self._source.index(step)
-        index = step if index is None else index
-        return self._prepare.place(index, None if row is None else row + low)
+        return self._statistics.place(step, None)
 
     def _sum(self, values: Tensor) -> Tensor:
         return sum_over_processes(values)
@@ -463,8 +393,11 @@ def probing(
         if is_foreign(type_of(model)):
             check_once(model, slice_samples(source[0], 0, 2))
         masks = stack.enter_context(mask_hooks(model, pairs))
-        probe = Probe(model, pairs, source, prepare, masks, loss, seed, micro_batch)
-        stack.enter_context(undoing(probe.close))
+        compared = Objective(model, lambda: source[0])
+        objective = compared if loss is None else None
+        statistics = Statistics(model, source, prepare, objective, *process(device_of(model)))
+        stack.enter_context(undoing(statistics.close))
+        probe = Probe(model, pairs, source, compared, statistics, masks, loss, seed, micro_batch)
         probe.measure_energy(_ENERGY_BATCHES)
         if recompute is None:
             recompute = any(map(offloads, model.modules())) or (

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from solpath.config import InclusionConfig, SearchConfig, check_count
 from solpath.data.source import check_batches
 from solpath.errors import FileError, NonFiniteLossError
+from solpath.loading import for_batches
 from solpath.model.basis import obstacle
 from solpath.model.discovery import find_pairs
 from solpath.model.fingerprint import fingerprint
@@ -20,7 +21,7 @@ from solpath.objective import Loss
 from solpath.pair import Pair, unflatten
 from solpath.planning.path import SolutionPath
 from solpath.planning.path_files import check_axes
-from solpath.pretrained import Name, for_batches
+from solpath.pretrained import Name
 from solpath.reading import Expected
 from solpath.running.checkpoint import (
     State,

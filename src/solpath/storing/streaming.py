@@ -18,6 +18,7 @@ from solpath.arch import is_foreign, type_of
 from solpath.errors import ConfigError, UnsupportedModelError
 from solpath.files import check_output, new_folder, temporary_folder
 from solpath.gguf import is_gguf
+from solpath.loading import off_loaded
 from solpath.model import extraction
 from solpath.model.discovery import survey
 from solpath.model.extraction import cut_reader, in_dtype_of
@@ -31,7 +32,7 @@ from solpath.model.fingerprint import (
 )
 from solpath.model.weights import weight_reader
 from solpath.planning.plan import EXTRACTED, Plan
-from solpath.pretrained import Name, off_loaded
+from solpath.pretrained import Name
 from solpath.running.modes import contained
 from solpath.storing.writing import Tokenizer, contents_of, save, write
 

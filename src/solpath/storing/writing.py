@@ -22,7 +22,6 @@ from solpath.errors import ConfigError, SolpathError
 from solpath.files import check_output, json_bytes, new_folder
 from solpath.model.weights import weight_reader
 from solpath.planning.plan import Plan, plan_of
-from solpath.pretrained import unwrapped
 from solpath.reading import dtype_name, sealed
 from solpath.running.modes import contained
 from solpath.running.provenance import version_of
@@ -46,6 +45,7 @@ from solpath.storing.skeleton import (
     resolve,
     state_of,
 )
+from solpath.wrapping import unwrapped
 
 
 class Tokenizer(Protocol):
