@@ -1,6 +1,7 @@
 """Statistics of the dense model's activations on the batches of a search."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
