@@ -4,8 +4,9 @@
     python benchmarks/bounded_search.py --case streamed      # of a 7 B model on disk; 14 GB of disk
     python benchmarks/bounded_search.py --case gemma --checkpoint FILE.gguf --before OLD/src
 
-- "limited" searches a LLaMA of 1.2 B random bfloat16 weights, with compensation in view or not, in
-  a process that may allocate 4 GB (RLIMIT_DATA).
+- "limited" searches a LLaMA of 1.2 B random bfloat16 weights in a process that may allocate 4 GB
+  (RLIMIT_DATA); with compensation in view its weights stay on disk, because one matrix of moments
+  takes .5 GB.
 - "streamed" searches one of 7 B whose weights stay on disk, two steps of 1 x 128 tokens.
 - "gemma" times the steps of the default search on Gemma 3 270M (see gemma.py), each just after its
   floor: a forward pass of the frozen model, and one backward to the output of its embeddings, with
@@ -168,7 +169,7 @@ def _bounded(source: Any, steps: int, case: str, *, compensated: bool) -> dict[s
     import solpath
     from solpath.searching.engine import open_engine
 
-    if case == "streamed":
+    if case == "streamed" or compensated:  # its matrices take the place of the weights
         model = AutoModelForCausalLM.from_pretrained(source, device_map={"": "disk"}).eval()
     else:
         model = solpath.from_pretrained(source)

@@ -33,6 +33,7 @@ from quality_runs import (
     values,
 )
 from record import RESULTS
+from scale_page import TABLES as SCALE
 from solpath.reporting.charts import spread
 from zoo_page import compensated_table, zoo_page, zoo_table
 
@@ -75,9 +76,8 @@ def table(name: str) -> str:
     that is switched off, ``speed_<model>`` one per member that was timed, ``tuning`` one per member
     that was tuned, ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision,
     ``latency_budget`` one per asked latency, ``gpu`` one per model, ``decoding`` one per member of
-    a decoder, ``streaming`` one per checkpoint, ``digests`` one per dtype. Tables of a real
-    decoder, ``language...``, are in language_page.py. ``tutorial`` is what the tutorial prints
-    about its sizes, as text.
+    a decoder. Those of large models are in scale_page.py, those of a real decoder, ``language...``,
+    in language_page.py. ``tutorial`` is what the tutorial prints about its sizes, as text.
     """
     if name == "tutorial":
         lines = [line for line in _results("tutorial") if "parameters" in line]
@@ -89,11 +89,8 @@ def table(name: str) -> str:
         return _markdown([("what", "measured", "against", "aim", "script"), *costs()])
     if name == "checkpoints":
         return _markdown([*checkpoints()])
-    if name == "digests":
-        rows = _results("streaming")["digests"].items()
-        return _markdown([("weights", "÷ digest of bytes"), *((name, _x(x)) for name, x in rows)])
-    if name == "streaming":
-        return _markdown([*streaming()])
+    if name in SCALE:
+        return _markdown([*SCALE[name]()])
     if name == "gpu":
         return _markdown([*gpu()])
     if name == "latency_budget":
@@ -274,18 +271,6 @@ def decoding() -> Iterator[list[str]]:
             f"{uncached['tokens_per_s']:.1f} ± {uncached['tokens_per_s_iqr'] / 2:.1f}",
             f"{found['cache_per_token'] / 1024:.1f}", f"{text['cache_bytes'] / 1024:,.0f}",
         ]  # fmt: skip
-
-
-def streaming() -> Iterator[list[str]]:
-    """Checkpoints that are cut from disk to disk: memory, and time against a copy."""
-    columns = ("read", "written", "largest weight", "memory", "of its own", "imports")
-    keys = ("dense_bytes", "small_bytes", "largest_tensor_bytes", "peak", "anonymous")
-    yield ["checkpoint", *columns, "time", "÷ copy"]
-    for name, found in _results("streaming").items():
-        if name == "digests":
-            continue
-        sizes = [f"{found[key] / 1e6:,.0f} MB" for key in (*keys, "anonymous_before")]
-        yield [name, *sizes, f"{found['seconds']:.0f} s", _x(found["ratio"])]
 
 
 def gpu() -> Iterator[list[str]]:

@@ -139,7 +139,11 @@ def unexplained_variance(
     """
     kept = mask.clamp(min=1e-3)
     noise = (1 - kept) / kept + 0.01
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(correlation + noise.diag()))
+    noisy = correlation.clone()
+    noisy.diagonal().add_(noise)
+    factor = torch.linalg.cholesky(noisy)
+    del noisy
+    inverse = torch.cholesky_inverse(factor)
     return (1 / inverse.diagonal() - noise).clamp(1e-3, 1)
 
 

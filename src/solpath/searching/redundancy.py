@@ -14,6 +14,7 @@ from solpath.model.hooks import Hook, hooked
 from solpath.model.linear import linear_map
 from solpath.pair import Pair
 from solpath.running.forward import Batch, activation_mask, device_of
+from solpath.running.memory import free_memory
 from solpath.searching.dynamics import unexplained_variance
 
 Inputs = Mapping[str, Tensor]
@@ -21,7 +22,8 @@ Inputs = Mapping[str, Tensor]
 right-hand layer gets, summed over tokens. The last row and column hold the sums of the channels
 and the number of tokens."""
 
-_IN_MEMORY = 4 * 2**30  # bytes of moments that are added up, or kept, at a time
+_IN_MEMORY = 4 * 2**30  # most bytes of moments that are added up, or kept, at a time
+_SHARE = 0.25  # of the free memory that they may take: a pass adds up as many beside them
 
 
 class ScratchInputs(Mapping[str, Tensor]):
@@ -121,9 +123,10 @@ def parts_in_memory(model: nn.Module, pairs: Sequence[Pair]) -> list[list[Pair]]
         model: The model.
         pairs: Its pairs. They stay in order; one that is too large is a part of its own.
     """
+    limit = min(_IN_MEMORY, _SHARE * free_memory(torch.device("cpu")))
     parts: list[list[Pair]] = []
     for pair in pairs:
-        if parts and moment_bytes(model, [*parts[-1], pair]) <= _IN_MEMORY:
+        if parts and moment_bytes(model, [*parts[-1], pair]) <= limit:
             parts[-1].append(pair)
         else:
             parts.append([pair])
@@ -194,13 +197,16 @@ def unexplained_variances(
             continue
         kept, moments = kept.to(device), inputs[pair.name].to(device)
         tokens, square = moments[-1, -1], moments[:-1, :-1]
-        energy = square.diagonal()
+        energy = square.diagonal().clone()
         if linear_map(model, pair.right.module).bias is not None:
             square = square - torch.outer(moments[-1, :-1], moments[-1, :-1]) / tokens
         unit = pair.unit_of_channel(pair.right).to(device)
         spread = square.diagonal().clamp(min=0)
         root = torch.maximum(spread, 1e-12 * energy).sqrt().clamp(min=1e-30)
-        left = spread * unexplained_variance(square / torch.outer(root, root), kept[unit])
+        correlation = torch.outer(root, root)
+        torch.div(square, correlation, out=correlation)
+        del moments, square  # matrices may be large: at most three are there at a time
+        left = spread * unexplained_variance(correlation, kept[unit])
         total = torch.zeros_like(kept).index_add(0, unit, energy)
         own = torch.zeros_like(kept).index_add(0, unit, left)
         parts.append((own / total.clamp(min=1e-30)).clamp(1e-4, 1).cpu())
