@@ -424,7 +424,7 @@ def _stack(rows):
 def test_the_target_cache_has_no_influence(bert, monkeypatch):
     small = cut(bert)
     whole = run(small, bert)
-    monkeypatch.setattr("solpath.objective._TARGET_CACHE_BYTES", 0)
+    monkeypatch.setattr("solpath.objective.TARGET_CACHE_BYTES", 0)
     assert same(whole, run(small, bert))
 
 

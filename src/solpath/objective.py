@@ -96,9 +96,9 @@ Target: TypeAlias = Tensor | HeadTarget
 class Objective:
     """How far the outputs of a smaller model are from those of its dense model.
 
-    The first batch says what is compared. Of a regression it also gives the spread: the mean
-    squared distance of the dense outputs from their mean, or their mean square if they are all
-    equal. Logits over a vocabulary are never made whole if the output embedding is a layer of its
+    One sample says what is compared. Only a regression looks at another batch, the first: its
+    spread is the mean squared distance of the dense outputs of that batch from their mean, or their
+    mean square if they are all equal. Logits over a vocabulary are never made whole if the output embedding is a layer of its
     own (see `separable_head`): models are run up to it, and compared block by block.
 
     Args:
@@ -130,7 +130,7 @@ class Objective:
             model: The dense model or a smaller one.
             batch: The batch.
         """
-        self._learn()
+        self._learn(batch)
         if self._separable:
             return run_without_head(model, _head(model), batch)
         return run(model, batch, labels=False)
@@ -187,17 +187,16 @@ class Objective:
         draw = curvature_sketch(target, mask, noise, kind=self._known, spread=self._spread)
         return _total(draw * at_least_float(output))
 
-    def _learn(self) -> None:
-        """Learn, once, from the dense model on the first batch what is compared, and how."""
+    def _learn(self, batch: Batch) -> None:
+        """Learn, once, from the dense model on a sample of a batch what is compared, and how."""
         if self._kind is not None:
             return
-        first = self._first()
-        sample = slice_samples(first, 0, 1)
+        sample = slice_samples(batch, 0, 1)
         with torch.no_grad():
             outputs = run(self._dense, sample, labels=False)
             self._kind = kind_of(self._dense, outputs)
             if self._kind == "regression":
-                whole = output_tensor(run(self._dense, first, labels=False))
+                whole = output_tensor(run(self._dense, self._first(), labels=False))
                 self._spread = _spread(whole.double().flatten(0, -2))
             if self._kind == "classes" and not self._whole:
                 head = separable_head(self._dense, sample, output_tensor(outputs))
@@ -210,8 +209,7 @@ class Objective:
 
     @property
     def _known(self) -> Kind:
-        self._learn()
-        assert self._kind is not None
+        assert self._kind is not None, "run a model first"
         return self._kind
 
 
