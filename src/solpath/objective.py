@@ -98,8 +98,9 @@ class Objective:
 
     One sample says what is compared. Only a regression looks at another batch, the first: its
     spread is the mean squared distance of the dense outputs of that batch from their mean, or their
-    mean square if they are all equal. Logits over a vocabulary are never made whole if the output embedding is a layer of its
-    own (see `separable_head`): models are run up to it, and compared block by block.
+    mean square if they are all equal. Logits over a vocabulary are never made whole if the output
+    embedding is a layer of its own (see `separable_head`): models are run up to it, and compared
+    block by block.
 
     Args:
         dense: The dense model.
