@@ -290,7 +290,7 @@ def test_moments_on_a_scratch_file_give_the_same_search(monkeypatch):
             super().close()
 
     monkeypatch.setattr(redundancy, "_IN_MEMORY", 20_000)
-    monkeypatch.setattr("solpath.searching.probe.ScratchInputs", Watched)
+    monkeypatch.setattr("solpath.searching.statistics.ScratchInputs", Watched)
     found = solpath.search(model, data, config, progress=False)
     assert torch.equal(found.order(), expected.order())
     [scratch] = files
