@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from torch.nn import functional
 
 from solpath.running.forward import Batch, at_least_float, run
 from solpath.running.modes import undoing
@@ -215,10 +214,17 @@ def _drawn_mean(head: nn.Linear, states: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _blocks(head: nn.Linear, states: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield some rows of the embedding and the logits that they give, block by block."""
+    """Yield some rows of the embedding and the logits that they give, block by block.
+
+    All blocks of logits have one place in memory: the last one is gone when the next one comes.
+    """
     states = at_least_float(states)
+    place = states.new_empty(len(states) * min(_ROWS, head.out_features))
     with align_module_device(head):  # the weight may be off-loaded
         for start in range(0, head.out_features, _ROWS):
             rows = head.weight.detach()[start : start + _ROWS].to(states.dtype)
-            bias = None if head.bias is None else head.bias.detach()[start : start + _ROWS].to(rows)
-            yield rows, functional.linear(states, rows, bias)
+            logits = place[: len(states) * len(rows)].view(len(states), -1)
+            torch.mm(states, rows.T, out=logits)
+            if head.bias is not None:
+                logits += head.bias.detach()[start : start + _ROWS]
+            yield rows, logits

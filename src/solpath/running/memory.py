@@ -46,7 +46,7 @@ def peak_memory(
 class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follow every storage that an operator returns until it is freed.
 
-    Storages that were there before the block do not count.
+    Storages that were there before the block do not count, nor do those that a file is mapped to.
 
     Attributes:
         alive: Bytes that are alive now.
@@ -76,6 +76,9 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         if key in self._known:
             return
+
+        if storage.filename is not None:
+            size = 0  # pages of a file, which the system drops when it needs memory
 
         def freed(_: Any) -> None:
             del self._known[key]
