@@ -5,8 +5,8 @@
     python benchmarks/bounded_search.py --case gemma --checkpoint FILE.gguf --before OLD/src
 
 - "limited" searches a LLaMA of 1.2 B random bfloat16 weights in a process that may allocate 4 GB
-  (RLIMIT_DATA); with compensation in view its weights stay on disk, because one matrix of moments
-  takes .5 GB.
+  (RLIMIT_DATA). With compensation in view its weights stay on disk, because one matrix of moments
+  takes .5 GB; there memory is only watched, as RLIMIT_DATA counts the mapped files of weights.
 - "streamed" searches one of 7 B whose weights stay on disk, two steps of 1 x 128 tokens.
 - "gemma" times the steps of the default search on Gemma 3 270M (see gemma.py), each just after its
   floor: a forward pass of the frozen model, and one backward to the output of its embeddings, with
@@ -117,8 +117,10 @@ def _work(worker: str, source: Path | None, steps: int) -> dict[str, Any]:
         if worker == "imports":
             result: dict[str, Any] = {}
         elif worker.startswith("limited"):
-            resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
-            result = _bounded(source, steps, "limited", compensated="compensated" in worker)
+            compensated = "compensated" in worker
+            if not compensated:
+                resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
+            result = _bounded(source, steps, "limited", compensated=compensated)
         elif worker.startswith("streamed"):
             result = _bounded(source, steps, "streamed", compensated=False)
         elif worker == "search":
