@@ -22,6 +22,7 @@ from solpath.model.placed import distinct_parameters
 from solpath.pair import flatten
 from solpath.running.forward import activation_mask, device_of, forward, output_mask
 from solpath.running.modes import differentiating
+from solpath.searching.engine import open_engine
 from solpath.searching.probe import probing
 
 TIED = {"llama": {"tie_word_embeddings": True}, "bert": {}}
@@ -292,3 +293,16 @@ def test_a_checkpoint_that_does_not_fit_stays_on_disk(tmp_path, monkeypatch):
     assert found.fingerprint == expected.fingerprint
     left = load_within(tmp_path / "dense", 1000)
     assert all(parameter.is_meta for parameter in left.parameters())
+
+
+def test_the_estimate_does_not_count_weights_on_disk(tmp_path):
+    model = build("llama", num_hidden_layers=6, intermediate_size=400)
+    model.save_pretrained(tmp_path / "dense")
+    away = type(model).from_pretrained(tmp_path / "dense", device_map={"": "disk"}).eval()
+    said = []
+    for one, recompute in ((model, True), (away, None)):
+        with open_engine(one, batches(model), loss=None, seed=0, recompute=recompute) as engine:
+            said.append(engine.estimate(10, 10))
+    assert said[1].recompute
+    assert said[1].weights < 0.1 * said[0].weights
+    assert said[0].step < said[1].step < said[0].step + 0.4 * said[0].weights  # those of one block

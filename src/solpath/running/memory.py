@@ -15,7 +15,7 @@ from solpath.running.modes import entered
 
 
 def peak_memory(
-    function: Callable[[], Any], *, device: torch.device | str = "cpu"
+    function: Callable[[], Any], *, device: torch.device | str = "cpu", passing: bool = False
 ) -> tuple[int, str]:
     """Return the most bytes that `function` has alive beyond those before it, and the source.
 
@@ -26,6 +26,8 @@ def peak_memory(
     Args:
         function: The work to measure. It is called once.
         device: Where the work is done.
+        passing: Leave out what is still alive afterwards, such as off-loaded weights, whose files
+            stay mapped.
 
     Returns:
         The bytes, and how they were counted.
@@ -36,17 +38,20 @@ def peak_memory(
         before = torch.cuda.memory_allocated(device)
         function()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before, "torch.cuda.max_memory_allocated"
+        left = torch.cuda.memory_allocated(device) - before if passing else 0
+        peak = torch.cuda.max_memory_allocated(device) - before - left
+        return peak, "torch.cuda.max_memory_allocated"
     live = LiveStorages()
     with entered(live):
         function()
-    return live.peak, "live tensor storages (TorchDispatchMode)"
+    left = live.alive if passing else 0
+    return live.peak - left, "live tensor storages (TorchDispatchMode)"
 
 
 class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follow every storage that an operator returns until it is freed.
 
-    Storages that were there before the block do not count, nor do those that a file is mapped to.
+    Storages that were there before the block do not count.
 
     Attributes:
         alive: Bytes that are alive now.
@@ -76,9 +81,6 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         if key in self._known:
             return
-
-        if storage.filename is not None:
-            size = 0  # pages of a file, which the system drops when it needs memory
 
         def freed(_: Any) -> None:
             del self._known[key]

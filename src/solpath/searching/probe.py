@@ -244,28 +244,36 @@ class Probe:
         return batch_size(self._source[step])
 
     def step_memory(self) -> int:
-        """Return about how many bytes a pass has alive beyond the weights, from that of one sample.
+        """Return about how many bytes a pass has alive beyond the weights.
 
-        A user's loss may not take a single sample; the sum of the outputs takes its place.
+        It grows with the samples in a straight line, which passes of one and of two samples show.
         """
-        sample = slice_samples(self._first(), 0, 1)
-        target = None if self._loss is not None else self._compared.target(sample)
-        part = _Part(sample, 0, 1, target)
+        each = -(-self.batch_size(0) // self._world)
+        each = min(each, self._micro_batch or each)
+        found = [self._pass_memory(samples) for samples in range(1, min(each, 2) + 1)]
+        return found[0] + (each - 1) * (found[-1] - found[0])
+
+    def _pass_memory(self, samples: int) -> int:
+        """Return how many bytes a pass of a few samples of the first batch has alive.
+
+        A user's loss may not take so few; the sum of the outputs takes its place.
+        """
+        batch = slice_samples(self._first(), 0, samples)
+        target = None if self._loss is not None else self._compared.target(batch)
+        part = _Part(batch, 0, samples, target)
 
         def one_pass() -> None:
-            leaves = self._set(torch.ones(1, self.units))
+            leaves = self._set(torch.ones(samples, self.units))
             if target is None:
-                values = tree_leaves(run(self._model, sample, labels=False))
+                values = tree_leaves(run(self._model, batch, labels=False))
                 value = next(v for v in values if isinstance(v, Tensor) and v.requires_grad).sum()
             else:
                 value = self._errors(self._run(part), part).sum()
             _slopes(value, leaves)
 
-        one_pass()  # what is built on the first pass and kept does not count
-        once = peak_memory(one_pass, device=self._device)[0]
+        peak, _ = peak_memory(one_pass, device=self._device, passing=True)
         self._masks.units.clear()
-        each = -(-self.batch_size(0) // self._world)
-        return once * min(each, self._micro_batch or each)
+        return peak
 
     def estimate(self, passes: float, masks: int) -> Estimate:
         """See `Engine.estimate`. Processes do not wait for each other."""
