@@ -40,6 +40,7 @@ from solpath.running.head import (
     head_divergence,
     head_target,
     mean_of_drawn,
+    output_embedding,
     run_without_head,
     separable_head,
 )
@@ -224,7 +225,7 @@ def _equal(one: nn.Linear, other: nn.Linear) -> bool:
 
 
 def _head(model: nn.Module) -> nn.Linear:
-    return cast("nn.Linear", cast("Any", model).get_output_embeddings())
+    return cast("nn.Linear", output_embedding(model))
 
 
 def _spread(values: Tensor) -> float:

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from solpath.model.hooks import Hook, hooked
 from solpath.model.linear import linear_map
 from solpath.pair import Pair, Side
 from solpath.running.forward import Batch, activation_mask
+from solpath.running.hooks import Hook, hooked
 from solpath.running.modes import plain_torch, undoing
 from solpath.running.placement import put_weight_, weight_at
 

@@ -14,12 +14,12 @@ from solpath.arch import is_foreign, lookup, type_of
 from solpath.errors import UnsupportedModelError
 from solpath.model.cutting import cut_model
 from solpath.model.discovery import Block, find_blocks
-from solpath.model.hooks import Hook, hooked
 from solpath.model.masks import mask_hooks
 from solpath.model.placed import copied
 from solpath.pair import Pair
 from solpath.planning.plan import Plan, best_units
 from solpath.running.forward import Batch, device_of, run
+from solpath.running.hooks import Hook, hooked
 from solpath.running.modes import inferring, undoing
 
 _BOUND = 1e-4  # of the largest value; float32 rounds at 1e-6, and wrong tables are off by 1e-2

@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from solpath.errors import ConfigError
 from solpath.model.discovery import find_blocks
-from solpath.model.hooks import Hook, hooked
 from solpath.model.linear import layer_at, linear_map
 from solpath.model.placed import distinct_parameters, tied_names
 from solpath.nn.experts import counted_forward, is_experts
@@ -23,6 +22,7 @@ from solpath.nn.slim import become_, slim_class
 from solpath.pair import Pair, Side
 from solpath.planning.cost import CostTable
 from solpath.running.forward import Batch, device_of, run
+from solpath.running.hooks import Hook, hooked
 from solpath.running.modes import differentiating, entered, undoing
 
 _KERNELS = [kernel for name, kernel in SDPBackend.__members__.items() if name != "ERROR"]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from solpath.errors import BatchError
-from solpath.model.hooks import Hook, hooked
 from solpath.running.forward import Batch, has_logits, run
 from solpath.running.head import output_embedding
+from solpath.running.hooks import Hook, hooked
 from solpath.running.modes import inferring, undoing
 
 LARGE = 256 * 2**20

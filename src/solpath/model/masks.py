@@ -13,13 +13,13 @@ from solpath.errors import BatchError, FingerprintError, UnsupportedModelError
 from solpath.model.basis import rotated
 from solpath.model.discovery import find_pairs
 from solpath.model.fingerprint import check_pairs
-from solpath.model.hooks import Hook, hooked
 from solpath.model.linear import layer_at
 from solpath.nn.experts import OnNeurons
 from solpath.pair import Norm, Pair
 from solpath.planning.plan import Plan, norm_gain, plan_of
 from solpath.running.claims import claimed
 from solpath.running.forward import Batch, activation_mask, device_of
+from solpath.running.hooks import Hook, hooked
 from solpath.wrapping import unwrapped
 
 

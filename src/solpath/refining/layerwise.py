@@ -11,8 +11,8 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from solpath.errors import BatchError
-from solpath.model.hooks import Hook, hooked
 from solpath.running.forward import Batch, run
+from solpath.running.hooks import Hook, hooked
 
 Group = tuple[str, ...]
 """Dotted paths of layers that get one and the same input, with no other layer between them."""

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from solpath.model.hooks import Hook
 from solpath.model.linear import linear_map
 from solpath.refining.layerwise import Enough, Place, Stream, run_part
 from solpath.running.forward import Batch
 from solpath.running.head import output_embedding
+from solpath.running.hooks import Hook
 
 _REACH = 60  # inputs and outputs of modules to look at on each side of a layer's output
 _TOKENS = 32  # tokens of a sample in which residual streams are looked for

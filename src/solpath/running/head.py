@@ -11,7 +11,6 @@ embedding is the same,
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,7 +18,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from solpath.running.forward import Batch, at_least_float, run
-from solpath.running.modes import undoing
+from solpath.running.hooks import Hook, hooked
 
 _ROWS = 4096  # of the embedding, in one block: with 512 tokens a block of logits is 8 MB
 _TOKENS = 2048  # at once
@@ -89,27 +88,14 @@ def run_without_head(model: nn.Module, head: nn.Module, batch: Batch) -> Tensor:
         LookupError: The model did not call its output embedding.
     """
     seen: list[Tensor] = []
-    with _emptied(head, seen):
-        run(model, batch, labels=False)
-    return seen[-1]
 
-
-@contextmanager
-def _emptied(head: nn.Module, seen: list[Tensor]) -> Iterator[None]:
-    """Keep what `head` gets in `seen`, and let it run on none of it."""
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def empty(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         seen.append(args[0])
         return (args[0][:, :0], *args[1:])
 
-    def remove() -> None:
-        hooks = head._forward_pre_hooks
-        for key in [key for key, function in hooks.items() if function is hook]:
-            del hooks[key]
-
-    with undoing(remove):
-        head.register_forward_pre_hook(hook)
-        yield
+    with hooked([Hook(head, "before", empty)]):
+        run(model, batch, labels=False)
+    return seen[-1]
 
 
 def blocks_of(head: nn.Linear) -> int:

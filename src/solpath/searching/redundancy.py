@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from solpath.errors import FileError
-from solpath.model.hooks import Hook, hooked
 from solpath.model.linear import linear_map
 from solpath.pair import Pair
 from solpath.running.forward import Batch, activation_mask, device_of
+from solpath.running.hooks import Hook, hooked
 from solpath.running.memory import free_memory
 from solpath.searching.dynamics import unexplained_variance
 
