@@ -195,7 +195,7 @@ def test_a_batch_that_does_not_fit_is_computed_again(monkeypatch):
     model = build("llama")
     monkeypatch.setattr(probing, "_LARGE", 0)
     for free, expected in ((10**12, False), (10**3, True)):
-        monkeypatch.setattr(probing, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr("solpath.running.memory.free_memory", lambda device, free=free: free)
         with open_engine(model, batches(model), loss=None, seed=0) as engine:
             assert engine.recomputes is expected
 

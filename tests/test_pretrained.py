@@ -83,9 +83,9 @@ def test_the_model_goes_where_the_batches_are(bert, tmp_path, monkeypatch):
 
     monkeypatch.setattr(solpath.loading, "from_pretrained", load)
     there = [{key: value.to("meta") for key, value in batch.items()} for batch in batches(bert)]
-    solpath.loading.for_batches(tmp_path, there, free=10**9)
+    solpath.loading.for_batches(tmp_path, there)
     assert places == ["meta"]
-    solpath.loading.for_batches(tmp_path, iter(batches(bert)), free=10**9)
+    solpath.loading.for_batches(tmp_path, iter(batches(bert)))
     assert places == ["meta", "meta", "cpu"]  # its size, then its weights
 
 

@@ -19,7 +19,6 @@ from solpath.planning.path import SolutionPath
 from solpath.planning.removal import groups_by_rank, removal_order
 from solpath.pretrained import Name
 from solpath.running.claims import claimed
-from solpath.running.memory import free_memory
 from solpath.running.modes import contained
 from solpath.searching.dynamics import sparse_copy
 from solpath.searching.engine import Engine, open_engine
@@ -333,8 +332,7 @@ def _opened(
 ) -> Iterator[tuple[Engine, Fingerprint]]:
     """Yield an engine for `model`, loaded if it is a name, and the fingerprint of the model."""
     check_batches(batches)
-    free = free_memory(torch.device("cpu"))
-    model, batches = for_batches(model, batches, free=free)
+    model, batches = for_batches(model, batches)
     with claimed(model, doing="searched"):
         identity = fingerprint(model, find_pairs(model))
         with open_engine(model, batches, loss=loss, seed=seed) as engine:

@@ -17,22 +17,20 @@ from torch import Tensor, nn
 from solpath.errors import UnsupportedModelError
 from solpath.gguf import is_gguf
 from solpath.pretrained import Name, from_pretrained, load_placed
+from solpath.running.memory import fits
 from solpath.wrapping import unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def for_batches(
-    model: nn.Module | Name, batches: Iterable[Any], *, free: int
-) -> tuple[nn.Module, Iterable[Any]]:
+def for_batches(model: nn.Module | Name, batches: Iterable[Any]) -> tuple[nn.Module, Iterable[Any]]:
     """Return a model and its batches. A name is loaded onto the device of the first batch.
 
     Args:
         model: A model, which is returned without its wrapper, or a name for `from_pretrained`.
         batches: The batches. Of an iterator that runs only once, the first one is read and put
             back.
-        free: See `load_within`.
     """
     if not isinstance(model, str | os.PathLike):
         return unwrapped(model, hooks=True), batches
@@ -43,12 +41,11 @@ def for_batches(
         first = next(iter(batches), None)
     values = first.values() if isinstance(first, Mapping) else (first,)
     device = next((value.device for value in values if isinstance(value, Tensor)), "cpu")
-    return load_within(model, free, device=device), batches
+    return load_within(model, device=device), batches
 
 
 def load_within(
     name: Name,
-    free: int,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -59,7 +56,6 @@ def load_within(
 
     Args:
         name: See `from_pretrained`.
-        free: Bytes that may be taken. The weights may take four fifths of it.
         device: See `from_pretrained`.
         dtype: See `from_pretrained`.
 
@@ -68,7 +64,7 @@ def load_within(
     """
     if torch.device(device).type == "cpu" and dtype is None and not is_gguf(name):
         empty = from_pretrained(name, device="meta")
-        if sum(parameter.nbytes for parameter in empty.parameters()) > 0.8 * free:
+        if not fits(sum(p.nbytes for p in empty.parameters()), torch.device("cpu")):
             scratch = TemporaryDirectory(prefix="solpath-")
             model = off_loaded(name, Path(scratch.name))
             weakref.finalize(model, scratch.cleanup)

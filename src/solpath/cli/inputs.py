@@ -158,14 +158,11 @@ def load_dense(name: str, dtype: Precision = Precision.AUTO) -> Any:
         name: The name of the model.
         dtype: The dtype of its weights.
     """
-    import torch
-
     from solpath.loading import load_within
     from solpath.pretrained import quiet_transformers
-    from solpath.running.memory import free_memory
 
     quiet_transformers()
-    return load_within(name, free_memory(torch.device("cpu")), dtype=dtype.dtype)
+    return load_within(name, dtype=dtype.dtype)
 
 
 def load_small(name: str, dtype: Precision = Precision.AUTO) -> Any:

@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from solpath.running.modes import entered
 
+_SHARE = 0.8  # of the free memory that a piece of work may take
+
 
 def peak_memory(
     function: Callable[[], Any], *, device: torch.device | str = "cpu", passing: bool = False
@@ -100,6 +102,16 @@ def resident_bytes(model: nn.Module) -> int:
     tensors = [t for t in (*model.parameters(), *model.buffers()) if not t.is_meta]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
+
+
+def fits(size: int, device: torch.device) -> bool:
+    """Return whether so many bytes can be taken on a device: four fifths of what is free, at most.
+
+    Args:
+        size: The bytes.
+        device: The device.
+    """
+    return size <= _SHARE * free_memory(device)
 
 
 def free_memory(device: torch.device) -> int:

@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-_TIGHT = 0.8  # share of the free memory that a step may take before its blocks are recomputed
-
 
 class Estimate(NamedTuple):
     """What a search will take on this machine.
@@ -49,16 +47,6 @@ class Estimate(NamedTuple):
         if self.step + self.kept > self.free:
             parts.append(f"only {size(self.free)} are free: give smaller batches, or micro_batch=1")
         return "; ".join(parts)
-
-
-def must_recompute(step: int, free: int) -> bool:
-    """Return whether the activations of a step are too many to keep.
-
-    Args:
-        step: Bytes that a step has alive beyond the weights.
-        free: Bytes that the process can still allocate.
-    """
-    return step > _TIGHT * free
 
 
 def size(count: int) -> str:

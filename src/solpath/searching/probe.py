@@ -34,12 +34,12 @@ from solpath.objective import (
 from solpath.pair import Pair, Side
 from solpath.planning.cost import CostTable
 from solpath.running.forward import Batch, device_of, output_tensor, row_not_finite, run
-from solpath.running.memory import free_memory, peak_memory, resident_bytes
+from solpath.running.memory import fits, free_memory, peak_memory, resident_bytes
 from solpath.running.modes import differentiating, undoing
 from solpath.running.placement import offloads
 from solpath.running.processes import process, sum_over_processes
 from solpath.running.recompute import blocks_of, recomputing
-from solpath.searching.estimate import Estimate, must_recompute
+from solpath.searching.estimate import Estimate
 from solpath.searching.redundancy import Inputs
 from solpath.searching.statistics import Statistics
 
@@ -409,8 +409,7 @@ def probing(
         probe.measure_energy(_ENERGY_BATCHES)
         if recompute is None:
             recompute = any(map(offloads, model.modules())) or (
-                resident_bytes(model) > _LARGE
-                and must_recompute(probe.step_memory(), free_memory(device_of(model)))
+                resident_bytes(model) > _LARGE and not fits(probe.step_memory(), device_of(model))
             )
         if recompute:
             blocks = blocks_of(model, [pair.right.module for pair in pairs])

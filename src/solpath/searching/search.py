@@ -31,7 +31,6 @@ from solpath.running.checkpoint import (
     write_checkpoint,
 )
 from solpath.running.claims import claimed
-from solpath.running.memory import free_memory
 from solpath.running.modes import contained
 from solpath.running.processes import process
 from solpath.running.progress import Report, progress_bar, say
@@ -173,8 +172,7 @@ def search(
     if micro_batch is not None:
         check_count("micro_batch", micro_batch, 1)
     check_batches(batches)
-    free = free_memory(torch.device("cpu"))
-    model, batches = for_batches(model, batches, free=free)
+    model, batches = for_batches(model, batches)
     config = config or SearchConfig()
     with claimed(model, doing="searched"):
         opened = open_engine(
