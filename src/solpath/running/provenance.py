@@ -65,14 +65,21 @@ def peak_resident_bytes() -> int | None:
 
 
 def _command() -> str:
-    """Return the command line, with paths below the working directory made relative."""
+    """Return the command line, without the folders of other places than the working directory."""
     prefix = str(Path.cwd()) + os.sep
     program = Path(sys.argv[0] or "python")
     name = str(program).removeprefix(prefix)
     if Path(name).is_absolute():
         name = program.name
     start = ["python"] if name.endswith(".py") else []
-    return shlex.join([*start, name, *(a.removeprefix(prefix) for a in sys.argv[1:])])
+    return shlex.join([*start, name, *(_shown(argument, prefix) for argument in sys.argv[1:])])
+
+
+def _shown(argument: str, prefix: str) -> str:
+    """Return an argument with a path relative to the working directory, or else without folders."""
+    option, sign, value = argument.rpartition("=")
+    path = value.removeprefix(prefix)
+    return option + sign + (Path(path).name if Path(path).is_absolute() else path)
 
 
 def _commit() -> str | None:
