@@ -25,7 +25,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ import torch
 import typer
 
 from record import RESULTS, save, show
+from resident import Watch, resident
 
 LIMIT = 4 * 10**9
 CASES = ("limited", "streamed", "gemma")
@@ -113,7 +113,7 @@ def _work(worker: str, source: Path | None, steps: int) -> dict[str, Any]:
     from workloads import quiet
 
     quiet()
-    with _Memory() as memory:
+    with Watch() as watch:
         if worker == "imports":
             result: dict[str, Any] = {}
         elif worker.startswith("limited"):
@@ -127,33 +127,7 @@ def _work(worker: str, source: Path | None, steps: int) -> dict[str, Any]:
             result = _whole_search(source, steps)
         else:
             result = _over_floor(source, steps, fresh=worker == "new")
-    return result | {"peak": memory.peak, "anonymous": memory.anonymous}
-
-
-class _Memory:
-    """Watches the resident size of this process and the part of it that is not backed by files."""
-
-    def __enter__(self) -> "_Memory":
-        self.peak = self.anonymous = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._look()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.02):
-            self._look()
-
-    def _look(self) -> None:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        values = {line.split(":")[0]: line.split()[1] for line in lines if line.endswith("kB")}
-        self.peak = 1024 * int(values["VmHWM"])
-        self.anonymous = max(self.anonymous, 1024 * int(values["RssAnon"]))
+    return result | {"peak": resident("VmHWM"), "anonymous": watch.anonymous}
 
 
 def _batches(model: Any, size: tuple[int, int], count: int) -> list[dict[str, Any]]:

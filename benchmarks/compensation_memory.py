@@ -23,14 +23,19 @@ import typer
 from torch import nn
 
 from record import RESULTS, save, show
+from resident import resident
 from solpath.baselines import magnitude
 from solpath.data.docstrings import read_corpus
 from solpath.data.text import text_batches
 from solpath.measuring.evaluation import evaluate
 from solpath.model.extraction import extract
 from solpath.refining.compensation import compensate
-from solpath.running.memory import peak_memory
 from workloads import Batch, quiet, random_tokens
+
+try:
+    from solpath.running.memory import peak_memory
+except ImportError:  # in the version that --before names
+    from solpath.measuring.memory import peak_memory
 
 DEPTHS = (4, 8, 16)
 SIZE, LENGTH = 4, 32  # of a batch of random tokens
@@ -120,9 +125,9 @@ def real(folder: Path, dtype: str, tokens: int) -> dict[str, Any]:
     dense: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     small = extract(dense, magnitude(dense, chosen[:1]).plan(sparsity=0.5))
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    start, found = time.perf_counter(), _resident("VmRSS")
+    start, found = time.perf_counter(), resident("VmRSS")
     better = compensate(small, dense, chosen, progress=False)
-    seconds, peak = time.perf_counter() - start, _resident("VmHWM")
+    seconds, peak = time.perf_counter() - start, resident("VmHWM")
     return {
         "parameters": sum(p.numel() for p in dense.parameters()),
         "tokens": count * REAL_SIZE * REAL_LENGTH,
@@ -136,12 +141,6 @@ def real(folder: Path, dtype: str, tokens: int) -> dict[str, Any]:
 def _kl(small: nn.Module, dense: nn.Module, batches: list[Batch]) -> float:
     samples = [{k: v[i : i + 1] for k, v in b.items()} for b in batches for i in range(REAL_SIZE)]
     return float(evaluate(small, dense, samples).metrics["kl"])
-
-
-def _resident(field: str) -> int:
-    """Resident bytes of this process, now (``VmRSS``) or at its peak (``VmHWM``)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def _worker(name: str, threads: int, *options: str, source: Path | None = None, smoke: bool) -> Any:

@@ -29,6 +29,7 @@ import typer
 from torch import nn
 
 from record import RESULTS, save, show
+from resident import resident as resident_bytes
 from solpath.config import SearchConfig
 from solpath.measuring.timing import interquartile_range
 from solpath.objective import divergence
@@ -162,15 +163,7 @@ def work(mode: str, size: int, length: int, steps: int) -> None:
             floor(batches[step % CACHED])
     elif mode != "load":
         search(model, batches, settings(steps), progress=False)
-    print(json.dumps({"resident": peak_resident()}))
-
-
-def peak_resident() -> int:
-    """Peak resident bytes of this process since it started its program."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("no VmHWM in /proc/self/status; resident memory needs Linux.")
+    print(json.dumps({"resident": resident_bytes("VmHWM")}))
 
 
 def main(

@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ import typer
 import solpath
 from checkpoints import sample
 from record import RESULTS, save, show
+from resident import Watch, resident
 from solpath.loading import off_loaded
 from solpath.model.counting import count_costs
 from solpath.model.discovery import find_pairs
@@ -119,40 +119,22 @@ def copy(source: Path, target: Path, size: int) -> float:
     return seconds
 
 
-def memory() -> dict[str, int]:
-    """Resident bytes of this process: its peak, and now those that no file backs."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
-    found = {words[0][:-1]: int(words[1]) * 1024 for words in lines if words[-1] == "kB"}
-    return {"peak": found["VmHWM"], "anonymous": found["RssAnon"]}
-
-
 def cut(dense: Path, path: Path, sparsity: float, out: Path) -> dict[str, float]:
     """Cut from disk to disk, and watch the memory of this process."""
     quiet()
     plan = SolutionPath.load(path).plan(sparsity=sparsity)
     solpath.find_pairs(dense)  # imports all that the cut needs
-    before = memory()
-    highest, done = before["anonymous"], threading.Event()
-
-    def watch() -> None:
-        nonlocal highest
-        while not done.wait(0.01):
-            highest = max(highest, memory()["anonymous"])
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    before = {"peak_before": resident("VmHWM"), "anonymous_before": resident("RssAnon")}
     start, processor = time.perf_counter(), time.process_time()
-    solpath.extract(dense, plan, out=out)
+    with Watch() as watch:
+        solpath.extract(dense, plan, out=out)
     seconds, processor = time.perf_counter() - start, time.process_time() - processor
-    done.set()
-    watcher.join()
     return {
         "seconds": seconds,
         "processor_seconds": processor,
-        "peak_before": before["peak"],
-        "peak": memory()["peak"],
-        "anonymous_before": before["anonymous"],
-        "anonymous": highest,
+        **before,
+        "peak": resident("VmHWM"),
+        "anonymous": watch.anonymous,
     }
 
 
