@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from solpath.config import InclusionConfig, SearchConfig, TuneConfig
     from solpath.data.images import image_batches, image_text_batches
     from solpath.data.text import text_batches
+    from solpath.exporting.export import export
     from solpath.measuring.evaluation import evaluate
     from solpath.measuring.latency import measure_latency, plan_for_latency
     from solpath.measuring.measurement import measure
@@ -44,6 +45,7 @@ _HOME = {
     "baselines": "",
     "check_table": "model.checking",
     "compensate": "refining.compensation",
+    "export": "exporting.export",
     "evaluate": "measuring.evaluation",
     "extract": "storing.streaming",
     "find_pairs": "model.discovery",
@@ -73,6 +75,7 @@ __all__ = [
     "check_table",
     "compensate",
     "evaluate",
+    "export",
     "extract",
     "find_pairs",
     "image_batches",

@@ -25,6 +25,10 @@ class BudgetError(SolpathError):
     """A budget cannot be met. The message gives the range that can be reached."""
 
 
+class ExportError(SolpathError):
+    """A runtime cannot hold the model, or gives other outputs. The message says what can be done."""
+
+
 class FingerprintError(SolpathError):
     """A path, plan or checkpoint belongs to another model or run. The message says what differs."""
 

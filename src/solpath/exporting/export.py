@@ -1,0 +1,136 @@
+"""Write a model for another runtime, and run it there before it is called done."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from solpath.errors import ConfigError
+from solpath.exporting.formats import Format
+from solpath.exporting.parity import Parity, check_parity, random_batch
+from solpath.files import check_output, json_bytes, new_folder
+from solpath.planning.plan import plan_of
+from solpath.running.forward import Batch
+from solpath.running.modes import contained
+from solpath.running.provenance import provenance
+
+FORMATS: dict[str, Format] = {}
+"""Name to format; see `export`."""
+
+RECORD = "solpath_export.json"
+"""File of an exported folder: where it came from, and how near it was."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` has written.
+
+    Attributes:
+        folder: The folder.
+        format: Name of the format.
+        parity: How far the exported model was from the original, on every output and batch.
+        bytes: Size of all files.
+        command: A line that runs the result.
+    """
+
+    folder: Path
+    format: str
+    parity: tuple[Parity, ...]
+    bytes: int
+    command: str
+
+
+@contained
+def export(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    format: str,
+    *,
+    batch: Batch | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Exported:
+    """Write a model for another runtime. The folder appears whole or not at all.
+
+    The exported model is run beside `model`, on random inputs and on `batch`, before the folder
+    appears.
+
+    Args:
+        model: A model from `extract`, or a dense one, in float32 on the CPU. It is left untouched.
+        folder: A folder that is new or empty. With `overwrite` it may also be one that solpath
+            wrote, all of which is replaced.
+        format: The name of a format in `FORMATS`.
+        batch: A real batch: keyword arguments of the model. None checks on random inputs alone.
+        overwrite: Whether to replace the folder. If the export fails, the folder is left untouched.
+        options: What the format takes beside; see docs/runtimes.md.
+
+    Returns:
+        What was written, and how near it is.
+
+    Raises:
+        ConfigError: The format is unknown, or its runtime is not installed.
+        ExportError: The format cannot hold the model, or the exported model gives other outputs.
+        FileError: The folder is not empty, was not written by solpath or cannot be written.
+        BatchError: There is no `batch`, and what the model takes is not known.
+    """
+    chosen = FORMATS.get(format)
+    if chosen is None:
+        raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
+    check_output(folder, overwrite=overwrite, marks=(RECORD,))
+    chosen.check(model)
+    batches = {"random": random_batch(model)} if batch is None else {}
+    if batch is not None:
+        batches = {"random": _random_like(model, batch), "given": batch}
+    training = model.training
+    model.eval()
+    try:
+        with new_folder(folder, overwrite=overwrite, marks=(RECORD,)) as temporary:
+            chosen.write(model, temporary, batches["random"], **options)
+            parity = check_parity(model, chosen.open(temporary), batches, chosen.tolerance)
+            command = chosen.command.format(folder=Path(folder))
+            record = _record(model, chosen, parity, options, command)
+            (temporary / RECORD).write_bytes(json_bytes(record))
+            size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
+    finally:
+        model.train(training)
+    return Exported(Path(folder), format, tuple(parity), size, command)
+
+
+def _random_like(model: nn.Module, batch: Batch) -> Batch:
+    """Return random inputs of the names, shapes and dtypes of a batch; masks stay as they are."""
+    config: Any = getattr(model, "config", None)
+    generator = torch.Generator().manual_seed(0)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    def drawn(name: str, value: torch.Tensor) -> torch.Tensor:
+        if name in ("input_ids", "decoder_input_ids"):
+            return torch.randint(text.vocab_size, value.shape, generator=generator)
+        if value.is_floating_point():
+            return torch.randn(value.shape, generator=generator).to(value.dtype)
+        return value
+
+    return {name: drawn(name, value) for name, value in batch.items() if name != "labels"}
+
+
+def _record(
+    model: nn.Module,
+    format: Format,
+    parity: list[Parity],
+    options: Mapping[str, Any],
+    command: str,
+) -> dict[str, Any]:
+    plan = plan_of(model)
+    return {
+        "format": format.name,
+        "class": type(model).__name__,
+        "runtime": format.runtime(),
+        "options": dict(options),
+        "command": command,
+        "parity": [asdict(row) for row in parity],
+        "plan": None if plan is None else {"asked": plan.asked, **plan.achieved.to_dict()},
+        "provenance": provenance(),
+    }

@@ -1,0 +1,54 @@
+"""What a format of another runtime is: what it can hold, how it is written, and how it is run."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from solpath.running.forward import Batch
+
+Outputs = Mapping[str, Tensor]
+"""Names of a model's outputs to their values, in float32 on the CPU."""
+
+Runner = Callable[[Batch], Outputs]
+"""Runs a written folder on a batch, as its runtime would."""
+
+
+class Write(Protocol):
+    """Writes the files of a model into an empty folder."""
+
+    def __call__(self, model: nn.Module, folder: Path, batch: Batch, **options: Any) -> None:
+        """Write the files.
+
+        Args:
+            model: The model, in eval mode, on the CPU. It is left untouched.
+            folder: The folder.
+            batch: Inputs to trace the model with, if the format needs that.
+            options: Those of the format.
+        """
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format in which a model can be written.
+
+    Attributes:
+        name: Its name, for `export`.
+        check: Raises `ExportError` if the format cannot hold the model exactly. The message names
+            what is in the way and what can be done. It is called before anything is written.
+        write: Writes the files.
+        open: Opens a written folder in its runtime, or in the nearest reader there is.
+        runtime: What `open` runs, for people: ``"onnxruntime 1.23 on a CPU"``.
+        tolerance: Largest difference of an output allowed, over the largest size of that output.
+        command: A line of Python or of a shell that runs the result. ``{folder}`` is the folder.
+    """
+
+    name: str
+    check: Callable[[nn.Module], None]
+    write: Write
+    open: Callable[[Path], Runner]
+    runtime: Callable[[], str]
+    tolerance: float
+    command: str
