@@ -26,7 +26,7 @@ class BudgetError(SolpathError):
 
 
 class ExportError(SolpathError):
-    """A runtime cannot hold the model, or gives other outputs. The message says what can be done."""
+    """A runtime cannot hold the model, or gives other outputs. The message says what to do."""
 
 
 class FingerprintError(SolpathError):
