@@ -4,15 +4,16 @@
     python benchmarks/bounded_search.py --case streamed      # of a 7 B model on disk; 14 GB of disk
     python benchmarks/bounded_search.py --case gemma --checkpoint FILE.gguf --before OLD/src
 
-- "limited" searches a LLaMA of 1.2 B random bfloat16 weights in a process that may allocate 4 GB
-  (RLIMIT_DATA). With compensation in view its weights stay on disk, because one matrix of moments
-  takes .5 GB; there memory is only watched, as RLIMIT_DATA counts the mapped files of weights.
+- "limited" searches a LLaMA of 1.2 B random bfloat16 weights, without and with compensation in
+  view, in a process that is killed beyond 4 GB of resident memory (a control group, which takes the
+  rights of root; else RLIMIT_DATA limits what it allocates). One matrix of moments takes .5 GB.
 - "streamed" searches one of 7 B whose weights stay on disk, two steps of 1 x 128 tokens.
 - "gemma" times the steps of the default search on Gemma 3 270M (see gemma.py), each just after its
   floor: a forward pass of the frozen model, and one backward to the output of its embeddings, with
   the same objective, head included. "known" repeats a few batches, whose dense targets are
   remembered; "new" brings another batch every step, and its floor computes the target too.
-  ``--before`` runs the same steps with the code of another version, for time and memory.
+  ``--before`` runs the same steps with the code of another version, for time and memory. Weights
+  are read from a folder; "loading" is the GGUF file itself, as transformers reads it.
 
 Every case is a fresh process. Memory is its peak resident size, and the part of it that is not
 backed by files; a second process that only imports tells what the program itself takes. Linux only.
@@ -20,7 +21,6 @@ backed by files; a second process that only imports tells what the program itsel
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,8 +33,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from gemma import load
 from record import RESULTS, save, show
-from resident import Watch, resident
+from resident import Watch, limited, resident
 
 LIMIT = 4 * 10**9
 CASES = ("limited", "streamed", "gemma")
@@ -62,14 +63,20 @@ def main(
     if case == "gemma":
         if checkpoint is None:
             raise SystemExit("give the GGUF file with --checkpoint; see benchmarks/gemma.py.")
-        found |= {name: run(name, checkpoint) for name in ("known", "new", "search")}
-        if before is not None:
-            found["search before"] = run("search", checkpoint, before)
+        found["loading"] = run("loading", checkpoint)
+        with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+            load(checkpoint).model.save_pretrained(scratch)
+            folder = Path(scratch)
+            found |= {name: run(name, folder) for name in ("known", "new", "search")}
+            if before is not None:
+                found["search before"] = run("search", folder, before)
     else:
         with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
             dense = _make(case, Path(scratch))
             kinds = ("search", "compensated") if case == "limited" else ("streamed",)
-            found |= {f"{case} {kind}": run(f"{case} {kind}", dense) for kind in kinds}
+            for kind in kinds:
+                found[f"{case} {kind}"] = run(f"{case} {kind}", dense)
+                forget(dense)
     known = json.loads(out.read_text())["results"] if out.exists() else {}
     rows = [
         [
@@ -98,12 +105,13 @@ def _runner(threads: int, steps: int) -> Callable[..., dict[str, Any]]:
 
 
 def _make(case: str, scratch: Path) -> Path:
-    """Write a checkpoint of random weights."""
-    from streaming import ONE_BILLION, make_checkpoint
+    """Write a checkpoint of random weights that is not in the cache of the system."""
+    from streaming import ONE_BILLION, forget, make_checkpoint
 
     seven = Path(__file__).parent / "configs" / "llama-2-7b.json"
     config = ONE_BILLION if case == "limited" else json.loads(seven.read_text())
     make_checkpoint(config, scratch / "dense")
+    forget(scratch / "dense")  # so that it counts as memory of whoever reads it
     return scratch / "dense"
 
 
@@ -116,11 +124,13 @@ def _work(worker: str, source: Path | None, steps: int) -> dict[str, Any]:
     with Watch() as watch:
         if worker == "imports":
             result: dict[str, Any] = {}
+        elif worker == "loading":
+            load(source)
+            result = {}
         elif worker.startswith("limited"):
-            compensated = "compensated" in worker
-            if not compensated:
-                resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
-            result = _bounded(source, steps, "limited", compensated=compensated)
+            with limited(LIMIT) as limit:
+                found = _bounded(source, steps, "limited", compensated="compensated" in worker)
+            result = found | {"limit": limit}
         elif worker.startswith("streamed"):
             result = _bounded(source, steps, "streamed", compensated=False)
         elif worker == "search":
@@ -146,13 +156,14 @@ def _bounded(source: Any, steps: int, case: str, *, compensated: bool) -> dict[s
     from solpath.pretrained import from_pretrained
     from solpath.searching.engine import open_engine
 
-    if case == "streamed" or compensated:  # its matrices take the place of the weights
+    if case == "streamed":
         model = AutoModelForCausalLM.from_pretrained(source, device_map={"": "disk"}).eval()
     else:
         model = from_pretrained(source)
     batches = _batches(model, TOKENS[case], 2)
+    looks = (1, 1) if compensated else (0, 0)
     with open_engine(model, batches, loss=None, seed=0) as engine:
-        said = engine.estimate(steps + 1, steps)
+        said = engine.estimate(steps + 1, steps, looks)
     config = solpath.SearchConfig(steps=steps, scale_batches=1, compensated=compensated)
     start = time.perf_counter()
     solpath.search(model, batches, config, progress=False)
@@ -165,9 +176,9 @@ def _bounded(source: Any, steps: int, case: str, *, compensated: bool) -> dict[s
 
 
 def _gemma(source: Any) -> Any:
-    from gemma import load
+    from transformers import AutoModelForCausalLM
 
-    return load(source).model
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
 
 
 def _whole_search(source: Any, steps: int) -> dict[str, Any]:

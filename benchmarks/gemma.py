@@ -60,7 +60,9 @@ class Decoder:
 
 def load(file: Path) -> Decoder:
     """Gemma 3 270M in float32, from its GGUF file, which is put together if it is not there."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from solpath.pretrained import from_pretrained
 
     if not file.is_file():
         _assemble(file)
@@ -70,8 +72,7 @@ def load(file: Path) -> Decoder:
         raise SystemExit(f"{file} has the SHA-256 {found}, not {SHA256}; delete it and try again.")
     options: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
-    del model.config.quantization_config  # the weights are plain floats now
+    model = from_pretrained(file)
     model.get_input_embeddings().requires_grad_(False)  # two thirds of all; tuning leaves them
     return Decoder(
         model=model.eval(),

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from solpath.data.source import slice_samples
 from solpath.errors import UnsupportedModelError
 from solpath.objective import Objective, divergence
 from solpath.pair import flatten
+from solpath.running import memory
 from solpath.running.forward import forward, output_mask, run
 from solpath.running.head import (
     HeadTarget,
@@ -25,7 +27,9 @@ from solpath.running.head import (
 )
 from solpath.running.memory import peak_memory
 from solpath.searching import probe as probing
+from solpath.searching import redundancy
 from solpath.searching.engine import open_engine
+from solpath.searching.equilibrium import EquilibriumSearch
 from solpath.searching.estimate import Estimate, duration, size
 
 SHORT = SearchConfig(steps=4, scale_batches=2)
@@ -232,13 +236,68 @@ def test_the_estimate_is_one_line(capsys):
     [line] = [line for line in capsys.readouterr().out.splitlines() if "samples" in line]
     assert line.startswith("search: 4 steps of 4 samples on cpu: about 1 s and ")
     assert line.endswith("activations are computed again, block by block, to save memory")
-    short = Estimate(3600.0 * 2, 10**9, 3 * 10**9, 0, 10**9, 8, "cuda:0", False)
+    short = Estimate(3600.0 * 2, 10**9, 3 * 10**9, 0, 0, 10**9, 8, "cuda:0", False)
     assert short.line(200) == (
         "200 steps of 8 samples on cuda:0: about 2.0 h and 4.0 GB of memory, 1.0 GB of it the "
         "weights; only 1.0 GB are free: give smaller batches, or micro_batch=1"
     )
+    assert short._replace(moments=4 * 10**9).line(200).endswith("search with compensated=False")
     assert duration(600) == "10 min"
     assert size(0) == "0.1 MB"
+
+
+@pytest.mark.parametrize("most", [2**30, 2**20])
+def test_the_estimate_counts_the_moments_of_a_compensated_search(monkeypatch, most):
+    monkeypatch.setattr(redundancy, "_IN_MEMORY", most)  # of the second, each pair is a part
+    model = build("llama", intermediate_size=600)
+    data = batches(model, 4, samples=2)
+    with open_engine(model, data, loss=None, seed=0) as engine:
+        without = engine.estimate(10, 10)
+        estimate = engine.estimate(10, 10, (3, 3))
+        inputs: list[Any] = []
+        measured, _ = peak_memory(lambda: inputs.append(engine.measure_inputs(3)))
+        mask = torch.ones(engine.units)
+        looked, _ = peak_memory(lambda: engine.unexplained_variance(inputs[0], mask))
+        kept = sum(value.nbytes for value in inputs[0].values()) if most == 2**30 else 0
+    assert estimate.kept - without.kept == kept
+    assert estimate.moments == pytest.approx(max(measured - kept, looked), rel=0.2)
+    assert estimate.memory > without.memory
+    assert without.moments == 0
+
+
+def test_a_resumed_search_looks_no_more_than_it_has_to():
+    method = EquilibriumSearch(SearchConfig(steps=96, scale_batches=16, compensated=True))
+    assert method.looks(0) == (16, 5)  # at 0, 20, 40, 60 and 80 steps
+    assert method.looks(45) == (16, 3)
+    assert method.looks(96) == (0, 0)
+    assert EquilibriumSearch(SearchConfig(steps=96)).looks(0) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "limit", "used", "cached"),
+    [
+        ("0::/a/b", "a", "memory.max", "memory.current", "inactive_file"),
+        (
+            "7:cpuset,memory:/a/b",
+            "memory/a",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ],
+)
+def test_a_limit_of_a_control_group_counts(
+    tmp_path, monkeypatch, line, folder, limit, used, cached
+):
+    for group, most in ((folder, 10**6), (folder + "/b", 9223372036854771712)):
+        (tmp_path / group).mkdir(parents=True, exist_ok=True)
+        (tmp_path / group / limit).write_text(f"{most}\n")
+        (tmp_path / group / used).write_text("400000\n")
+        (tmp_path / group / "memory.stat").write_text(f"active_file 7\n{cached} 50000\n")
+    (tmp_path / "own").write_text(f"12:cpu:/elsewhere\n{line}\n")
+    monkeypatch.setattr(memory, "_CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_OWN_GROUPS", tmp_path / "own")
+    assert memory.free_memory(torch.device("cpu")) == 650_000
 
 
 @pytest.mark.parametrize(("limit", "used"), [("AS", "vms"), ("DATA", "data")])

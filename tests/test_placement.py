@@ -295,6 +295,15 @@ def test_a_checkpoint_that_does_not_fit_stays_on_disk(tmp_path, monkeypatch):
     assert all(parameter.is_meta for parameter in left.parameters())
 
 
+def test_compensate_refuses_a_dense_model_on_several_devices(dense, monkeypatch):
+    small = solpath.extract(dense, random_plan(dense, (0.5,)))
+    first = next(iter(dense.children()))
+    where = {dense: torch.device("cuda:0"), first: torch.device("cuda:1")}
+    monkeypatch.setattr("solpath.running.placement.execution_device", where.get)
+    with pytest.raises(UnsupportedModelError, match="on cuda:0 and cuda:1, where it cannot"):
+        solpath.compensate(small, dense, batches(dense, 4), progress=False)
+
+
 def test_the_estimate_does_not_count_weights_on_disk(tmp_path):
     model = build("llama", num_hidden_layers=6, intermediate_size=400)
     model.save_pretrained(tmp_path / "dense")

@@ -24,7 +24,7 @@ from solpath.refining.streams import residual_streams
 from solpath.running.claims import claimed
 from solpath.running.forward import Batch, device_of, row_not_finite, run
 from solpath.running.modes import contained, inferring, undoing
-from solpath.running.placement import is_placed
+from solpath.running.placement import check_one_device, is_placed
 from solpath.running.processes import sum_over_processes
 from solpath.running.progress import progress_bar
 from solpath.wrapping import unwrapped
@@ -103,7 +103,8 @@ def compensate(
         models if a sequence was given.
 
     Raises:
-        UnsupportedModelError: `small` was not extracted.
+        UnsupportedModelError: `small` was not extracted, or accelerate runs `dense` on several
+            devices.
         ConfigError: `ridge` is not positive.
         BatchError: There are fewer than four batches, or fewer than processes; a batch is on
             another device; or two batches run layers in different orders or on other inputs.
@@ -124,6 +125,7 @@ def compensate(
     if not ridge > 0:
         raise ConfigError(f"ridge must be positive, got {ridge!r}.")
     check_ends(batches)
+    check_one_device(dense, "compared")
     with claimed(dense, *models, doing="compensated"):
         models = [copy_extracted(model) if is_placed(model) else model for model in models]
         results = _compensate(models, dense, pairs[0], batches, ridge, loss, progress)

@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from solpath.running.modes import entered
 
 _SHARE = 0.8  # of the free memory that a piece of work may take
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def peak_memory(
@@ -140,24 +142,34 @@ def free_memory(device: torch.device) -> int:
 
 
 def _left_in_control_groups() -> Iterator[int]:
-    """Yield what is left of the memory of every control group (version 2) that limits us."""
+    """Yield what is left of the memory of every control group, version 1 or 2, that limits us."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = _OWN_GROUPS.read_text().splitlines()
     except OSError:
         return
-    own = next((line.partition("::")[2] for line in lines if line.startswith("0::")), "")
-    root = Path("/sys/fs/cgroup")
-    group = root / own.lstrip("/")
-    for folder in (group, *group.parents):
-        if root not in (folder, *folder.parents):
-            return
-        try:
-            limit = (folder / "memory.max").read_text().strip()
-            if limit != "max":
-                statistics = dict(
-                    line.split() for line in (folder / "memory.stat").read_text().splitlines()
-                )
-                used = int((folder / "memory.current").read_text())
-                yield int(limit) - used + int(statistics.get("inactive_file", 0))
-        except (OSError, ValueError):
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, names = _CONTROL_GROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root = _CONTROL_GROUPS / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
             continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if root in (folder, *folder.parents):
+                yield from _left_in(folder, *names)
+
+
+def _left_in(folder: Path, limit: str, current: str, reclaimed: str) -> Iterator[int]:
+    """Yield what is left in one control group, if it has a limit that can be read."""
+    try:
+        most = (folder / limit).read_text().strip()
+        if most != "max":
+            lines = (folder / "memory.stat").read_text().splitlines()
+            statistics = dict(line.split() for line in lines)
+            used = int((folder / current).read_text())
+            yield int(most) - used + int(statistics.get(reclaimed, 0))
+    except (OSError, ValueError):
+        return

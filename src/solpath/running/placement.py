@@ -100,6 +100,25 @@ def check_whole(model: nn.Module, what: str) -> None:
         )
 
 
+def check_one_device(model: nn.Module, what: str) -> None:
+    """Raise `UnsupportedModelError` if accelerate runs a model on several devices.
+
+    Weights that are off-loaded from the one device that it runs on are no obstacle.
+
+    Args:
+        model: The model.
+        what: What a message says that the model cannot be, for example ``"compared"``.
+    """
+    devices = {execution_device(module) for module in model.modules()} - {None}
+    if len(devices) > 1:
+        names = " and ".join(sorted(map(str, devices)))
+        raise UnsupportedModelError(
+            f"accelerate runs this {type(model).__name__} on {names}, where it cannot be {what} "
+            "layer by layer; load it on one device, with what does not fit off-loaded: "
+            "device_map='auto' with max_memory={0: ..., 'cpu': ...}."
+        )
+
+
 def weight_at(module: nn.Module, name: str, weights: Mapping[str, Tensor] | None = None) -> Tensor:
     """Return the data of a parameter or a buffer of a module, also if it is off-loaded.
 

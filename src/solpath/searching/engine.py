@@ -174,12 +174,14 @@ class Engine(Protocol):
             ConfigError: A measure does not count one whole number for every pair.
         """
 
-    def estimate(self, passes: float, masks: int) -> Estimate:
+    def estimate(self, passes: float, masks: int, looks: tuple[int, int] = (0, 0)) -> Estimate:
         """Return what some passes take, from one pass that is timed. Nothing is changed.
 
         Args:
             passes: Forward-backward passes, of one batch each.
             masks: Masks of all units that are kept, in half precision.
+            looks: Batches on which `measure_inputs` is asked for moments, and how often
+                `unexplained_variance` is asked for afterwards.
         """
 
 

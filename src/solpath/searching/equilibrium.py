@@ -96,6 +96,18 @@ class EquilibriumSearch:
         masks = torch.cat([state["masks"], after.mask.half().unsqueeze(0)])
         return state | after._asdict() | {"masks": masks}, loss, keep
 
+    def looks(self, done: int) -> tuple[int, int]:
+        """Return on how many batches moments are measured, and how often they are looked at.
+
+        Args:
+            done: Steps that are done.
+        """
+        steps = self._config.steps
+        if not self._config.compensated or done == steps:
+            return 0, 0
+        last, first = (steps - 1) // _LOOK_EVERY, done // _LOOK_EVERY
+        return self._config.scale_batches, last - first + 1
+
     def entry_times(self, engine: Engine, state: State) -> Tensor:
         """Return for every unit the share of the cost that is kept once it is in, ``[units]``.
 

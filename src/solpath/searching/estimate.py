@@ -10,7 +10,9 @@ class Estimate(NamedTuple):
         seconds: Its time, from one pass that was timed.
         weights: Bytes of the weights, which are there already.
         step: Most bytes that a pass has alive beyond the weights.
-        kept: Bytes of what is kept from step to step: dense targets and masks.
+        moments: Most bytes that the moments of a compensated search take while they are measured
+            or looked at, beyond those that are kept.
+        kept: Bytes of what is kept from step to step: dense targets, masks, moments in memory.
         free: Bytes that the process can still allocate.
         samples: Samples in a batch, over all processes.
         device: Where the model runs.
@@ -20,6 +22,7 @@ class Estimate(NamedTuple):
     seconds: float
     weights: int
     step: int
+    moments: int
     kept: int
     free: int
     samples: int
@@ -29,7 +32,11 @@ class Estimate(NamedTuple):
     @property
     def memory(self) -> int:
         """Bytes in all, weights included; the program itself is not."""
-        return self.weights + self.step + self.kept
+        return self.weights + self._beyond
+
+    @property
+    def _beyond(self) -> int:
+        return max(self.step, self.moments) + self.kept
 
     def line(self, steps: int) -> str:
         """Return the estimate as one line.
@@ -44,8 +51,10 @@ class Estimate(NamedTuple):
         ]
         if self.recompute:
             parts.append("activations are computed again, block by block, to save memory")
-        if self.step + self.kept > self.free:
-            parts.append(f"only {size(self.free)} are free: give smaller batches, or micro_batch=1")
+        if self._beyond > self.free:
+            smaller = "give smaller batches, or micro_batch=1"
+            remedy = smaller if self.step > self.moments else "search with compensated=False"
+            parts.append(f"only {size(self.free)} are free: {remedy}")
         return "; ".join(parts)
 
 

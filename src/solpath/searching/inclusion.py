@@ -81,6 +81,14 @@ class InclusionSearch:
         keep = float((after.mask * engine.cost).sum() / engine.cost.sum())
         return state | after._asdict(), loss, keep
 
+    def looks(self, done: int) -> tuple[int, int]:
+        """Return zeros: the inclusion looks at no moments.
+
+        Args:
+            done: Not used.
+        """
+        return 0, 0
+
     def entry_times(self, engine: Engine, state: State) -> Tensor:
         """Return for every unit the step at which its dual variable crosses λ, float64 ``[units]``.
 

@@ -275,7 +275,7 @@ class Probe:
         self._masks.units.clear()
         return peak
 
-    def estimate(self, passes: float, masks: int) -> Estimate:
+    def estimate(self, passes: float, masks: int, looks: tuple[int, int] = (0, 0)) -> Estimate:
         """See `Engine.estimate`. Processes do not wait for each other."""
         known, distinct = self._source.index(1) is not None, self._source.length
         start = perf_counter()
@@ -290,12 +290,15 @@ class Probe:
         bytes_each = sum(v.nbytes for v in tree_leaves([p.target for p in parts]) if v is not None)
         times = min(passes, distinct) if known and distinct is not None else passes
         samples = -(-self.batch_size(0) // self._world)
+        work = self._statistics.inputs_work(self.pairs, *looks)
         return Estimate(
-            seconds=seconds * passes + target * times,
+            seconds=seconds * passes + target * times + work.seconds,
             weights=resident_bytes(self._model),
             step=self.step_memory(),
+            moments=work.peak,
             kept=round(min(times * bytes_each, TARGET_CACHE_BYTES))
-            + self.units * (4 * masks + 8 * (8 * samples + 16)),
+            + self.units * (4 * masks + 8 * (8 * samples + 16))
+            + work.kept,
             free=free_memory(self._device),
             samples=self.batch_size(0),
             device=str(self._device),

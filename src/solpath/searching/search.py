@@ -87,6 +87,13 @@ class Method(Protocol):
             k: Number of the step, from 0.
         """
 
+    def looks(self, done: int) -> tuple[int, int]:
+        """Return on how many batches moments are measured, and how often they are looked at.
+
+        Args:
+            done: Steps that are done.
+        """
+
     def entry_times(self, engine: Engine, state: State) -> Tensor:
         """Return when every unit enters, the most important ones first, float64 ``[units]``.
 
@@ -219,7 +226,8 @@ def _search(
         show = progress and process()[0] == 0
         if show:
             passes = config.steps - done + (config.scale_batches if state is None else 0)
-            say(f"search: {engine.estimate(passes, config.steps).line(config.steps - done)}")
+            said = engine.estimate(passes, config.steps, method.looks(done))
+            say(f"search: {said.line(config.steps - done)}")
         if state is None:
             basis = method.basis(engine)
         with engine.rotated(basis):

@@ -1,7 +1,10 @@
 """Statistics of the dense model's activations on the batches of a search."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,9 @@ from solpath.model.masks import energy_hooks, run_hooks
 from solpath.objective import Objective
 from solpath.pair import Pair
 from solpath.running.forward import Batch, row_not_finite, run
+from solpath.running.memory import peak_memory
 from solpath.running.processes import sum_over_processes
+from solpath.searching.dynamics import unexplained_variance
 from solpath.searching.redundancy import (
     Inputs,
     ScratchInputs,
@@ -31,6 +36,22 @@ Hooks = Callable[
 ]
 """A context manager ``hooks(model, pairs, batch)``: while the model runs, it adds up some
 statistic of every pair, by pair name and on the CPU."""
+
+_TIMED = 512  # rows of the matrix on which a look is timed
+
+
+class InputsWork(NamedTuple):
+    """What the moments of a compensated search will take.
+
+    Attributes:
+        seconds: The time to measure them and to look at them.
+        peak: Most bytes at a time, beyond those that are kept.
+        kept: Bytes of moments that are kept in memory, not on a scratch file.
+    """
+
+    seconds: float
+    peak: int
+    kept: int
 
 
 class Statistics:
@@ -98,14 +119,12 @@ class Statistics:
             pairs: The pairs.
             batches: Number of batches.
         """
-        watched = [pair for pair in pairs if pair.kind not in ("qk", "experts")]
-        own = pairs[self._rank :: self._world]
+        own = self._own(pairs)
         self._looked_at = frozenset(pair.name for pair in own)
-        parts = parts_in_memory(self._model, watched)
+        parts = parts_in_memory(self._model, _watched(pairs))
         if len(parts) > 1:  # a pass over the batches for every part
-            size = moment_bytes(self._model, [p for p in watched if p.name in self._looked_at])
             self.close()
-            self._scratch = ScratchInputs(size)
+            self._scratch = ScratchInputs(moment_bytes(self._model, _watched(own)))
         inputs: dict[str, Tensor] = {}
         for part in parts:
             totals = self._add_up(batches, input_hooks, part)
@@ -116,7 +135,31 @@ class Statistics:
                         inputs[name] = total
                     else:
                         self._scratch.put(name, total)
+                del total
         return inputs if self._scratch is None else self._scratch
+
+    def inputs_work(self, pairs: Sequence[Pair], batches: int, looks: int) -> InputsWork:
+        """Return what `inputs` and `unexplained_variance` will take, from one batch.
+
+        Args:
+            pairs: The pairs.
+            batches: Number of batches that `inputs` will run. 0 for none of both.
+            looks: How often `unexplained_variance` will run.
+        """
+        parts = parts_in_memory(self._model, _watched(pairs))
+        if not batches or not parts:
+            return InputsWork(0.0, 0, 0)
+        own = [moment_bytes(self._model, [pair]) for pair in _watched(self._own(pairs))]
+        largest = max(parts, key=lambda part: moment_bytes(self._model, part))
+        size = moment_bytes(self._model, largest)
+        start = perf_counter()
+        one_batch, _ = peak_memory(lambda: self._add_up(1, input_hooks, largest))
+        seconds = (perf_counter() - start) * batches * len(parts)
+        measuring = one_batch + (size if batches > 1 else 0)  # a batch's beside the sum
+        kept = sum(own) if len(parts) == 1 else 0
+        looking = 3 * max(own, default=0)
+        seconds += looks * sum(map(_look_seconds, own))
+        return InputsWork(seconds, max(measuring - kept, looking), kept)
 
     def unexplained_variance(self, pairs: Sequence[Pair], inputs: Inputs, mask: Tensor) -> Tensor:
         """Return the share of every unit's variance that kept units cannot predict, ``[units]``.
@@ -150,21 +193,46 @@ class Statistics:
         if self._scratch is not None:
             self._scratch.close()
 
+    def _own(self, pairs: Sequence[Pair]) -> Sequence[Pair]:
+        """Return the pairs whose moments this process keeps."""
+        return pairs[self._rank :: self._world]
+
     def _add_up(self, batches: int, hooks: Hooks, pairs: Sequence[Pair]) -> dict[str, Tensor]:
         """Return what `hooks` add up on the dense model, over batches and all processes."""
         totals: dict[str, Tensor] = {}
         for step in range(batches if pairs else 0):
-            batch, low = local_samples(self._source, step, self._rank, self._world)[:2]
-            with torch.no_grad(), hooks(self._model, pairs, batch) as seen:
-                if self._objective is None:
-                    outputs = run(self._model, batch, labels=False)
-                else:
-                    outputs = self._objective.run(self._model, batch)
-            if not all(value.isfinite().all() for value in seen.values()):
-                first = next(part for part in tree_leaves(outputs) if isinstance(part, Tensor))
-                row = row_not_finite(first)
-                where = self.place(step, None if row is None else row + low)
-                raise NonFiniteLossError(f"on {where} the dense model itself is not finite.")
-            for name, value in seen.items():
+            seen = self._seen(step, hooks, pairs)
+            for name in list(seen):  # a value may be large, so none stays behind
+                value = seen.pop(name)
                 totals[name] = totals[name].add_(value) if name in totals else value
+                del value
         return {name: sum_over_processes(total) for name, total in totals.items()}
+
+    def _seen(self, step: int, hooks: Hooks, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+        """Return what `hooks` add up on the dense model, on the samples of this process."""
+        batch, low = local_samples(self._source, step, self._rank, self._world)[:2]
+        with torch.no_grad(), hooks(self._model, pairs, batch) as seen:
+            if self._objective is None:
+                outputs = run(self._model, batch, labels=False)
+            else:
+                outputs = self._objective.run(self._model, batch)
+        if not all(value.isfinite().all() for value in seen.values()):
+            first = next(part for part in tree_leaves(outputs) if isinstance(part, Tensor))
+            row = row_not_finite(first)
+            where = self.place(step, None if row is None else row + low)
+            raise NonFiniteLossError(f"on {where} the dense model itself is not finite.")
+        return dict(seen)
+
+
+def _watched(pairs: Sequence[Pair]) -> list[Pair]:
+    """Return the pairs whose moments are measured."""
+    return [pair for pair in pairs if pair.kind not in ("qk", "experts")]
+
+
+def _look_seconds(size: int) -> float:
+    """Return about how long a look at one matrix of so many bytes takes: its cube, in small."""
+    rows = math.sqrt(size / 8)
+    small = min(round(rows), _TIMED)
+    start = perf_counter()
+    unexplained_variance(torch.eye(small, dtype=torch.float64), torch.ones(small).double())
+    return (perf_counter() - start) * (rows / small) ** 3
