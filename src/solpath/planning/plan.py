@@ -10,7 +10,9 @@ from torch import Tensor
 
 from solpath.errors import FingerprintError
 from solpath.pair import Fingerprint, Pair, pairs_from
-from solpath.planning.budget import Budget, Constraints, blocks_to_remove
+from solpath.planning.budget import Budget, blocks_to_remove
+from solpath.planning.constraint_cost import ConstraintCost, score_beside
+from solpath.planning.constraints import Constraints
 from solpath.planning.cost import Achieved, CostTable
 from solpath.planning.removal import groups_by_rank, removal_order
 
@@ -38,6 +40,7 @@ class Plan:
         latency_ms: For a latency budget, milliseconds of one forward pass: ``"predicted"`` by the
             table and, from `plan_for_latency`, ``"measured"`` on the extracted model.
         unreached: See `SolutionPath.unreached`.
+        constraint_cost: What the constraints cost; None where there are none.
 
     Example:
         >>> plan = path.plan(sparsity=0.5, protect=["*layer.0.*"])
@@ -55,6 +58,7 @@ class Plan:
     dropped_rotations: tuple[str, ...] = ()
     latency_ms: Mapping[str, float] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
+    constraint_cost: ConstraintCost | None = None
 
     def units_of(self, pair: Pair) -> Tensor:
         """Return the units of a pair that the plan keeps: all of them, if it is not in `pairs`.
@@ -96,6 +100,8 @@ class Plan:
     def __repr__(self) -> str:
         size = self.achieved
         whole = f"{len(self.unreached)} unreached pairs whole, " if self.unreached else ""
+        cost = self.constraint_cost
+        whole += "" if cost is None else f"{cost.kept_score:.1%} of the score, "
         times = "".join(f"{name} {ms:.2f} ms, " for name, ms in self.latency_ms.items())
         return (
             f"Plan(sparsity={size.sparsity:.4f}, params={size.params:,} ({size.params_share:.1%}), "
@@ -114,6 +120,7 @@ class Plan:
             "turned": sorted({*self.basis, *self.dropped_rotations}),
             "latency_ms": dict(self.latency_ms),
             **({"unreached": list(self.unreached)} if self.unreached else {}),
+            **({"constraint_cost": cost.to_dict()} if (cost := self.constraint_cost) else {}),
         }
 
     @classmethod
@@ -131,6 +138,7 @@ class Plan:
             kept = {pair.name: _index(pair, value["kept"][pair.name]) for pair in pairs}
             if set(value["kept"]) != set(kept):
                 raise ValueError("kept: names a pair that is not in pairs")
+            cost = value.get("constraint_cost")
             return cls(
                 pairs=pairs,
                 kept=kept,
@@ -141,6 +149,7 @@ class Plan:
                 dropped_rotations=tuple(str(name) for name in value["turned"]),
                 latency_ms={str(n): float(ms) for n, ms in value["latency_ms"].items()},
                 unreached=tuple(str(name) for name in value.get("unreached", ())),
+                constraint_cost=None if cost is None else ConstraintCost.from_dict(cost),
             )
         except KeyError as error:
             raise ValueError(f"{error.args[0]}: is missing") from error
@@ -250,25 +259,30 @@ def make_plan(
 
     Raises:
         BudgetError: The budget is out of range or not reachable.
-        ConfigError: A pattern of `constraints` matches no pair.
+        ConfigError: The model cannot respect the constraints; see `Constraints.check`.
         FingerprintError: The latency table is for a model of another class or other shapes.
     """
-    constraints.check_patterns(pairs)
+    constraints.check(pairs, unreached)
     if budget.latency is not None:
         budget.latency.check(fingerprint.architecture, pairs, unreached)
-    order = removal_order(
-        [groups_by_rank(score[pair.name].double())[0] for pair in pairs],
-        [pair.width if constraints.protects(pair) else constraints.min_width for pair in pairs],
-        constraints.multiple_of,
-    )
+    ranked = _ranked(pairs, score, shared=constraints.shared_couples)
+    teams, first = constraints.teams(pairs)
+    order = removal_order([mean for mean, _ in ranked], first, teams)
     count, latency_ms = blocks_to_remove(budget, pairs, costs, order)
     widths = order.widths_after(pairs, count)
-    kept = {pair.name: best_units(score[pair.name], widths[pair.name]) for pair in pairs}
+    kept = {
+        pair.name: units[:, : widths[pair.name]].sort(dim=1).values
+        for pair, (_, units) in zip(pairs, ranked, strict=True)
+    }
+    achieved, cost = costs.achieved(pairs, widths), None
+    if constraints.binding:
+        measure = budget.measure if budget.measure in costs.unit else "params"
+        cost = ConstraintCost(*score_beside(pairs, score, kept, costs, measure))
     return Plan(
         pairs=tuple(pairs),
         kept=kept,
         asked={budget.measure: budget.value, **constraints.to_dict()},
-        achieved=costs.achieved(pairs, widths),
+        achieved=achieved,
         fingerprint=fingerprint,
         gains={
             pair.name: norm_gain(_mask(pair, kept[pair.name]).double(), energy[pair.name])
@@ -278,7 +292,39 @@ def make_plan(
         basis=basis,
         latency_ms=latency_ms,
         unreached=unreached,
+        constraint_cost=cost,
     )
+
+
+def _ranked(
+    pairs: Sequence[Pair], score: Mapping[str, Tensor], *, shared: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the mean value at every rank of every pair, and the units of every rank.
+
+    Args:
+        pairs: Every pair of the dense model.
+        score: Pair name to ``[heads, width]``.
+        shared: Whether all heads of the pairs of rotary couples have the same units at every rank:
+            those with the best sum over the heads and pairs of equal width. The mean value at a
+            rank is of the pair's own scores.
+    """
+    alike: dict[int, list[Tensor]] = {}
+    for pair in pairs:
+        if shared and pair.channels > 1:
+            alike.setdefault(pair.width, []).append(score[pair.name].double())
+    orders = {
+        width: torch.cat(scores).sum(0).argsort(descending=True, stable=True)
+        for width, scores in alike.items()
+    }
+    ranked = []
+    for pair in pairs:
+        own = score[pair.name].double()
+        if shared and pair.channels > 1:
+            units = orders[pair.width].expand(pair.heads, -1)
+            ranked.append((own[:, orders[pair.width]].mean(0), units))
+        else:
+            ranked.append(groups_by_rank(own))
+    return ranked
 
 
 def best_units(score: Tensor, width: int) -> Tensor:
