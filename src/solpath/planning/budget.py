@@ -121,6 +121,9 @@ def _nearest(budget: Budget, pairs: Sequence[Pair], costs: CostTable, order: Rem
             reachable = (
                 f"{low:,} to {dense:,} are ({low / dense:.4f} to 1 as a share of the dense model)."
             )
+        widths = torch.tensor([pair.width for pair in pairs])
+        if removed[-1] < (each * widths).sum():
+            reachable += " The constraints keep the rest."
         raise BudgetError(f"{budget.measure} {budget.value} is not reachable: {reachable}")
     return int((removed.double() - target).abs().numpy().argmin())
 

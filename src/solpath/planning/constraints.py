@@ -170,12 +170,14 @@ class Constraints:
 
     def _alike(self, pairs: Sequence[Pair]) -> list[list[int]]:
         """Return the indices of pairs that must keep one width."""
+        attentions = _attentions(pairs)
+        whole = {name for name, own in attentions.items() if all(map(self.protects, own))}
         found: dict[Any, list[int]] = {}
         for i, p in enumerate(pairs):
             if p.kind in self.uniform_kinds:
                 shape = (p.kind, p.heads, p.width, p.channels, p.left[0].repeat)
                 found.setdefault(shape, []).append(i)
-            if self.tied_widths and p.kind in ("qk", "vo") and not self.protects(p):
+            if self.tied_widths and p.kind in ("qk", "vo") and _attention(p) not in whole:
                 found.setdefault(_attention(p), []).append(i)
         return [group for group in found.values() if len(group) > 1]
 
