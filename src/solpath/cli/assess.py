@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,9 +12,6 @@ from solpath.cli.arguments import Dtype, Images, Json, ModelName, Precision, Sam
 from solpath.cli.inputs import batches_for, load_any, random_tokens, rows_of, takes
 from solpath.cli.terminal import print_json, print_table, say
 from solpath.errors import ConfigError
-
-if TYPE_CHECKING:
-    from solpath.pair import Pair
 
 
 @app.command()
@@ -99,7 +96,7 @@ def inspect(
     print(f"{prunable:,} of {total:,} parameters are prunable ({prunable / total:.1%}).")
 
 
-def _print_targets(architecture: str, pairs: "Sequence[Pair]", as_json: bool) -> None:
+def _print_targets(architecture: str, pairs: Sequence[Any], as_json: bool) -> None:
     """Print the constraints of every target for a model, or why it is not possible."""
     from solpath.planning.targets import targets_of
 
