@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 from collections import defaultdict
 from dataclasses import replace
 
@@ -11,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import solpath
-from conftest import batches, build, inputs
+from conftest import CASES, batches, build, inputs
 from plans import both
+from solpath.arch import lookup
 from solpath.cli.main import run
-from solpath.errors import BudgetError, ConfigError
+from solpath.errors import BudgetError, ConfigError, UnsupportedModelError
 from solpath.model.counting import count_costs
 from solpath.model.discovery import find_pairs
 from solpath.model.fingerprint import fingerprint
@@ -33,8 +35,8 @@ def attention(i, couples=True):
     qk = Side("q", 0, 2), Side("k", 0)
     channels = 2 if couples else 1
     return (
-        Pair(f"{name}.qk", "qk", 2, 16 // channels, qk[:1], qk[1], 30 * channels, channels),
-        Pair(f"{name}.vo", "vo", 2, 16, (Side("v", 0),), Side("o", 1), 31),
+        Pair(f"{name}.qk", "qk", 4, 16 // channels, qk[:1], qk[1], 30 * channels, channels),
+        Pair(f"{name}.vo", "vo", 4, 16, (Side("v", 0),), Side("o", 1), 31),
         Pair(f"layers.{i}.mlp", "mlp", 1, 70, (Side("a", 0),), Side("b", 1), 32),
     )
 
@@ -75,21 +77,26 @@ def path_of(model, seed=0) -> SolutionPath:
 
 
 def subset(small: Plan, large: Plan) -> bool:
-    return all(
-        set(row) <= set(wide)
-        for name in small.kept
-        for row, wide in zip(small.kept[name].tolist(), large.kept[name].tolist(), strict=True)
-    )
+    masks = large.masks()
+    return all((mask <= masks[name]).all() for name, mask in small.masks().items())
 
 
 def check(plan: Plan, said: Constraints) -> None:
     """Assert that a plan respects constraints."""
     alike = defaultdict(set)
-    couples = defaultdict(list)
+    couples, groups = defaultdict(list), defaultdict(set)
     for pair in plan.pairs:
         width = plan.widths[pair.name]
         if said.protects(pair):
             assert width == pair.width
+        if said.by_head(pair):
+            heads = plan.heads.get(pair.name, torch.arange(pair.heads))
+            assert len(plan.kept[pair.name]) == len(heads) > 0
+            assert width == pair.width
+            groups[pair.name.rpartition(".")[0]].add(tuple(heads.tolist()))
+            if pair.kind in said.uniform_kinds:
+                alike[pair.kind, "heads"].add(len(heads))
+            continue
         assert width == pair.width or width % said.multiple(pair.kind) == 0
         assert width >= min(said.least(pair.kind), pair.width)
         if pair.kind in said.uniform_kinds:
@@ -98,7 +105,7 @@ def check(plan: Plan, said: Constraints) -> None:
             alike[pair.name.rpartition(".")[0]].add(width * pair.channels)
         if said.shared_couples and pair.channels > 1:
             couples[width] += [tuple(row) for row in plan.kept[pair.name].tolist()]
-    assert all(len(widths) == 1 for widths in alike.values())
+    assert all(len(widths) == 1 for widths in (*alike.values(), *groups.values()))
     assert all(len(set(rows)) == 1 for rows in couples.values())
     kept = [set(rows[0]) for _, rows in sorted(couples.items())]
     assert all(narrow <= wide for narrow, wide in zip(kept, kept[1:], strict=False))
@@ -113,12 +120,13 @@ per_kind = st.one_of(
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 20),
-    sizes=st.lists(st.floats(0, 0.6), min_size=2, max_size=3),
+    sizes=st.lists(st.floats(0, 0.5), min_size=2, max_size=3),
     multiple_of=per_kind,
     min_width=st.one_of(st.integers(0, 5), st.just({"mlp": 7})),
     uniform=st.one_of(st.booleans(), st.sets(st.sampled_from(["qk", "vo", "mlp"]))),
     tied_widths=st.booleans(),
     shared_couples=st.booleans(),
+    whole_groups=st.booleans(),
 )
 def test_constraints_are_respected_and_nested(seed, sizes, **options):
     path, said = made_path(seed), Constraints(**options)
@@ -272,6 +280,111 @@ def test_masked_equals_extracted_under_constraints(label):
         assert (masked - small).abs().max() <= 1e-12 * masked.abs().max()
         assert 0 < plan.achieved.sparsity < 1
         check(plan, found.get(options.get("for_")) or Constraints(**options))
+
+
+def loses_heads(label) -> bool:
+    stacks = lookup(label.partition(" ")[0])
+    return all(table.by_head for stack in stacks for table in stack.attentions)
+
+
+BY_HEAD = [label for label in CASES if loses_heads(label)]
+FAMILIES = {"llama", "mistral", "qwen2", "qwen3", "gemma3_text", "bert", "vit", "t5", "gpt2"}
+
+
+def by_head(model, sparsity=0.3, **options) -> Plan:
+    """A plan in which attentions lose whole heads."""
+    path = path_of(model)
+    for pair in path.pairs:  # MLPs last
+        path.score[pair.name].add_(pair.kind == "mlp")
+    plan = path.plan(sparsity=sparsity, whole_groups=True, **options)
+    check(plan, Constraints(whole_groups=True, **options))
+    return plan
+
+
+@pytest.mark.parametrize("label", BY_HEAD)
+def test_whole_heads_leave(label):
+    model = build(label).double()
+    plan = by_head(model)
+    if max(pair.heads for pair in plan.pairs) > 1:
+        assert plan.heads
+    masked, small = both(model, plan, inputs(model))
+    assert (masked - small).abs().max() <= 1e-12 * masked.abs().max()
+    cut = solpath.extract(model, plan)
+    assert sum(p.numel() for p in cut.parameters()) == plan.achieved.params
+    again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert again.to_dict() == plan.to_dict()
+    assert subset(again, plan)
+    assert subset(plan, again)
+
+
+def test_the_families_that_lose_heads():
+    assert {*BY_HEAD} >= FAMILIES | {"whisper", "llama 1:6"}
+    model = build("gpt_neox")
+    with pytest.raises(UnsupportedModelError, match="cannot lose whole heads; plan without"):
+        solpath.extract(model, by_head(model))
+
+
+def test_the_least_head_leaves_first():
+    """It is the one with the least score in both pairs of the attention, weighted by cost."""
+    path = made_path(2)
+    plan = path.plan(sparsity=0.01, whole_groups=True, protect=["*.mlp"])
+    lost = [name for name in plan.heads if name.endswith(".vo")]
+    assert len(lost) == 1
+    place = lost[0].removesuffix(".vo")
+    worth = sum(path.score[p.name].sum(1) * p.cost for p in PAIRS if p.name.startswith(place + "."))
+    assert plan.heads[lost[0]].tolist() == [h for h in range(4) if h != int(worth.argmin())]
+    alike = path.plan(sparsity=0.3, whole_groups=True, uniform=True)
+    assert len({len(heads) for heads in alike.heads.values()}) == 1
+    assert len(alike.heads) == 8
+
+
+@pytest.mark.parametrize("label", ["llama", "qwen3", "t5", "whisper", "gpt2", "bert"])
+def test_cut_heads_are_saved_copied_and_generate(label, tmp_path):
+    model = build(label)
+    plan = by_head(model)
+    small, batch = solpath.extract(model, plan), inputs(model)
+    with torch.no_grad():
+        expected = forward(small, batch)
+        solpath.save(small, tmp_path / "saved")
+        model.save_pretrained(tmp_path / "dense")
+        solpath.extract(str(tmp_path / "dense"), plan, out=tmp_path / "streamed")
+        models = [solpath.load(tmp_path / name) for name in ("saved", "streamed")]
+        models += [copy.deepcopy(small), pickle.loads(pickle.dumps(small))]
+        for other in models:
+            assert torch.equal(forward(other, batch), expected)
+    assert {*models[0].solpath_plan.heads} == {*plan.heads}
+    if small.can_generate():
+        options = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4}
+        given = {name: value for name, value in batch.items() if not name.startswith("decoder")}
+        with_cache = small.generate(**given, **options)
+        assert torch.equal(with_cache, small.generate(**given, **options, use_cache=False))
+    other = dict(small.state_dict())
+    assert set(other) == set(model.state_dict())
+
+
+def test_models_without_heads_are_refitted():
+    model = build("llama")
+    small = solpath.extract(model, by_head(model))
+    better = solpath.compensate(small, model, batches(model))
+    found = solpath.evaluate({"cut": small, "refitted": better}, model, batches(model))
+    assert found["refitted"].divergence < found["cut"].divergence
+
+
+def test_what_whole_groups_refuses():
+    qk, vo, mlp = attention(0)
+    with pytest.raises(ConfigError, match=r"can lose units of layers\.0\.attention\.vo only"):
+        made_path(pairs=(vo, mlp)).plan(sparsity=0.1, whole_groups=True)
+    plan = made_path().plan(sparsity=0.3, whole_groups=True)
+    name = next(iter(plan.heads))
+    for wrong in ([], [0, 0], [1, 0], [4], [0, True], "0"):
+        value = plan.to_dict()
+        value["heads"][name] = wrong
+        with pytest.raises(ValueError, match=r"heads\["):
+            Plan.from_dict(value)
+    value = plan.to_dict()
+    del value["heads"]
+    with pytest.raises(ValueError, match="expected 4 lists"):
+        Plan.from_dict(value)
 
 
 def stock(model, plan, widths) -> torch.nn.Module:

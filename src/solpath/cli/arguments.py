@@ -56,6 +56,9 @@ TiedWidths = Annotated[
 SharedCouples = Annotated[
     bool, typer.Option("--shared-couples", help="All heads keep the same rotary couples.")
 ]
+WholeGroups = Annotated[
+    bool, typer.Option("--whole-groups", help="Attentions lose whole heads, not units inside.")
+]
 For = Annotated[
     str | None,
     typer.Option("--for", help="Runtime to plan for: onnx, openvino, vllm, stock or gguf."),
@@ -188,6 +191,7 @@ CONSTRAINTS: dict[str, tuple[Any, Any]] = {
     "uniform": (Uniform, None),
     "tied_widths": (TiedWidths, False),
     "shared_couples": (SharedCouples, False),
+    "whole_groups": (WholeGroups, False),
     "for_": (For, None),
 }
 """Argument of `SolutionPath.plan` to its option and the default of that."""

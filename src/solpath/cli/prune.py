@@ -119,8 +119,8 @@ def plan(
     if as_json:
         return print_json(made.to_dict())
     rows = [
-        (p.name, f"{p.heads} × {p.width}", f"{p.heads} × {made.widths[p.name]}",
-         f"{made.widths[p.name] / p.width:.0%}")
+        (p.name, f"{p.heads} × {p.width}", " × ".join(map(str, made.kept[p.name].shape)),
+         f"{made.kept[p.name].numel() / p.units:.0%}")
         for p in made.pairs
     ]  # fmt: skip
     print_table(("pair", "dense", "kept", "share"), rows)

@@ -136,7 +136,7 @@ def plan_for_latency(
         latency: A table that was measured on this machine with this batch; None measures one.
         tolerance: Share of `latency_ms` by which the measured time may differ, in (0, 1).
         constraints: Those of `SolutionPath.plan`: `multiple_of`, `min_width`, `protect`, `uniform`,
-            `tied_widths`, `shared_couples` and `for_`.
+            `tied_widths`, `shared_couples` and `for_`; not `whole_groups`.
 
     Returns:
         The plan. Its `latency_ms` holds the predicted and the measured time, in milliseconds.

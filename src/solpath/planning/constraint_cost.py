@@ -59,6 +59,7 @@ def score_beside(
     score: Mapping[str, Tensor],
     kept: Mapping[str, Tensor],
     costs: CostTable,
+    heads: Mapping[str, Tensor],
     measure: str,
 ) -> tuple[float, float]:
     """Return `kept_score` and `equal_sparsity` of `ConstraintCost`.
@@ -66,17 +67,19 @@ def score_beside(
     Args:
         pairs: Every pair of the dense model.
         score: Pair name to ``[heads, width]``.
-        kept: Pair name to the units that the plan keeps, ``[heads, r]``.
+        kept: See `Plan.kept`.
+        heads: See `Plan.heads`.
         costs: What the dense model and its units cost.
         measure: The measure in which the plan without constraints has the size of the plan.
     """
     least = min(float(score[pair.name].min()) for pair in pairs)
     worth = {p.name: (score[p.name].double() - least) * costs.unit["params"][p.name] for p in pairs}
-    plan = sum(float(worth[p.name].gather(1, kept[p.name]).sum()) for p in pairs)
+    whole = {p.name: heads.get(p.name, torch.arange(p.heads)) for p in pairs}
+    plan = sum(float(worth[n].index_select(0, whole[n]).gather(1, kept[n]).sum()) for n in worth)
     groups = [groups_by_rank(score[pair.name].double())[0] for pair in pairs]
     order = removal_order(groups, [0] * len(pairs))
     unit = costs.unit[measure]
-    removed = sum(p.heads * (p.width - kept[p.name].shape[1]) * unit[p.name] for p in pairs)
+    removed = sum((p.units - kept[p.name].numel()) * unit[p.name] for p in pairs)
     lost, size = torch.zeros(2, len(order.pair) + 1, dtype=torch.float64)
     for i, pair in enumerate(pairs):
         own = order.pair == i

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, get_args
 
@@ -35,6 +35,9 @@ class Constraints:
             as a class with a single ``head_dim`` needs it.
         shared_couples: Whether all heads keep the same rotary couples; those of layers of
             unequal widths are nested.
+        whole_groups: Whether attentions lose whole heads, a key-value head with its query heads, in
+            place of units inside heads. One group at least stays; `multiple_of` and `min_width`
+            say nothing about attentions then.
         target: Name of the target that asked for this, for the record; see `solpath.planning.
             targets`.
 
@@ -55,6 +58,7 @@ class Constraints:
     uniform: bool | Collection[str] = False
     tied_widths: bool = False
     shared_couples: bool = False
+    whole_groups: bool = False
     target: str = ""
 
     def __post_init__(self) -> None:
@@ -70,7 +74,7 @@ class Constraints:
             raise ConfigError(f"protect must be a list of patterns, got {self.protect!r}.")
         if not isinstance(self.uniform, bool):
             _check_kinds("uniform", self.uniform)
-        for name in ("tied_widths", "shared_couples"):
+        for name in ("tied_widths", "shared_couples", "whole_groups"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}.")
 
@@ -116,6 +120,13 @@ class Constraints:
             raise ConfigError("shared_couples: this model has no rotary couples.")
         if self.tied_widths:
             self._check_tied(pairs)
+        if self.whole_groups:
+            for name, own in _attentions(pairs).items():
+                if {p.kind for p in own} != {"qk", "vo"} and not all(map(self.protects, own)):
+                    raise ConfigError(
+                        f"whole_groups: {name} can lose units of {own[0].name} only, and not whole "
+                        f"heads; protect {own[0].name} to leave it whole."
+                    )
         places = {_place(p.name): p.name for p in pairs if p.kind in self.uniform_kinds}
         for name in unreached:
             if (other := places.get(_place(name))) and not self._protected(other, pairs):
@@ -146,11 +157,25 @@ class Constraints:
     def _protected(self, name: str, pairs: Sequence[Pair]) -> bool:
         return any(pair.name == name and self.protects(pair) for pair in pairs)
 
+    def ranked(self, pairs: Sequence[Pair]) -> tuple[Pair, ...]:
+        """Return the pairs as they lose ranks: where whole heads leave, a rank is a head.
+
+        Such a pair is turned around: its `heads` are the units of a head, its `width` the heads.
+        """
+        return tuple(
+            replace(pair, heads=pair.width, width=pair.heads) if self.by_head(pair) else pair
+            for pair in pairs
+        )
+
+    def by_head(self, pair: Pair) -> bool:
+        """Return whether a pair loses whole heads."""
+        return self.whole_groups and pair.kind in ("qk", "vo")
+
     def teams(self, pairs: Sequence[Pair]) -> tuple[list[Team], list[int]]:
         """Return the pairs that lose their ranks together, and the first rank that may leave.
 
         Args:
-            pairs: Every pair that units leave. `check` has passed.
+            pairs: Every pair that units leave, from `ranked`. `check` has passed.
 
         Returns:
             The teams, in the order of their first pairs, and for every pair the first rank that
@@ -165,7 +190,10 @@ class Constraints:
             groups = [group for group in groups if group not in joined]
             groups.append(sorted(i for group in joined for i in group))
         teams = [self._team(pairs, group) for group in sorted(groups)]
-        low = [p.width if self.protects(p) else self.least(p.kind) for p in pairs]
+        low = [
+            p.width if self.protects(p) else 1 if self.by_head(p) else self.least(p.kind)
+            for p in pairs
+        ]
         return teams, low
 
     def _alike(self, pairs: Sequence[Pair]) -> list[list[int]]:
@@ -177,8 +205,9 @@ class Constraints:
             if p.kind in self.uniform_kinds:
                 shape = (p.kind, p.heads, p.width, p.channels, p.left[0].repeat)
                 found.setdefault(shape, []).append(i)
-            if self.tied_widths and p.kind in ("qk", "vo") and _attention(p) not in whole:
-                found.setdefault(_attention(p), []).append(i)
+            together = self.tied_widths or self.whole_groups
+            if together and p.kind in ("qk", "vo") and attention_of(p) not in whole:
+                found.setdefault(attention_of(p), []).append(i)
         return [group for group in found.values() if len(group) > 1]
 
     def _team(self, pairs: Sequence[Pair], group: list[int]) -> Team:
@@ -187,9 +216,11 @@ class Constraints:
         if whole and len(whole) < len(own):
             [other, *_] = [pair.name for pair in own if not self.protects(pair)]
             raise ConfigError(
-                f"protect keeps {whole[0]} dense, and uniform or tied_widths gives {other} the "
-                "same width; protect both or neither."
+                f"protect keeps {whole[0]} dense, and uniform, tied_widths or whole_groups gives "
+                f"{other} the same width; protect both or neither."
             )
+        if any(self.by_head(pair) for pair in own):
+            return Team(tuple(group), (1,) * len(own), tuple(p.heads * p.cost for p in own))
         # Two channels of the values leave with every couple of the queries and keys.
         scales = [max(pair.channels for pair in own) // pair.channels for pair in own]
         base = [
@@ -212,6 +243,7 @@ class Constraints:
             uniform=_kinds(self.uniform_kinds | other.uniform_kinds),
             tied_widths=self.tied_widths or other.tied_widths,
             shared_couples=self.shared_couples or other.shared_couples,
+            whole_groups=self.whole_groups or other.whole_groups,
             target=self.target or other.target,
         )
 
@@ -227,7 +259,7 @@ class Constraints:
         }
         if kinds := self.uniform_kinds:
             value["uniform"] = True if kinds == {*KINDS} else sorted(kinds)
-        for name in ("tied_widths", "shared_couples", "target"):
+        for name in ("tied_widths", "shared_couples", "whole_groups", "target"):
             if given := getattr(self, name):
                 value[name] = given
         return value
@@ -243,7 +275,7 @@ class Constraints:
         return any(
             self.multiple(kind) > 1 or self.least(kind) or kind in self.uniform_kinds
             for kind in KINDS
-        ) or bool(self.protect or self.tied_widths or self.shared_couples)
+        ) or bool(self.protect or self.tied_widths or self.shared_couples or self.whole_groups)
 
 
 def _check_kinds(name: str, kinds: Any) -> None:
@@ -278,7 +310,7 @@ def _place(name: str) -> str:
     return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
-def _attention(pair: Pair) -> str:
+def attention_of(pair: Pair) -> str:
     """Return the name of the attention of a query-key or value-output pair."""
     return pair.name.removesuffix(".qk").removesuffix(".vo").removesuffix(".unrotated")
 
@@ -287,5 +319,5 @@ def _attentions(pairs: Sequence[Pair]) -> dict[str, list[Pair]]:
     found: dict[str, list[Pair]] = {}
     for pair in pairs:
         if pair.kind in ("qk", "vo"):
-            found.setdefault(_attention(pair), []).append(pair)
+            found.setdefault(attention_of(pair), []).append(pair)
     return found

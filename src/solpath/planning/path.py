@@ -105,6 +105,7 @@ class SolutionPath:
         uniform: bool | Collection[str] = False,
         tied_widths: bool = False,
         shared_couples: bool = False,
+        whole_groups: bool = False,
         for_: str | None = None,
     ) -> Plan:
         """Choose the units that one budget keeps.
@@ -132,6 +133,8 @@ class SolutionPath:
                 kinds, or some kinds, such as ``["mlp"]``.
             tied_widths: Queries, keys and values of an attention keep equally many channels.
             shared_couples: All heads keep the same rotary couples of queries and keys.
+            whole_groups: Attentions lose whole heads, a key-value head with its query heads, in
+                place of units inside heads. One of them stays at least. Not for `latency_ms`.
             for_: Name of a target: the constraints of one runtime, see `solpath.planning.targets`.
                 The other arguments may tighten them.
 
@@ -167,6 +170,7 @@ class SolutionPath:
             uniform=uniform,
             tied_widths=tied_widths,
             shared_couples=shared_couples,
+            whole_groups=whole_groups,
         )
         if for_ is not None:
             target = constraints_for(

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solpath.errors import FingerprintError
+from solpath.errors import ConfigError, FingerprintError
 from solpath.pair import Fingerprint, Pair, pairs_from
 from solpath.planning.budget import Budget, blocks_to_remove
 from solpath.planning.constraint_cost import ConstraintCost, score_beside
-from solpath.planning.constraints import Constraints
+from solpath.planning.constraints import Constraints, attention_of
 from solpath.planning.cost import Achieved, CostTable
 from solpath.planning.removal import groups_by_rank, removal_order
 
@@ -26,8 +26,8 @@ class Plan:
 
     Attributes:
         pairs: Every pair of the dense model.
-        kept: Pair name to the kept units of every head, int64 ``[heads, r]``, ascending. r may be
-            0.
+        kept: Pair name to the kept units of every kept head, int64 ``[kept heads, r]``, ascending.
+            r may be 0.
         asked: The budget and the constraints.
         achieved: The size under every measure.
         fingerprint: Identity of the dense model.
@@ -40,6 +40,8 @@ class Plan:
         latency_ms: For a latency budget, milliseconds of one forward pass: ``"predicted"`` by the
             table and, from `plan_for_latency`, ``"measured"`` on the extracted model.
         unreached: See `SolutionPath.unreached`.
+        heads: For pairs that lose whole heads, pair name to the heads that are kept, int64
+            ``[kept heads]``, ascending. All others keep all heads.
         constraint_cost: What the constraints cost; None where there are none.
 
     Example:
@@ -58,6 +60,7 @@ class Plan:
     dropped_rotations: tuple[str, ...] = ()
     latency_ms: Mapping[str, float] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
     constraint_cost: ConstraintCost | None = None
 
     def units_of(self, pair: Pair) -> Tensor:
@@ -67,7 +70,7 @@ class Plan:
             pair: A pair of the dense model.
 
         Returns:
-            int64 ``[heads, r]``, ascending.
+            int64 ``[kept heads, r]``, ascending.
         """
         if pair.name in self.kept:
             return self.kept[pair.name]
@@ -90,12 +93,15 @@ class Plan:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Units that every head keeps, by pair name."""
+        """Units that every kept head keeps, by pair name."""
         return {name: index.shape[1] for name, index in self.kept.items()}
 
     def masks(self) -> dict[str, Tensor]:
         """Return the plan as masks of 0 and 1: pair name to float32 ``[heads * width]``."""
-        return {pair.name: _mask(pair, self.kept[pair.name]).flatten() for pair in self.pairs}
+        return {pair.name: self._mask(pair).flatten() for pair in self.pairs}
+
+    def _mask(self, pair: Pair) -> Tensor:
+        return _mask(pair, self.kept[pair.name], self.heads.get(pair.name))
 
     def __repr__(self) -> str:
         size = self.achieved
@@ -120,6 +126,11 @@ class Plan:
             "turned": sorted({*self.basis, *self.dropped_rotations}),
             "latency_ms": dict(self.latency_ms),
             **({"unreached": list(self.unreached)} if self.unreached else {}),
+            **(
+                {"heads": {n: index.tolist() for n, index in self.heads.items()}}
+                if self.heads
+                else {}
+            ),
             **({"constraint_cost": cost.to_dict()} if (cost := self.constraint_cost) else {}),
         }
 
@@ -135,9 +146,14 @@ class Plan:
         """
         try:
             pairs = pairs_from(value["pairs"])
-            kept = {pair.name: _index(pair, value["kept"][pair.name]) for pair in pairs}
-            if set(value["kept"]) != set(kept):
-                raise ValueError("kept: names a pair that is not in pairs")
+            named = {pair.name: pair for pair in pairs}
+            if {*value["kept"], *value.get("heads", {})} - set(named):
+                raise ValueError("kept or heads: names a pair that is not in pairs")
+            heads = {n: _heads(named[n], index) for n, index in value.get("heads", {}).items()}
+            kept = {
+                n: _index(pair, value["kept"][n], len(heads.get(n, range(pair.heads))))
+                for n, pair in named.items()
+            }
             cost = value.get("constraint_cost")
             return cls(
                 pairs=pairs,
@@ -149,6 +165,7 @@ class Plan:
                 dropped_rotations=tuple(str(name) for name in value["turned"]),
                 latency_ms={str(n): float(ms) for n, ms in value["latency_ms"].items()},
                 unreached=tuple(str(name) for name in value.get("unreached", ())),
+                heads=heads,
                 constraint_cost=None if cost is None else ConstraintCost.from_dict(cost),
             )
         except KeyError as error:
@@ -171,16 +188,31 @@ def plan_of(model: object) -> Plan | None:
     return plan if isinstance(plan, Plan) else None
 
 
-def _mask(pair: Pair, kept: Tensor) -> Tensor:
+def _mask(pair: Pair, kept: Tensor, heads: Tensor | None = None) -> Tensor:
     """Return a mask of 0 and 1, ``[heads, width]``."""
-    return torch.zeros(pair.heads, pair.width).scatter_(1, kept, 1.0)
+    mask = torch.zeros(pair.heads, pair.width)
+    if heads is None:
+        return mask.scatter_(1, kept, 1.0)
+    return mask.index_copy_(0, heads, torch.zeros(kept.shape[0], pair.width).scatter_(1, kept, 1.0))
 
 
-def _index(pair: Pair, rows: Any) -> Tensor:
+def _heads(pair: Pair, index: Any) -> Tensor:
+    """Check a list of kept heads against `pair` and return it as int64 ``[kept heads]``."""
+    where = f"heads[{pair.name!r}]"
+    if pair.kind not in ("qk", "vo") or not isinstance(index, list) or not index:
+        raise ValueError(f"{where}: expected a list of heads, of an attention")
+    if any(type(head) is not int or not 0 <= head < pair.heads for head in index):
+        raise ValueError(f"{where}: heads must be integers in 0..{pair.heads - 1}")
+    if any(a >= b for a, b in pairwise(index)):
+        raise ValueError(f"{where}: heads must be ascending and distinct")
+    return torch.tensor(index, dtype=torch.int64)
+
+
+def _index(pair: Pair, rows: Any, heads: int) -> Tensor:
     """Check nested lists of kept units against `pair` and return them as int64 ``[heads, r]``."""
     where = f"kept[{pair.name!r}]"
-    if not isinstance(rows, list) or len(rows) != pair.heads:
-        raise ValueError(f"{where}: expected {pair.heads} lists, one per head")
+    if not isinstance(rows, list) or len(rows) != heads:
+        raise ValueError(f"{where}: expected {heads} lists, one per head")
     for row in rows:
         if not isinstance(row, list) or len(row) != len(rows[0]):
             raise ValueError(f"{where}: heads must keep the same number of units")
@@ -188,7 +220,7 @@ def _index(pair: Pair, rows: Any) -> Tensor:
             raise ValueError(f"{where}: units must be integers in 0..{pair.width - 1}")
         if any(a >= b for a, b in pairwise(row)):
             raise ValueError(f"{where}: units must be ascending and distinct")
-    return torch.tensor(rows, dtype=torch.int64).view(pair.heads, -1)
+    return torch.tensor(rows, dtype=torch.int64).view(heads, -1)
 
 
 def _gain(pair: Pair, gains: Mapping[str, Any]) -> Tensor:
@@ -264,20 +296,30 @@ def make_plan(
     """
     constraints.check(pairs, unreached)
     if budget.latency is not None:
+        if constraints.whole_groups:
+            raise ConfigError(
+                "whole_groups: latency tables know widths of heads, not their number."
+            )
         budget.latency.check(fingerprint.architecture, pairs, unreached)
-    ranked = _ranked(pairs, score, shared=constraints.shared_couples)
-    teams, first = constraints.teams(pairs)
+    ranked = _ranked(pairs, score, constraints)
+    turned = constraints.ranked(pairs)
+    teams, first = constraints.teams(turned)
     order = removal_order([mean for mean, _ in ranked], first, teams)
-    count, latency_ms = blocks_to_remove(budget, pairs, costs, order)
-    widths = order.widths_after(pairs, count)
-    kept = {
-        pair.name: units[:, : widths[pair.name]].sort(dim=1).values
-        for pair, (_, units) in zip(pairs, ranked, strict=True)
-    }
-    achieved, cost = costs.achieved(pairs, widths), None
+    count, latency_ms = blocks_to_remove(budget, turned, costs, order)
+    widths = order.widths_after(turned, count)
+    kept: dict[str, Tensor] = {}
+    heads: dict[str, Tensor] = {}
+    for pair, (_, units) in zip(pairs, ranked, strict=True):
+        best = units[:, : widths[pair.name]].sort(dim=1).values
+        if constraints.by_head(pair):
+            kept[pair.name] = torch.arange(pair.width).repeat(best.shape[1], 1)
+            heads |= {pair.name: best[0]} if best.shape[1] < pair.heads else {}
+        else:
+            kept[pair.name] = best
+    achieved, cost = costs.achieved(turned, widths), None
     if constraints.binding:
         measure = budget.measure if budget.measure in costs.unit else "params"
-        cost = ConstraintCost(*score_beside(pairs, score, kept, costs, measure))
+        cost = ConstraintCost(*score_beside(pairs, score, kept, costs, heads, measure))
     return Plan(
         pairs=tuple(pairs),
         kept=kept,
@@ -285,45 +327,53 @@ def make_plan(
         achieved=achieved,
         fingerprint=fingerprint,
         gains={
-            pair.name: norm_gain(_mask(pair, kept[pair.name]).double(), energy[pair.name])
+            pair.name: norm_gain(
+                _mask(pair, kept[pair.name], heads.get(pair.name)).double(), energy[pair.name]
+            )
             for pair in pairs
             if pair.norms
         },
         basis=basis,
         latency_ms=latency_ms,
         unreached=unreached,
+        heads=heads,
         constraint_cost=cost,
     )
 
 
 def _ranked(
-    pairs: Sequence[Pair], score: Mapping[str, Tensor], *, shared: bool
+    pairs: Sequence[Pair], score: Mapping[str, Tensor], constraints: Constraints
 ) -> list[tuple[Tensor, Tensor]]:
     """Return the mean value at every rank of every pair, and the units of every rank.
 
-    Args:
-        pairs: Every pair of the dense model.
-        score: Pair name to ``[heads, width]``.
-        shared: Whether all heads of the pairs of rotary couples have the same units at every rank:
-            those with the best sum over the heads and pairs of equal width. The mean value at a
-            rank is of the pair's own scores.
+    With shared couples, all heads of the pairs of rotary couples have the same units at every rank:
+    those with the best sum over the heads and pairs of equal width. Where whole heads leave, a rank
+    is a head, and the best is the one with the best sum over all pairs of its attention, weighted
+    by cost. The mean value at a rank is of the pair's own scores.
     """
-    alike: dict[int, list[Tensor]] = {}
-    for pair in pairs:
-        if shared and pair.channels > 1:
-            alike.setdefault(pair.width, []).append(score[pair.name].double())
-    orders = {
-        width: torch.cat(scores).sum(0).argsort(descending=True, stable=True)
-        for width, scores in alike.items()
-    }
-    ranked = []
+    totals: dict[object, Tensor] = {}
+    keys: list[object] = []
     for pair in pairs:
         own = score[pair.name].double()
-        if shared and pair.channels > 1:
-            units = orders[pair.width].expand(pair.heads, -1)
-            ranked.append((own[:, orders[pair.width]].mean(0), units))
-        else:
+        key: object = None
+        if constraints.by_head(pair):
+            key, own = attention_of(pair), own.sum(1) * pair.cost
+        elif constraints.shared_couples and pair.channels > 1:
+            key, own = pair.width, own.sum(0)
+        keys.append(key)
+        if key is not None:
+            totals[key] = totals[key] + own if key in totals else own
+    ranked = []
+    for pair, key in zip(pairs, keys, strict=True):
+        own = score[pair.name].double()
+        if key is None:
             ranked.append(groups_by_rank(own))
+            continue
+        order = totals[key].argsort(descending=True, stable=True)
+        if constraints.by_head(pair):
+            ranked.append((own.mean(1)[order], order.unsqueeze(0)))
+        else:
+            ranked.append((own[:, order].mean(0), order.expand(pair.heads, -1)))
     return ranked
 
 
