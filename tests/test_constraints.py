@@ -120,7 +120,7 @@ per_kind = st.one_of(
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 20),
-    sizes=st.lists(st.floats(0, 0.5), min_size=2, max_size=3),
+    sizes=st.lists(st.floats(0, 0.4), min_size=2, max_size=3),
     multiple_of=per_kind,
     min_width=st.one_of(st.integers(0, 5), st.just({"mlp": 7})),
     uniform=st.one_of(st.booleans(), st.sets(st.sampled_from(["qk", "vo", "mlp"]))),
@@ -200,7 +200,7 @@ def test_the_cost_of_constraints():
         ({"protect": "*.mlp"}, "protect must be a list"),
         (
             {"uniform": True, "protect": ["layers.0.mlp"]},
-            "keeps layers.0.mlp dense, and uniform or tied_widths gives layers.1.mlp the same",
+            "keeps layers.0.mlp dense, and uniform, tied_widths or whole_groups gives layers.1.mlp",
         ),
         ({"tied_widths": True, "protect": ["*.1.*.vo"]}, r"keeps layers\.1\.attention\.vo dense"),
         ({"for_": "tensorrt"}, "for_ must be one of onnx, openvino, vllm, stock, gguf"),
@@ -327,7 +327,7 @@ def test_the_families_that_lose_heads():
 def test_the_least_head_leaves_first():
     """It is the one with the least score in both pairs of the attention, weighted by cost."""
     path = made_path(2)
-    plan = path.plan(sparsity=0.01, whole_groups=True, protect=["*.mlp"])
+    plan = path.plan(sparsity=0.04, whole_groups=True, protect=["*.mlp"])
     lost = [name for name in plan.heads if name.endswith(".vo")]
     assert len(lost) == 1
     place = lost[0].removesuffix(".vo")
@@ -349,7 +349,7 @@ def test_cut_heads_are_saved_copied_and_generate(label, tmp_path):
         model.save_pretrained(tmp_path / "dense")
         solpath.extract(str(tmp_path / "dense"), plan, out=tmp_path / "streamed")
         models = [solpath.load(tmp_path / name) for name in ("saved", "streamed")]
-        models += [copy.deepcopy(small), pickle.loads(pickle.dumps(small))]
+        models += [copy.deepcopy(small), pickle.loads(pickle.dumps(small))]  # noqa: S301
         for other in models:
             assert torch.equal(forward(other, batch), expected)
     assert {*models[0].solpath_plan.heads} == {*plan.heads}
@@ -365,13 +365,13 @@ def test_cut_heads_are_saved_copied_and_generate(label, tmp_path):
 def test_models_without_heads_are_refitted():
     model = build("llama")
     small = solpath.extract(model, by_head(model))
-    better = solpath.compensate(small, model, batches(model))
+    better = solpath.compensate(small, model, batches(model) * 2)
     found = solpath.evaluate({"cut": small, "refitted": better}, model, batches(model))
-    assert found["refitted"].divergence < found["cut"].divergence
+    assert found["refitted"].metrics["kl"] < found["cut"].metrics["kl"]
 
 
 def test_what_whole_groups_refuses():
-    qk, vo, mlp = attention(0)
+    _, vo, mlp = attention(0)
     with pytest.raises(ConfigError, match=r"can lose units of layers\.0\.attention\.vo only"):
         made_path(pairs=(vo, mlp)).plan(sparsity=0.1, whole_groups=True)
     plan = made_path().plan(sparsity=0.3, whole_groups=True)
