@@ -297,7 +297,11 @@ def by_head(model, sparsity=0.3, **options) -> Plan:
     for pair in path.pairs:  # MLPs last
         path.score[pair.name].add_(pair.kind == "mlp")
     plan = path.plan(sparsity=sparsity, whole_groups=True, **options)
-    check(plan, Constraints(whole_groups=True, **options))
+    said = Constraints(whole_groups=True)
+    if target := options.get("for_"):
+        names = path.fingerprint.architecture, path.pairs
+        said = said.tightened(targets_of(*names, whole_groups=True)[target])
+    check(plan, said)
     return plan
 
 
@@ -382,6 +386,11 @@ def test_what_whole_groups_refuses():
         with pytest.raises(ValueError, match=r"heads\["):
             Plan.from_dict(value)
     value = plan.to_dict()
+    value["heads"][name] = [h for h in range(4) if h not in value["heads"][name]][:1]
+    value["kept"][name] = value["kept"][name][:1]
+    with pytest.raises(ValueError, match="pairs of an attention keep the same heads"):
+        Plan.from_dict(value)
+    value = plan.to_dict()
     del value["heads"]
     with pytest.raises(ValueError, match="expected 4 lists"):
         Plan.from_dict(value)
@@ -394,7 +403,7 @@ def stock(model, plan, widths) -> torch.nn.Module:
     state = {
         name: value
         for name, value in small.state_dict().items()
-        if name.rpartition(".")[2] not in ("couples", "gain")
+        if name.rpartition(".")[2] not in ("couples", "gain", "kept_heads")
     }
     for pair in plan.pairs:
         if pair.kind == "mlp":
@@ -420,6 +429,35 @@ def stock(model, plan, widths) -> torch.nn.Module:
     found = type(model)._from_config(config, dtype=torch.float64)
     found.load_state_dict(state)
     return found.eval()
+
+
+@pytest.mark.parametrize("label", ["mistral", "qwen2", "gemma", "vit", "deit"])
+def test_stock_classes_hold_equally_many_heads(label):
+    model = build(label).double()
+    plan = by_head(model, 0.2, for_="stock")
+    vo = next(pair for pair in plan.pairs if pair.kind == "vo")
+    left = len(plan.heads.get(vo.name, range(vo.heads)))
+    assert (left < vo.heads) == (vo.heads > 1)
+
+    def widths(config, pair, width):
+        config.intermediate_size, config.head_dim = width, vo.width
+        config.num_attention_heads = left * vo.right.repeat
+        if hasattr(config, "num_key_value_heads"):
+            config.num_key_value_heads = left
+
+    batch = inputs(model)
+    with torch.no_grad():
+        cut = forward(solpath.extract(model, plan), batch)
+        found = forward(stock(model, plan, widths), batch)
+    assert (found - cut).abs().max() <= 1e-12 * cut.abs().max()
+
+
+def test_targets_of_whole_heads():
+    plan = made_path().plan(sparsity=0.3, for_="gguf", whole_groups=True)
+    assert plan.heads
+    assert plan.asked["protect"] == []
+    with pytest.raises(ConfigError, match=r"share one bias .* nearest possible is 'onnx'"):
+        made_path(name="T5Model").plan(sparsity=0.3, for_="stock", whole_groups=True)
 
 
 def plan_whole(plan, pair):

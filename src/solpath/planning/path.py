@@ -174,7 +174,11 @@ class SolutionPath:
         )
         if for_ is not None:
             target = constraints_for(
-                for_, self.fingerprint.architecture, self.pairs, self.unreached
+                for_,
+                self.fingerprint.architecture,
+                self.pairs,
+                self.unreached,
+                whole_groups=whole_groups,
             )
             constraints = target.tightened(constraints)
         plan = make_plan(

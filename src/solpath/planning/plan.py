@@ -150,6 +150,7 @@ class Plan:
             if {*value["kept"], *value.get("heads", {})} - set(named):
                 raise ValueError("kept or heads: names a pair that is not in pairs")
             heads = {n: _heads(named[n], index) for n, index in value.get("heads", {}).items()}
+            _check_together(pairs, heads)
             kept = {
                 n: _index(pair, value["kept"][n], len(heads.get(n, range(pair.heads))))
                 for n, pair in named.items()
@@ -206,6 +207,15 @@ def _heads(pair: Pair, index: Any) -> Tensor:
     if any(a >= b for a, b in pairwise(index)):
         raise ValueError(f"{where}: heads must be ascending and distinct")
     return torch.tensor(index, dtype=torch.int64)
+
+
+def _check_together(pairs: Sequence[Pair], heads: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` unless the pairs of one attention keep the same heads."""
+    found: dict[str, list[int] | None] = {}
+    for pair in pairs:
+        own = heads[pair.name].tolist() if pair.name in heads else None
+        if pair.kind in ("qk", "vo") and found.setdefault(attention_of(pair), own) != own:
+            raise ValueError(f"heads[{pair.name!r}]: the pairs of an attention keep the same heads")
 
 
 def _index(pair: Pair, rows: Any, heads: int) -> Tensor:

@@ -11,7 +11,7 @@ pairs, and some models cannot be cut for some targets:
   nothing else: one width of MLPs; and where the class has a `head_dim`, one width of heads, which
   for rotary queries and keys also needs the same couples in all of them.
 - ``"gguf"``: llama.cpp's architecture ``deci``: MLPs of their own width in every layer, in
-  multiples of 32; attention stays whole.
+  multiples of 32; attention stays whole, or loses whole heads if `whole_groups` is asked for.
 """
 
 import re
@@ -31,12 +31,12 @@ _DECI = ("Llama", "Mistral", "Qwen2")
 _ALIGNED = 8  # channels
 
 
-def _run_time(architecture: str, pairs: Sequence[Pair]) -> Constraints | str:
+def _run_time(architecture: str, pairs: Sequence[Pair], whole: bool) -> Constraints | str:
     """Return the constraints of runtimes that take any shape without an empty dimension."""
     return Constraints(multiple_of=_aligned(pairs), min_width=1)
 
 
-def _vllm(architecture: str, pairs: Sequence[Pair]) -> Constraints | str:
+def _vllm(architecture: str, pairs: Sequence[Pair], whole: bool) -> Constraints | str:
     if not architecture.endswith("ForCausalLM"):
         return f"{architecture} is no decoder of text (…ForCausalLM)"
     if any(pair.kind == "experts" for pair in pairs):
@@ -44,15 +44,18 @@ def _vllm(architecture: str, pairs: Sequence[Pair]) -> Constraints | str:
     return Constraints(multiple_of=_aligned(pairs), min_width=1)
 
 
-def _gguf(architecture: str, pairs: Sequence[Pair]) -> Constraints | str:
+def _gguf(architecture: str, pairs: Sequence[Pair], whole: bool) -> Constraints | str:
     if not architecture.endswith("ForCausalLM") or _family(architecture) not in _DECI:
         names = ", ".join(f"{name}ForCausalLM" for name in _DECI)
         return f"the architecture deci of llama.cpp holds {names}"
-    return Constraints(multiple_of={"mlp": 32}, min_width={"mlp": 1}, protect=_attentions(pairs))
+    protect = () if whole else _attentions(pairs)
+    return Constraints(multiple_of={"mlp": 32}, min_width={"mlp": 1}, protect=protect)
 
 
-def _stock(architecture: str, pairs: Sequence[Pair]) -> Constraints | str:
+def _stock(architecture: str, pairs: Sequence[Pair], whole: bool) -> Constraints | str:
     family = _family(architecture)
+    if family == "T5" and whole:
+        return "all layers of T5 share one bias for every head, so they cannot lose heads apart"
     if family in _ROTARY:
         return Constraints(uniform=True, tied_widths=True, shared_couples=True, min_width=1)
     if family in _RATIO:
@@ -68,7 +71,7 @@ def _stock(architecture: str, pairs: Sequence[Pair]) -> Constraints | str:
     return f"no class of transformers is known that holds a cut {architecture} exactly"
 
 
-_TARGETS: dict[str, Callable[[str, Sequence[Pair]], Constraints | str]] = {
+_TARGETS: dict[str, Callable[[str, Sequence[Pair], bool], Constraints | str]] = {
     "onnx": _run_time,
     "openvino": _run_time,
     "vllm": _vllm,
@@ -82,7 +85,11 @@ TARGETS = tuple(_TARGETS)
 
 
 def targets_of(
-    architecture: str, pairs: Sequence[Pair], unreached: Sequence[str] = ()
+    architecture: str,
+    pairs: Sequence[Pair],
+    unreached: Sequence[str] = (),
+    *,
+    whole_groups: bool = False,
 ) -> dict[str, Constraints | str]:
     """Return the constraints of every target for one model, or why it is not possible.
 
@@ -90,6 +97,7 @@ def targets_of(
         architecture: Class name of the dense model.
         pairs: Its pairs.
         unreached: Names of the pairs that stay whole because no batch reached them.
+        whole_groups: Whether attentions are to lose whole heads.
 
     Example:
         >>> found = targets_of("BertForSequenceClassification", path.pairs)
@@ -97,13 +105,18 @@ def targets_of(
         (('mlp',), 'BertForSequenceClassification is no decoder of text (…ForCausalLM)')
     """
     return {
-        name: _checked(make(architecture, pairs), pairs, unreached)
+        name: _checked(make(architecture, pairs, whole_groups), pairs, unreached)
         for name, make in _TARGETS.items()
     }
 
 
 def constraints_for(
-    target: str, architecture: str, pairs: Sequence[Pair], unreached: Sequence[str] = ()
+    target: str,
+    architecture: str,
+    pairs: Sequence[Pair],
+    unreached: Sequence[str] = (),
+    *,
+    whole_groups: bool = False,
 ) -> Constraints:
     """Return the constraints of one target for one model.
 
@@ -112,6 +125,7 @@ def constraints_for(
         architecture: Class name of the dense model.
         pairs: Its pairs.
         unreached: See `targets_of`.
+        whole_groups: See `targets_of`.
 
     Raises:
         ConfigError: The target is unknown, or is not possible for the model; the message names the
@@ -119,7 +133,7 @@ def constraints_for(
     """
     if target not in _TARGETS:
         raise ConfigError(f"for_ must be one of {', '.join(TARGETS)}; got {target!r}.")
-    found = targets_of(architecture, pairs, unreached)
+    found = targets_of(architecture, pairs, unreached, whole_groups=whole_groups)
     own = found[target]
     if isinstance(own, Constraints):
         return Constraints(target=target).tightened(own)
