@@ -26,7 +26,7 @@ from solpath.model.extraction import extract
 from solpath.model.fingerprint import fingerprint
 from solpath.planning.budget import Budget
 from solpath.planning.constraints import Constraints
-from solpath.planning.plan import make_plan
+from solpath.planning.making import make_plan
 from solpath.reading import sealed
 from solpath.storing import manifest, shards
 from solpath.storing import writing as store

@@ -16,8 +16,9 @@ from solpath.planning.budget import Budget
 from solpath.planning.constraints import Constraints, PerKind
 from solpath.planning.cost import Achieved, CostTable
 from solpath.planning.latency_table import LatencyTable
+from solpath.planning.making import make_plan
 from solpath.planning.path_files import read_path, write_path
-from solpath.planning.plan import Plan, make_plan
+from solpath.planning.plan import Plan
 from solpath.planning.targets import constraints_for
 
 if TYPE_CHECKING:
