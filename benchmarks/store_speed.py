@@ -23,8 +23,10 @@ from solpath.model.counting import count_costs
 from solpath.model.discovery import find_pairs
 from solpath.model.extraction import extract
 from solpath.model.fingerprint import fingerprint
-from solpath.planning.budget import Budget, Constraints
-from solpath.planning.plan import Plan, make_plan
+from solpath.planning.budget import Budget
+from solpath.planning.constraints import Constraints
+from solpath.planning.making import make_plan
+from solpath.planning.plan import Plan
 from solpath.storing import writing as store
 from workloads import installed_minilm, quiet
 

@@ -24,8 +24,9 @@ from solpath.model.counting import count_costs
 from solpath.model.discovery import find_pairs
 from solpath.model.extraction import extract
 from solpath.model.fingerprint import fingerprint
-from solpath.planning.budget import Budget, Constraints
-from solpath.planning.plan import make_plan
+from solpath.planning.budget import Budget
+from solpath.planning.constraints import Constraints
+from solpath.planning.making import make_plan
 from solpath.reading import sealed
 from solpath.storing import manifest, shards
 from solpath.storing import writing as store

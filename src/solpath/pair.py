@@ -112,16 +112,17 @@ class Pair:
         """The layer whose output (axis 0) or input (axis 1) is multiplied by the mask."""
         return self.left[0] if self.kind == "qk" else self.right
 
-    def channel_index(self, side: Side, kept: Tensor) -> Tensor:
+    def channel_index(self, side: Side, kept: Tensor, heads: Tensor | None = None) -> Tensor:
         """Return the positions in `side` of the inner channels of some units.
 
         Args:
             side: One of `sides`.
-            kept: Kept units of every head, int64 ``[heads, r]``.
+            kept: Kept units of every kept head, int64 ``[kept heads, r]``.
+            heads: The heads that are kept, int64 ``[kept heads]``. None is all.
 
         Returns:
-            int64 ``[heads * repeat * channels * r]``, in the order of `unit_of_channel`. In the
-            smaller layer they stand in ascending order.
+            int64 ``[kept heads * repeat * channels * r]``, in the order of `unit_of_channel`. In
+            the smaller layer they stand in ascending order.
 
         Example:
             >>> query, key = Side("query", 0), Side("key", 0)
@@ -130,11 +131,12 @@ class Pair:
             [0, 3, 5, 6]
         """
         step = side.step or self.channels * self.width
-        head = torch.arange(self.heads).view(-1, 1, 1, 1) * (side.pitch or side.repeat * step)
+        heads = torch.arange(self.heads) if heads is None else heads
+        head = heads.view(-1, 1, 1, 1) * (side.pitch or side.repeat * step)
         copy = torch.arange(side.repeat).view(-1, 1, 1) * step
         apart, stride = (1, self.channels) if self.interleaved else (self.width, 1)
         channel = torch.arange(self.channels).view(-1, 1) * apart
-        unit = kept.view(self.heads, 1, 1, -1) * (stride * side.stride)
+        unit = kept.view(len(heads), 1, 1, kept.shape[1]) * (stride * side.stride)
         return (side.offset + head + copy + channel + unit).flatten()
 
     def channels_of(self, side: Side) -> Tensor:

@@ -1,5 +1,7 @@
 """BERT and what has its blocks."""
 
+from dataclasses import replace
+
 from solpath.arch.table import Attention, Mlp, Stack
 from solpath.nn.attention import separate
 
@@ -12,7 +14,7 @@ ATTENTION = Attention(
     forward=separate("query", "key", "value", dropout="dropout.p"),
 )
 MLP = Mlp(left=("intermediate.dense",), right="output.dense")
-_STACK = Stack("encoder.layer", (ATTENTION,), (MLP,))
+_STACK = Stack("encoder.layer", (replace(ATTENTION, by_head=True),), (MLP,))
 TABLES = dict.fromkeys(
     (
         "bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "layoutlm",

@@ -12,6 +12,7 @@ _ATTENTION = replace(
     forward=rotary("sliding_window"),
     norms=("self_attn.q_norm", "self_attn.k_norm"),
     norm_dim=-3,
+    by_head=True,
 )
 
 

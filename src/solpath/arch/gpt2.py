@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from solpath.arch.table import Attention, Mlp, Stack
-from solpath.nn.attention import attend, cached_states, split_fused
+from solpath.nn.attention import attend, cached_states, heads_left, split_fused
 
 
 def _forward(
@@ -15,8 +15,9 @@ def _forward(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    width = len(self.c_proj.weight) // self.num_heads  # a Conv1D has inputs first
-    query, key, value = split_fused(self.c_attn(hidden_states), self.num_heads, width)
+    heads = heads_left(self, self.num_heads)
+    width = len(self.c_proj.weight) // heads  # a Conv1D has inputs first
+    query, key, value = split_fused(self.c_attn(hidden_states), heads, width)
     states, weights = attend(
         self,
         query,
@@ -41,6 +42,7 @@ _STACK = Stack(
             forward=_forward,
             heads="num_heads",
             cached=True,
+            by_head=True,
         ),
     ),
     mlps=(Mlp(left=("mlp.c_fc",), right="mlp.c_proj"),),

@@ -26,15 +26,19 @@ def stacks(mlp: Mlp = MLP, **changes: Any) -> tuple[Stack]:
     return (Stack("layers", (replace(ATTENTION, **changes),), (mlp,)),)
 
 
+def _by_head(**changes: Any) -> tuple[Stack]:
+    return stacks(by_head=True, **changes)
+
+
 TABLES = {
-    "eurobert": stacks(cached=False),
-    "gemma": stacks(),
-    "granite": stacks(),
-    "llama": stacks(),
-    "ministral": stacks(forward=rotary("sliding_window")),
-    "mistral": stacks(forward=rotary("config.sliding_window")),
-    "olmo": stacks(unset=("config.clip_qkv",)),
-    "qwen2": stacks(forward=rotary("sliding_window")),
-    "seed_oss": stacks(forward=with_residual_dropout(rotary())),
-    "smollm3": stacks(forward=rotary("sliding_window", rotates=lambda self: self.use_rope)),
+    "eurobert": _by_head(cached=False),
+    "gemma": _by_head(),
+    "granite": _by_head(),
+    "llama": _by_head(),
+    "ministral": _by_head(forward=rotary("sliding_window")),
+    "mistral": _by_head(forward=rotary("config.sliding_window")),
+    "olmo": _by_head(unset=("config.clip_qkv",)),
+    "qwen2": _by_head(forward=rotary("sliding_window")),
+    "seed_oss": _by_head(forward=with_residual_dropout(rotary())),
+    "smollm3": _by_head(forward=rotary("sliding_window", rotates=lambda self: self.use_rope)),
 }

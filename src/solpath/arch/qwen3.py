@@ -12,4 +12,4 @@ ATTENTION = replace(
     norms=("self_attn.q_norm", "self_attn.k_norm"),
     norm_dim=-2,
 )
-TABLES = {"qwen3": (Stack("layers", (ATTENTION,), (llama.MLP,)),)}
+TABLES = {"qwen3": (Stack("layers", (replace(ATTENTION, by_head=True),), (llama.MLP,)),)}

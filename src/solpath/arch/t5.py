@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from solpath.arch.table import Attention, Mlp, Stack
-from solpath.nn.attention import attend, cached_states, split_heads
+from solpath.nn.attention import attend, cached_states, heads_left, split_heads
 from solpath.nn.slim import Forward
 
 
@@ -23,8 +23,10 @@ def _forward(
     past = cache.get_seq_length(self.layer_idx) if cache is not None else 0
     past = past.clone() if isinstance(past, Tensor) else past
 
+    heads = heads_left(self, self.n_heads)
+
     def project(source: Tensor) -> tuple[Tensor, Tensor]:
-        return split_heads(self.k, source, self.n_heads), split_heads(self.v, source, self.n_heads)
+        return split_heads(self.k, source, heads), split_heads(self.v, source, heads)
 
     source = hidden_states if key_value_states is None else key_value_states
     key, value = cached_states(self, project, source, cache, cross=cross)
@@ -40,15 +42,17 @@ def _forward(
                 device=hidden_states.device,
                 dtype=hidden_states.dtype,
             )
+    # All layers share the bias of the first, which has all heads.
+    own_bias = position_bias if heads == self.n_heads else position_bias[:, self.kept_heads]
     states, weights = attend(
         self,
-        split_heads(self.q, hidden_states, self.n_heads),
+        split_heads(self.q, hidden_states, heads),
         key,
         value,
         mask,
         scaling=self.scaling,
         dropout=self.dropout,
-        position_bias=position_bias,
+        position_bias=own_bias,
         **kwargs,
     )
     return self.o(states), position_bias, weights
@@ -78,6 +82,7 @@ def _attention(layer: str, name: str, cached: bool, forward: Forward) -> Attenti
         forward=forward,
         heads="n_heads",
         cached=cached,
+        by_head=True,
         name=name,
     )
 

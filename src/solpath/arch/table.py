@@ -165,6 +165,8 @@ class Attention:
         unset: The attributes that must be false or None for the same reason; dots are allowed.
         qk: Whether queries and keys are a pair. Otherwise they stay whole.
         cached: Whether generation caches its keys and values, one of each per generated token.
+        by_head: Whether whole key-value heads may leave: the `forward` asks
+            `solpath.nn.attention.heads_left` for their number.
         name: What its pairs are called, after the name of the block.
 
     Example:
@@ -192,6 +194,7 @@ class Attention:
     qk: bool = True
     cached: bool = False
     by_group: bool = False
+    by_head: bool = False
     name: str = "attention"
 
 

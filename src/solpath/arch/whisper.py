@@ -16,6 +16,7 @@ def _attention(layer: str, name: str, cached: bool) -> Attention:
         ),
         heads="num_heads",
         cached=cached,
+        by_head=True,
         name=name,
     )
 

@@ -2,14 +2,14 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from solpath.errors import BudgetError
+from solpath.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +40,29 @@ Dtype = Annotated[
 SmallName = Annotated[str, typer.Argument(help="Folder of an extracted model.")]
 PathFolder = Annotated[Path, typer.Argument(help="Folder of a path, written by search.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-MultipleOf = Annotated[int, typer.Option(help="Units every head keeps are a multiple of this.")]
-MinWidth = Annotated[int, typer.Option(help="Units every head keeps at least.")]
+MultipleOf = Annotated[
+    str,
+    typer.Option(help="Units every head keeps are a multiple of this: 8, or by kind: qk=4,mlp=32."),
+]
+MinWidth = Annotated[
+    str, typer.Option(help="Units every head keeps at least: 1, or by kind: qk=1,mlp=32.")
+]
+Uniform = Annotated[
+    str | None, typer.Option(help="One width in all layers: all, or some kinds, as in vo,mlp.")
+]
+TiedWidths = Annotated[
+    bool, typer.Option("--tied-widths", help="Queries, keys and values keep as many channels.")
+]
+SharedCouples = Annotated[
+    bool, typer.Option("--shared-couples", help="All heads keep the same rotary couples.")
+]
+WholeGroups = Annotated[
+    bool, typer.Option("--whole-groups", help="Attentions lose whole heads, not units inside.")
+]
+For = Annotated[
+    str | None,
+    typer.Option("--for", help="Runtime to plan for: onnx, openvino, vllm, stock or gguf."),
+]
 Protect = Annotated[
     list[str] | None, typer.Option(help="Pairs that stay dense, e.g. '*layer.0.*'; repeatable.")
 ]
@@ -85,25 +106,92 @@ def takes_budget(command: Callable[..., None]) -> Callable[..., None]:
             raise BudgetError(f"give exactly one of {names}.")
         command(**given, budget=found[0])
 
+    options = {name: (_budget_option(help), None) for name, help in BUDGETS.items()}
+    return _with_parameters(command, with_options, "budget", options)
+
+
+def _with_parameters(
+    command: Callable[..., None],
+    wrapper: Callable[..., None],
+    name: str,
+    options: Mapping[str, tuple[Any, Any]],
+) -> Callable[..., None]:
+    """Let the signature of a wrapper be that of its command, with options in place of one argument.
+
+    Args:
+        command: The command.
+        wrapper: The function that typer calls.
+        name: The argument of the command.
+        options: Name of every option to its annotation and default.
+    """
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
-        if parameter.name == "budget":
+        if parameter.name == name:
             parameters += [
-                parameter.replace(name=name, default=None, annotation=_budget_option(help))
-                for name, help in BUDGETS.items()
+                parameter.replace(name=option, default=default, annotation=annotation)
+                for option, (annotation, default) in options.items()
             ]
         else:
             parameters.append(parameter)
-    changed: Any = with_options
+    changed: Any = wrapper
     changed.__signature__ = inspect.Signature(parameters)
     changed.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return with_options
+    return wrapper
 
 
 def _budget_option(help: str) -> Any:
     return Annotated[float | None, typer.Option(help=help)]
 
 
-def plan_options(multiple_of: int, min_width: int, protect: list[str] | None) -> dict[str, Any]:
-    """Return the arguments of `SolutionPath.plan` besides the budget."""
-    return {"multiple_of": multiple_of, "min_width": min_width, "protect": protect or ()}
+def takes_constraints(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each of `CONSTRAINTS`.
+
+    Args:
+        command: The command. Its argument ``constraints`` becomes these options, and gets the
+            arguments of `SolutionPath.plan` besides the budget.
+
+    Raises:
+        ConfigError: An option cannot be read. This is raised when the command runs.
+    """
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        values = {name: given.pop(name) for name in CONSTRAINTS}
+        command(**given, constraints=_plan_options(values))
+
+    return _with_parameters(command, with_options, "constraints", CONSTRAINTS)
+
+
+def _plan_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `SolutionPath.plan` that the options stand for."""
+    uniform = values["uniform"]
+    kinds = True if uniform == "all" else (uniform or "").split(",") if uniform else False
+    return values | {
+        "multiple_of": _per_kind("--multiple-of", values["multiple_of"]),
+        "min_width": _per_kind("--min-width", values["min_width"]),
+        "protect": values["protect"] or (),
+        "uniform": kinds,
+    }
+
+
+def _per_kind(option: str, text: str) -> int | dict[str, int]:
+    """Read ``"8"`` as a number and ``"qk=4,mlp=32"`` as kind to number."""
+    try:
+        if "=" not in text:
+            return int(text)
+        return {kind: int(number) for kind, number in (p.split("=") for p in text.split(","))}
+    except ValueError as error:
+        raise ConfigError(f"{option} is a number, or as in qk=4,mlp=32; got {text!r}.") from error
+
+
+CONSTRAINTS: dict[str, tuple[Any, Any]] = {
+    "multiple_of": (MultipleOf, "1"),
+    "min_width": (MinWidth, "0"),
+    "protect": (Protect, None),
+    "uniform": (Uniform, None),
+    "tied_widths": (TiedWidths, False),
+    "shared_couples": (SharedCouples, False),
+    "whole_groups": (WholeGroups, False),
+    "for_": (For, None),
+}
+"""Argument of `SolutionPath.plan` to its option and the default of that."""

@@ -1,5 +1,6 @@
 """Commands that examine models and families, and the demo."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,14 +58,22 @@ def demo(
 
 
 @app.command()
-def inspect(model: ModelName, as_json: Json = False) -> None:
-    """List what can be pruned in a model."""
+def inspect(
+    model: ModelName,
+    targets: Annotated[
+        bool, typer.Option("--targets", help="List the runtimes that plan --for takes instead.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List what can be pruned in a model, or for which runtimes."""
     from solpath.model.discovery import find_pairs
     from solpath.pretrained import from_pretrained
 
     loaded = from_pretrained(model, device="meta")
     total = sum(parameter.numel() for parameter in loaded.parameters())
     pairs = find_pairs(loaded)
+    if targets:
+        return _print_targets(type(loaded).__name__, pairs, as_json)
     found: list[dict[str, Any]] = [
         {
             "pair": pair.name,
@@ -85,6 +94,25 @@ def inspect(model: ModelName, as_json: Json = False) -> None:
     ]
     print_table(("pair", "heads × width", "cost per unit", "share of parameters"), rows)
     print(f"{prunable:,} of {total:,} parameters are prunable ({prunable / total:.1%}).")
+
+
+def _print_targets(architecture: str, pairs: Sequence[Any], as_json: bool) -> None:
+    """Print the constraints of every target for a model, or why it is not possible."""
+    from solpath.planning.targets import targets_of
+
+    found = targets_of(architecture, pairs)
+    if as_json:
+        return print_json(
+            {
+                name: {"impossible": value} if isinstance(value, str) else value.to_dict()
+                for name, value in found.items()
+            }
+        )
+    rows = [
+        (name, "no" if isinstance(value, str) else "yes", str(value))
+        for name, value in found.items()
+    ]
+    print_table(("target", "possible", "constraints, or what is in the way"), rows)
 
 
 @app.command(name="eval")

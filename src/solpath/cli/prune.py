@@ -12,17 +12,14 @@ from solpath.cli.arguments import (
     Dtype,
     Images,
     Json,
-    MinWidth,
     ModelName,
-    MultipleOf,
     PathFolder,
     Precision,
-    Protect,
     Samples,
     Text,
     Tokens,
-    plan_options,
     takes_budget,
+    takes_constraints,
 )
 from solpath.cli.inputs import batches_for, load_any, load_dense, path_of, random_tokens, table_of
 from solpath.cli.terminal import print_json, print_table, say
@@ -104,28 +101,26 @@ def search(
 
 @app.command()
 @takes_budget
+@takes_constraints
 def plan(
     path: PathFolder,
     budget: tuple[str, float],
+    constraints: dict[str, Any],
     latency: Annotated[
         Path | None, typer.Option(help="File of measured latencies that extract wrote.")
     ] = None,
-    multiple_of: MultipleOf = 1,
-    min_width: MinWidth = 0,
-    protect: Protect = None,
     as_json: Json = False,
 ) -> None:
     """Show what a budget means for a path, without making a model."""
     from solpath.planning.budget import Budget
 
     table = None if latency is None else table_of(latency)
-    options = plan_options(multiple_of, min_width, protect)
-    made = path_of(path).plan(Budget(*budget, table), **options)
+    made = path_of(path).plan(Budget(*budget, table), **constraints)
     if as_json:
         return print_json(made.to_dict())
     rows = [
-        (p.name, f"{p.heads} × {p.width}", f"{p.heads} × {made.widths[p.name]}",
-         f"{made.widths[p.name] / p.width:.0%}")
+        (p.name, f"{p.heads} × {p.width}", " × ".join(map(str, made.kept[p.name].shape)),
+         f"{made.kept[p.name].numel() / p.units:.0%}")
         for p in made.pairs
     ]  # fmt: skip
     print_table(("pair", "dense", "kept", "share"), rows)
@@ -134,20 +129,19 @@ def plan(
 
 @app.command()
 @takes_budget
+@takes_constraints
 def extract(
     model: ModelName,
     path: PathFolder,
     out: Annotated[Path, typer.Option(help="Folder for the smaller model, new or empty.")],
     budget: tuple[str, float],
+    constraints: dict[str, Any],
     latency: Annotated[
         Path | None,
         typer.Option(help="File of measured latencies: read, or measured and written first."),
     ] = None,
     samples: Samples = 8,
     tokens: Tokens = 128,
-    multiple_of: MultipleOf = 1,
-    min_width: MinWidth = 0,
-    protect: Protect = None,
     dtype: Dtype = Precision.AUTO,
     as_json: Json = False,
 ) -> None:
@@ -160,16 +154,15 @@ def extract(
 
     quiet_transformers()
     check_output(out)
-    options = plan_options(multiple_of, min_width, protect)
     found, (measure, value) = path_of(path), budget
     if measure != "latency_ms":
         if latency is not None:
             raise BudgetError("--latency is for --latency-ms.")
-        made = found.plan(Budget(measure, value), **options)
+        made = found.plan(Budget(measure, value), **constraints)
     else:
         loaded = load_any(model, dtype)
         batch = random_tokens(loaded, samples, tokens)
-        made = _plan_for_latency(loaded, found, batch, value, latency, options)
+        made = _plan_for_latency(loaded, found, batch, value, latency, constraints)
         del loaded
     try:
         processor = load_processor(model)
@@ -194,12 +187,12 @@ def _plan_for_latency(
     batch: Any,
     latency_ms: float,
     file: Path | None,
-    options: Mapping[str, Any],
+    constraints: Mapping[str, Any],
 ) -> "Plan":
     """Read the table, or measure it and write it if a file is given; then plan and verify."""
     from solpath.measuring.latency import check_request, measure_latency, plan_for_latency
 
-    check_request(model, path, batch, latency_ms, **options)
+    check_request(model, path, batch, latency_ms, **constraints)
     if file is not None and file.exists():
         table = table_of(file)
     else:
@@ -207,4 +200,4 @@ def _plan_for_latency(
         table = measure_latency(model, batch)
         if file is not None:
             table.save(file)
-    return plan_for_latency(model, path, batch, latency_ms, latency=table, **options)
+    return plan_for_latency(model, path, batch, latency_ms, latency=table, **constraints)

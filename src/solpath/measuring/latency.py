@@ -117,9 +117,7 @@ def plan_for_latency(
     *,
     latency: LatencyTable | None = None,
     tolerance: float = 0.05,
-    multiple_of: int = 1,
-    min_width: int = 0,
-    protect: Sequence[str] = (),
+    **constraints: Any,
 ) -> Plan:
     """Return a plan whose extracted model was measured to take `latency_ms`, up to `tolerance`.
 
@@ -137,9 +135,8 @@ def plan_for_latency(
             it was when the table was measured.
         latency: A table that was measured on this machine with this batch; None measures one.
         tolerance: Share of `latency_ms` by which the measured time may differ, in (0, 1).
-        multiple_of: Every head keeps a multiple of this many units, or all of them.
-        min_width: Units that every head keeps at least.
-        protect: Shell patterns of pair names that stay dense, for example ``"*layer.0.*"``.
+        constraints: Those of `SolutionPath.plan`: `multiple_of`, `min_width`, `protect`, `uniform`,
+            `tied_widths`, `shared_couples` and `for_`; not `whole_groups`.
 
     Returns:
         The plan. Its `latency_ms` holds the predicted and the measured time, in milliseconds.
@@ -147,7 +144,7 @@ def plan_for_latency(
     Raises:
         BudgetError: `latency_ms` is not reachable, or was not met in six attempts; the message says
             what was measured.
-        ConfigError: `tolerance` or an option is out of range, a pattern matches no pair, or the
+        ConfigError: `tolerance` is out of range, the model cannot respect the constraints, or the
             table was measured under other conditions.
         FingerprintError: The path or the table belongs to another model.
         BatchError: The batch has no samples, or is on another device than the model.
@@ -170,16 +167,14 @@ def plan_for_latency(
     batch = prepared(model, batch)
     if latency is not None:
         _check_conditions(latency, _conditions(model, batch))
-    options: dict[str, Any] = {"multiple_of": multiple_of, "min_width": min_width}
-    options["protect"] = protect
-    check_request(model, path, batch, latency_ms, **options)
+    check_request(model, path, batch, latency_ms, **constraints)
     table = measure_latency(model, batch) if latency is None else latency
     dense_ms = table.dense_ms
     found: list[str] = []
     for _ in range(ATTEMPTS):
         # A budget that the first table reaches stays reachable, by the dense model if by no other.
         target = min(latency_ms, table.dense_ms) if found else latency_ms
-        plan = path.plan(latency_ms=target, latency=table, **options)
+        plan = path.plan(latency_ms=target, latency=table, **constraints)
         with claimed(model, doing="timed", admits="anything"), inferring(model):
             models = {"dense": model, "small": extract(model, plan, check=False)}
             _, [ratio] = _beside(models, batch, _CHECKS)
@@ -206,10 +201,7 @@ def check_request(
     path: SolutionPath,
     batch: Any,
     latency_ms: float,
-    *,
-    multiple_of: int,
-    min_width: int,
-    protect: Sequence[str],
+    **constraints: Any,
 ) -> None:
     """Raise the errors of `plan_for_latency` that can be known before anything is measured.
 
@@ -218,20 +210,18 @@ def check_request(
         path: A path of this model.
         batch: The batch that will be timed.
         latency_ms: Milliseconds that one forward pass of the batch should take.
-        multiple_of: See `plan_for_latency`.
-        min_width: See `plan_for_latency`.
-        protect: See `plan_for_latency`.
+        constraints: See `plan_for_latency`.
 
     Raises:
         BudgetError: `latency_ms` is not a positive number.
-        ConfigError: An option is out of range, or a pattern matches no pair.
+        ConfigError: The model cannot respect the constraints.
         FingerprintError: The path belongs to another model.
         BatchError: The batch is on another device than the model.
         UnsupportedModelError: The model cannot be cut; see `find_pairs`.
     """
     if not isinstance(latency_ms, int | float) or not 0 < latency_ms < math.inf:
         raise BudgetError(f"latency_ms must be a positive number, got {latency_ms!r}.")
-    path.plan(sparsity=0, multiple_of=multiple_of, min_width=min_width, protect=protect)
+    path.plan(sparsity=0, **constraints)
     check_fingerprint(path.fingerprint, path.pairs, model, survey(model)[0])
     prepared(model, batch)
 

@@ -7,11 +7,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from solpath.arch import is_foreign
+from solpath.errors import UnsupportedModelError
 from solpath.model.discovery import Site
 from solpath.model.linear import layer_at, linear_map
 from solpath.model.pickling import slimmed
 from solpath.model.placed import copied
 from solpath.model.slicing import cut_linear, resize_
+from solpath.nn.slim import KEPT_HEADS
 from solpath.pair import Pair, Side
 from solpath.running.forward import device_of
 from solpath.running.placement import home_of
@@ -25,6 +28,7 @@ def cut_model(
     sites: Iterable[Site],
     kept: Mapping[str, Tensor],
     gains: Mapping[str, Tensor],
+    heads: Mapping[str, Tensor] | None = None,
 ) -> Model:
     """Return a copy of a model that keeps some units of its pairs, without accelerate's hooks.
 
@@ -32,13 +36,24 @@ def cut_model(
         model: The model, or any module that has the layers at their paths. It is left untouched.
         pairs: Its pairs.
         sites: Its attentions.
-        kept: Pair name to the kept units of every head, int64 ``[heads, r]``, ascending.
+        kept: Pair name to the kept units of every kept head, int64 ``[kept heads, r]``, ascending.
         gains: See `Plan.gains`.
+        heads: See `Plan.heads`. None is none.
+
+    Raises:
+        UnsupportedModelError: An attention would lose whole heads, and cannot.
     """
+    heads = heads or {}
     # The copy finds the cut parameters in `memo`, so a matrix that is cut is never copied whole.
-    cut = {pair.name for pair in pairs if kept[pair.name].shape[1] < pair.width}
-    layers = channels_kept(pairs, kept)
+    cut = {pair.name for pair in pairs if kept[pair.name].numel() < pair.units}
+    layers = channels_kept(pairs, kept, heads)
     slim = [site for site in sites if cut & {pair.name for pair in site.pairs}]
+    for site in slim:
+        if site.vo.name in heads and (not site.table.by_head or is_foreign(site.model_type)):
+            raise UnsupportedModelError(
+                f"{site.path} cannot lose whole heads; plan without whole_groups, or protect "
+                f"{site.path}."
+            )
     home = home_of(model)
     memo: dict[int, Any] = {}
     for path, (order, axis) in layers.items():
@@ -49,18 +64,19 @@ def cut_model(
     for layer in {layer_at(result, path) for path in layers}:
         resize_(layer)
     for site in slim:
-        _slim_(result, site, kept, gains)
+        _slim_(result, site, kept, gains, heads)
     return result
 
 
 def channels_kept(
-    pairs: Sequence[Pair], kept: Mapping[str, Tensor]
+    pairs: Sequence[Pair], kept: Mapping[str, Tensor], heads: Mapping[str, Tensor]
 ) -> dict[str, tuple[Tensor, int]]:
     """Return what is kept of every layer that a cut pair touches.
 
     Args:
         pairs: The pairs of a model.
-        kept: Pair name to the kept units of every head, int64 ``[heads, r]``, ascending.
+        kept: Pair name to the kept units of every kept head, int64 ``[kept heads, r]``, ascending.
+        heads: See `Plan.heads`.
 
     Returns:
         Path of the layer to its channels that stay, int64, ascending, and to the axis they lie on,
@@ -72,14 +88,21 @@ def channels_kept(
             layers[side.module].append((pair, side))
     result = {}
     for path, sides in layers.items():
-        if any(kept[pair.name].shape[1] < pair.width for pair, _ in sides):
-            index = [pair.channel_index(side, kept[pair.name]) for pair, side in sides]
+        if any(kept[pair.name].numel() < pair.units for pair, _ in sides):
+            index = [
+                pair.channel_index(side, kept[pair.name], heads.get(pair.name))
+                for pair, side in sides
+            ]
             result[path] = torch.cat(index).sort().values, int(sides[0][1].axis)
     return result
 
 
 def _slim_(
-    model: nn.Module, site: Site, kept: Mapping[str, Tensor], gains: Mapping[str, Tensor]
+    model: nn.Module,
+    site: Site,
+    kept: Mapping[str, Tensor],
+    gains: Mapping[str, Tensor],
+    heads: Mapping[str, Tensor],
 ) -> None:
     """Give an attention whose projections were cut a `forward` that runs with their widths."""
     if site.table.forward is None:
@@ -91,7 +114,10 @@ def _slim_(
         buffers["couples"] = kept[site.qk.name]
     if site.qk and site.qk.norms:
         whole = torch.ones(site.qk.heads, site.qk.left[0].repeat, dtype=torch.float64)
-        buffers["gain"] = gains.get(site.qk.name, whole).flatten()
+        gain = gains.get(site.qk.name, whole)
+        buffers["gain"] = gain[heads.get(site.qk.name, torch.arange(len(gain)))].flatten()
+    if site.vo.name in heads:
+        buffers[KEPT_HEADS] = heads[site.vo.name]
     for name, value in buffers.items():
         value = value if device.type == "meta" else value.to(device)
         attention.register_buffer(name, value, persistent=False)

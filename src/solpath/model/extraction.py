@@ -89,7 +89,7 @@ def _extract(model: Model, plan: Plan, check: bool) -> Model:
         check_pairs(plan.pairs, pairs)
     kept = {pair.name: plan.units_of(pair) for pair in pairs}
     with rotated(model, pairs, plan.rotations()):
-        result = cut_model(model, pairs, sites, kept, plan.gains)
+        result = cut_model(model, pairs, sites, kept, plan.gains, plan.heads)
     setattr(result, EXTRACTED, plan)
     return result
 
@@ -140,7 +140,7 @@ def cut_reader(
         Name of a parameter or buffer of the smaller model to its value.
     """
     pairs, _ = survey(model)
-    channels = channels_kept(pairs, {pair.name: plan.units_of(pair) for pair in pairs})
+    channels = channels_kept(pairs, {pair.name: plan.units_of(pair) for pair in pairs}, plan.heads)
     rotations = plan.rotations()
     inside: dict[str, list[Pair]] = defaultdict(list)  # layer to its pairs
     for pair in pairs:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from solpath.nn.slim import Forward, stock_class
+from solpath.nn.slim import KEPT_HEADS, Forward, stock_class
 
 _ALIGNED = 8  # elements: what fused kernels of GPUs want the width of a head to be a multiple of
 
@@ -17,6 +17,17 @@ _ALIGNED = 8  # elements: what fused kernels of GPUs want the width of a head to
 def split_heads(linear: nn.Module, hidden: Tensor, heads: int) -> Tensor:
     """Project, then split. ``[batch, tokens, features] -> [batch, heads, tokens, width]``."""
     return by_head(linear(hidden), heads)
+
+
+def heads_left(module: nn.Module, dense: int) -> int:
+    """Return the number of key-value heads of a cut attention.
+
+    Args:
+        module: The attention module.
+        dense: The number in the dense model.
+    """
+    kept = module._buffers.get(KEPT_HEADS)
+    return dense if kept is None else len(kept)
 
 
 def by_head(states: Tensor, heads: int) -> Tensor:
@@ -211,15 +222,17 @@ def separate(
         key_value_states: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        heads = heads_left(self, count(self))
+
         def project(source: Tensor) -> tuple[Tensor, Tensor]:
-            keys = split_heads(getattr(self, key), source, count(self))
-            return keys, split_heads(getattr(self, value), source, count(self))
+            keys = split_heads(getattr(self, key), source, heads)
+            return keys, split_heads(getattr(self, value), source, heads)
 
         cross = key_value_states is not None
         source = hidden_states if key_value_states is None else key_value_states
         states, weights = attend(
             self,
-            split_heads(getattr(self, query), hidden_states, count(self)),
+            split_heads(getattr(self, query), hidden_states, heads),
             *cached_states(self, project, source, cache, cross=cross),
             attention_mask,
             scaling=scale(self),

@@ -6,14 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from solpath.nn.attention import attend, cached_states, getter, split_heads
+from solpath.nn.attention import attend, cached_states, getter, heads_left, split_heads
 from solpath.nn.slim import Forward
 
 
 def project_apart(self: Any, hidden: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries, keys and values ``[batch, heads, tokens, width]`` of three projections."""
-    heads = self.config.num_attention_heads
-    kv_heads = heads // self.num_key_value_groups
+    repeat = self.num_key_value_groups
+    kv_heads = heads_left(self, self.config.num_attention_heads // repeat)
+    heads = kv_heads * repeat
     return (
         split_heads(self.q_proj, hidden, heads),
         split_heads(self.k_proj, hidden, kv_heads),

@@ -11,6 +11,9 @@ from torch import nn
 Forward = Callable[..., Any]
 """The `forward` of an attention module, as a function whose first argument is the module."""
 
+KEPT_HEADS = "kept_heads"
+"""The buffer of an attention that lost whole heads: the key-value heads that are left, int64."""
+
 _UNITS = "solpath.units"  # in the metadata of a state_dict
 
 
@@ -101,7 +104,9 @@ def become_(module: nn.Module, kind: type[nn.Module]) -> None:
 
 def _units_of(module: nn.Module) -> str | None:
     """Return a digest of the buffers that say which units a cut attention keeps, or None."""
-    buffers = [module._buffers[name] for name in ("couples", "gain") if name in module._buffers]
+    buffers = [
+        module._buffers[name] for name in ("couples", "gain", KEPT_HEADS) if name in module._buffers
+    ]
     values = [value.tolist() for value in buffers if value is not None and not value.is_meta]
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16] if values else None
 

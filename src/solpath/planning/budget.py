@@ -1,15 +1,12 @@
-"""Budgets and constraints, and how many units must leave to meet them."""
+"""Budgets, and how many units must leave to meet them."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from solpath.config import check_count
-from solpath.errors import BudgetError, ConfigError
+from solpath.errors import BudgetError
 from solpath.pair import Pair
 from solpath.planning.cost import CostTable
 from solpath.planning.latency_table import LatencyTable
@@ -74,59 +71,6 @@ class Budget:
         return cls(name, value, latency)
 
 
-@dataclass(frozen=True)
-class Constraints:
-    """What a plan must respect, whatever its budget. Plans of one path with equal ones are nested.
-
-    Attributes:
-        multiple_of: Every head keeps a multiple of this many units, or all of its units.
-        min_width: Units that every head keeps at least.
-        protect: Shell patterns of the names of pairs that stay dense, such as ``"*layer.0.*"``.
-
-    Raises:
-        ConfigError: `multiple_of` is not an integer of at least 1, or `min_width` is not one of at
-            least 0.
-
-    Example:
-        >>> constraints = Constraints(multiple_of=8, protect=["*layer.0.*"])
-        >>> constraints.protects(path.pairs[0]), constraints.protects(path.pairs[-1])
-        (True, False)
-    """
-
-    multiple_of: int = 1
-    min_width: int = 0
-    protect: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        check_count("multiple_of", self.multiple_of, 1)
-        check_count("min_width", self.min_width, 0)
-
-    def check_patterns(self, pairs: Sequence[Pair]) -> None:
-        """Raise `ConfigError` for a pattern that matches no pair.
-
-        Args:
-            pairs: Every pair of the dense model.
-
-        Raises:
-            ConfigError: A pattern of `protect` matches none of `pairs`.
-        """
-        for pattern in self.protect:
-            if not any(fnmatchcase(pair.name, pattern) for pair in pairs):
-                raise ConfigError(f"protect pattern {pattern!r} matches no pair.")
-
-    def protects(self, pair: Pair) -> bool:
-        """Return whether a pair stays dense.
-
-        Args:
-            pair: A pair of the dense model.
-        """
-        return any(fnmatchcase(pair.name, pattern) for pattern in self.protect)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the constraints as plain values, for JSON."""
-        return {**asdict(self), "protect": list(self.protect)}
-
-
 def blocks_to_remove(
     budget: Budget, pairs: Sequence[Pair], costs: CostTable, order: RemovalOrder
 ) -> tuple[int, dict[str, float]]:
@@ -165,7 +109,8 @@ def _nearest(budget: Budget, pairs: Sequence[Pair], costs: CostTable, order: Rem
     """Return how many blocks leave for the size nearest to a budget that is no latency."""
     target, unit = _target(budget, pairs, costs)
     each = torch.tensor([pair.heads * unit[pair.name] for pair in pairs])
-    step = each[order.pair] * order.ranks
+    step = torch.zeros(order.blocks, dtype=torch.int64)
+    step.index_add_(0, order.block, each[order.pair] * order.ranks)
     removed = torch.cat([torch.zeros(1, dtype=torch.int64), step.cumsum(0)])
     if removed[-1] < target and target - removed[-1] > 0.5 * max(step.tolist(), default=0):
         smallest = costs.achieved(pairs, order.widths_after(pairs, len(step)))
@@ -176,6 +121,9 @@ def _nearest(budget: Budget, pairs: Sequence[Pair], costs: CostTable, order: Rem
             reachable = (
                 f"{low:,} to {dense:,} are ({low / dense:.4f} to 1 as a share of the dense model)."
             )
+        widths = torch.tensor([pair.width for pair in pairs])
+        if removed[-1] < (each * widths).sum():
+            reachable += " The constraints keep the rest."
         raise BudgetError(f"{budget.measure} {budget.value} is not reachable: {reachable}")
     return int((removed.double() - target).abs().numpy().argmin())
 

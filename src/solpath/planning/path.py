@@ -1,8 +1,8 @@
 """The result of a search: an order of all units that gives members of any size."""
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,14 @@ from torch import Tensor
 from solpath.config import check_count
 from solpath.errors import BudgetError, ConfigError
 from solpath.pair import Fingerprint, Pair, flatten
-from solpath.planning.budget import Budget, Constraints
+from solpath.planning.budget import Budget
+from solpath.planning.constraints import Constraints, PerKind
 from solpath.planning.cost import Achieved, CostTable
 from solpath.planning.latency_table import LatencyTable
+from solpath.planning.making import make_plan
 from solpath.planning.path_files import read_path, write_path
-from solpath.planning.plan import Plan, make_plan
+from solpath.planning.plan import Plan
+from solpath.planning.targets import constraints_for
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,9 +100,14 @@ class SolutionPath:
         cache: float | None = None,
         latency_ms: float | None = None,
         latency: LatencyTable | None = None,
-        multiple_of: int = 1,
-        min_width: int = 0,
+        multiple_of: PerKind = 1,
+        min_width: PerKind = 0,
         protect: Sequence[str] = (),
+        uniform: bool | Collection[str] = False,
+        tied_widths: bool = False,
+        shared_couples: bool = False,
+        whole_groups: bool = False,
+        for_: str | None = None,
     ) -> Plan:
         """Choose the units that one budget keeps.
 
@@ -117,19 +125,32 @@ class SolutionPath:
                 or a count.
             latency_ms: Milliseconds that one forward pass may take, by the table `latency`.
             latency: A table from `measure_latency`, for the machine and the batch that matter.
-            multiple_of: Every head keeps a multiple of this many units, or all of its units.
-            min_width: Units that every head keeps at least.
+            multiple_of: Every head keeps a multiple of this many units, or all of its units: a
+                number, or kind to number, such as ``{"qk": 4, "mlp": 32}``. A unit of rotary
+                queries and keys is a couple of channels.
+            min_width: Units that every head keeps at least: a number, or kind to number.
             protect: Shell patterns of the names of pairs that stay dense, such as ``"*layer.0.*"``.
+            uniform: Pairs of one kind and shape keep the same width in every layer: True for all
+                kinds, or some kinds, such as ``["mlp"]``.
+            tied_widths: Queries, keys and values of an attention keep equally many channels.
+            shared_couples: All heads keep the same rotary couples of queries and keys.
+            whole_groups: Attentions lose whole heads, a key-value head with its query heads, in
+                place of units inside heads. One of them stays at least. Not for `latency_ms`.
+            for_: Name of a target: the constraints of one runtime, see `solpath.planning.targets`.
+                The other arguments may tighten them.
 
         Returns:
             The plan whose size is nearest to the budget, above or below it. For `latency_ms`, the
             largest plan that is predicted to be fast enough; `plan_for_latency` also measures it.
-            Plans with equal `multiple_of`, `min_width` and `protect` are nested: the smaller one
-            keeps a subset of the units of the larger one.
+            Plans with equal constraints (all arguments from `multiple_of` on) are nested: the
+            smaller one keeps a subset of the units of the larger one. `Plan.constraint_cost` says
+            what they cost.
 
         Raises:
             BudgetError: No budget or several are given, or it is out of range or not reachable.
-            ConfigError: `multiple_of` or `min_width` is out of range, or a pattern matches no pair.
+            ConfigError: A constraint is out of range, a pattern matches no pair, or this model
+                cannot respect the constraints or those of the target. The message names the
+                nearest target that is possible.
             FingerprintError: The latency table is for a model of another class or other shapes.
 
         Example:
@@ -143,17 +164,49 @@ class SolutionPath:
             budget = Budget.of(given, latency)
         elif any(value is not None for value in (*given.values(), latency)):
             raise BudgetError("give a Budget, or one by name, not both.")
-        return make_plan(
+        constraints = Constraints(
+            multiple_of=multiple_of,
+            min_width=min_width,
+            protect=protect if isinstance(protect, str) else tuple(protect),
+            uniform=uniform,
+            tied_widths=tied_widths,
+            shared_couples=shared_couples,
+            whole_groups=whole_groups,
+        )
+        if for_ is not None:
+            target = constraints_for(
+                for_,
+                self.fingerprint.architecture,
+                self.pairs,
+                self.unreached,
+                whole_groups=whole_groups,
+            )
+            constraints = target.tightened(constraints)
+        plan = make_plan(
             self.pairs,
             self.score,
             self.costs,
             self.fingerprint,
             budget,
-            Constraints(multiple_of, min_width, tuple(protect)),
+            constraints,
             self.energy,
             self.basis,
             self.unreached,
         )
+        if plan.constraint_cost is None or not self.history.shape[1]:
+            return plan
+        cost = replace(
+            plan.constraint_cost,
+            loss=self._loss_near(plan.achieved.sparsity),
+            equal_loss=self._loss_near(plan.constraint_cost.equal_sparsity),
+        )
+        return replace(plan, constraint_cost=cost)
+
+    def _loss_near(self, sparsity: float) -> float:
+        """Return the mean loss of the twentieth of the steps that were nearest to a size."""
+        near = (self.history[1] - (1 - sparsity)).abs()
+        window = near.argsort(stable=True)[: max(1, self.history.shape[1] // 20)]
+        return self.history[0, window].mean().item()
 
     def curve(self, points: int = 20) -> list[CurvePoint]:
         """Return sizes from dense to almost nothing, with the loss that the search saw there.
@@ -176,11 +229,7 @@ class SolutionPath:
         result = []
         for i in range(points):
             size = self.plan(sparsity=0.98 * i / (points - 1)).achieved
-            loss = None
-            if self.history.shape[1]:
-                near = (self.history[1] - (1 - size.sparsity)).abs()
-                window = near.argsort(stable=True)[: max(1, self.history.shape[1] // 20)]
-                loss = self.history[0, window].mean().item()
+            loss = self._loss_near(size.sparsity) if self.history.shape[1] else None
             result.append(CurvePoint(size, loss))
         return result
 

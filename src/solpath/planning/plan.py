@@ -10,9 +10,9 @@ from torch import Tensor
 
 from solpath.errors import FingerprintError
 from solpath.pair import Fingerprint, Pair, pairs_from
-from solpath.planning.budget import Budget, Constraints, blocks_to_remove
-from solpath.planning.cost import Achieved, CostTable
-from solpath.planning.removal import groups_by_rank, removal_order
+from solpath.planning.constraint_cost import ConstraintCost
+from solpath.planning.constraints import attention_of
+from solpath.planning.cost import Achieved
 
 EXTRACTED = "solpath_plan"
 """Name of the attribute of an extracted model that holds its plan."""
@@ -24,8 +24,8 @@ class Plan:
 
     Attributes:
         pairs: Every pair of the dense model.
-        kept: Pair name to the kept units of every head, int64 ``[heads, r]``, ascending. r may be
-            0.
+        kept: Pair name to the kept units of every kept head, int64 ``[kept heads, r]``, ascending.
+            r may be 0.
         asked: The budget and the constraints.
         achieved: The size under every measure.
         fingerprint: Identity of the dense model.
@@ -38,6 +38,9 @@ class Plan:
         latency_ms: For a latency budget, milliseconds of one forward pass: ``"predicted"`` by the
             table and, from `plan_for_latency`, ``"measured"`` on the extracted model.
         unreached: See `SolutionPath.unreached`.
+        heads: For pairs that lose whole heads, pair name to the heads that are kept, int64
+            ``[kept heads]``, ascending. All others keep all heads.
+        constraint_cost: What the constraints cost; None where there are none.
 
     Example:
         >>> plan = path.plan(sparsity=0.5, protect=["*layer.0.*"])
@@ -55,6 +58,8 @@ class Plan:
     dropped_rotations: tuple[str, ...] = ()
     latency_ms: Mapping[str, float] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
+    heads: Mapping[str, Tensor] = field(default_factory=dict)
+    constraint_cost: ConstraintCost | None = None
 
     def units_of(self, pair: Pair) -> Tensor:
         """Return the units of a pair that the plan keeps: all of them, if it is not in `pairs`.
@@ -63,7 +68,7 @@ class Plan:
             pair: A pair of the dense model.
 
         Returns:
-            int64 ``[heads, r]``, ascending.
+            int64 ``[kept heads, r]``, ascending.
         """
         if pair.name in self.kept:
             return self.kept[pair.name]
@@ -86,16 +91,21 @@ class Plan:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Units that every head keeps, by pair name."""
+        """Units that every kept head keeps, by pair name."""
         return {name: index.shape[1] for name, index in self.kept.items()}
 
     def masks(self) -> dict[str, Tensor]:
         """Return the plan as masks of 0 and 1: pair name to float32 ``[heads * width]``."""
-        return {pair.name: _mask(pair, self.kept[pair.name]).flatten() for pair in self.pairs}
+        return {pair.name: self._mask(pair).flatten() for pair in self.pairs}
+
+    def _mask(self, pair: Pair) -> Tensor:
+        return unit_mask(pair, self.kept[pair.name], self.heads.get(pair.name))
 
     def __repr__(self) -> str:
         size = self.achieved
         whole = f"{len(self.unreached)} unreached pairs whole, " if self.unreached else ""
+        cost = self.constraint_cost
+        whole += "" if cost is None else f"{cost.kept_score:.1%} of the score, "
         times = "".join(f"{name} {ms:.2f} ms, " for name, ms in self.latency_ms.items())
         return (
             f"Plan(sparsity={size.sparsity:.4f}, params={size.params:,} ({size.params_share:.1%}), "
@@ -114,6 +124,12 @@ class Plan:
             "turned": sorted({*self.basis, *self.dropped_rotations}),
             "latency_ms": dict(self.latency_ms),
             **({"unreached": list(self.unreached)} if self.unreached else {}),
+            **(
+                {"heads": {n: index.tolist() for n, index in self.heads.items()}}
+                if self.heads
+                else {}
+            ),
+            **({"constraint_cost": cost.to_dict()} if (cost := self.constraint_cost) else {}),
         }
 
     @classmethod
@@ -128,9 +144,16 @@ class Plan:
         """
         try:
             pairs = pairs_from(value["pairs"])
-            kept = {pair.name: _index(pair, value["kept"][pair.name]) for pair in pairs}
-            if set(value["kept"]) != set(kept):
-                raise ValueError("kept: names a pair that is not in pairs")
+            named = {pair.name: pair for pair in pairs}
+            if {*value["kept"], *value.get("heads", {})} - set(named):
+                raise ValueError("kept or heads: names a pair that is not in pairs")
+            heads = {n: _heads(named[n], index) for n, index in value.get("heads", {}).items()}
+            _check_together(pairs, heads)
+            kept = {
+                n: _index(pair, value["kept"][n], len(heads.get(n, range(pair.heads))))
+                for n, pair in named.items()
+            }
+            cost = value.get("constraint_cost")
             return cls(
                 pairs=pairs,
                 kept=kept,
@@ -141,6 +164,8 @@ class Plan:
                 dropped_rotations=tuple(str(name) for name in value["turned"]),
                 latency_ms={str(n): float(ms) for n, ms in value["latency_ms"].items()},
                 unreached=tuple(str(name) for name in value.get("unreached", ())),
+                heads=heads,
+                constraint_cost=None if cost is None else ConstraintCost.from_dict(cost),
             )
         except KeyError as error:
             raise ValueError(f"{error.args[0]}: is missing") from error
@@ -162,16 +187,46 @@ def plan_of(model: object) -> Plan | None:
     return plan if isinstance(plan, Plan) else None
 
 
-def _mask(pair: Pair, kept: Tensor) -> Tensor:
-    """Return a mask of 0 and 1, ``[heads, width]``."""
-    return torch.zeros(pair.heads, pair.width).scatter_(1, kept, 1.0)
+def unit_mask(pair: Pair, kept: Tensor, heads: Tensor | None = None) -> Tensor:
+    """Return a mask of 0 and 1, ``[heads, width]``.
+
+    Args:
+        pair: A pair of the dense model.
+        kept: See `Plan.kept`.
+        heads: See `Plan.heads`. None is all.
+    """
+    mask = torch.zeros(pair.heads, pair.width)
+    if heads is None:
+        return mask.scatter_(1, kept, 1.0)
+    return mask.index_copy_(0, heads, torch.zeros(kept.shape[0], pair.width).scatter_(1, kept, 1.0))
 
 
-def _index(pair: Pair, rows: Any) -> Tensor:
+def _heads(pair: Pair, index: Any) -> Tensor:
+    """Check a list of kept heads against `pair` and return it as int64 ``[kept heads]``."""
+    where = f"heads[{pair.name!r}]"
+    if pair.kind not in ("qk", "vo") or not isinstance(index, list) or not index:
+        raise ValueError(f"{where}: expected a list of heads, of an attention")
+    if any(type(head) is not int or not 0 <= head < pair.heads for head in index):
+        raise ValueError(f"{where}: heads must be integers in 0..{pair.heads - 1}")
+    if any(a >= b for a, b in pairwise(index)):
+        raise ValueError(f"{where}: heads must be ascending and distinct")
+    return torch.tensor(index, dtype=torch.int64)
+
+
+def _check_together(pairs: Sequence[Pair], heads: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` unless the pairs of one attention keep the same heads."""
+    found: dict[str, list[int] | None] = {}
+    for pair in pairs:
+        own = heads[pair.name].tolist() if pair.name in heads else None
+        if pair.kind in ("qk", "vo") and found.setdefault(attention_of(pair), own) != own:
+            raise ValueError(f"heads[{pair.name!r}]: the pairs of an attention keep the same heads")
+
+
+def _index(pair: Pair, rows: Any, heads: int) -> Tensor:
     """Check nested lists of kept units against `pair` and return them as int64 ``[heads, r]``."""
     where = f"kept[{pair.name!r}]"
-    if not isinstance(rows, list) or len(rows) != pair.heads:
-        raise ValueError(f"{where}: expected {pair.heads} lists, one per head")
+    if not isinstance(rows, list) or len(rows) != heads:
+        raise ValueError(f"{where}: expected {heads} lists, one per head")
     for row in rows:
         if not isinstance(row, list) or len(row) != len(rows[0]):
             raise ValueError(f"{where}: heads must keep the same number of units")
@@ -179,7 +234,7 @@ def _index(pair: Pair, rows: Any) -> Tensor:
             raise ValueError(f"{where}: units must be integers in 0..{pair.width - 1}")
         if any(a >= b for a, b in pairwise(row)):
             raise ValueError(f"{where}: units must be ascending and distinct")
-    return torch.tensor(rows, dtype=torch.int64).view(pair.heads, -1)
+    return torch.tensor(rows, dtype=torch.int64).view(heads, -1)
 
 
 def _gain(pair: Pair, gains: Mapping[str, Any]) -> Tensor:
@@ -218,67 +273,6 @@ def norm_gain(mask: Tensor, energy: Tensor) -> Tensor:
     share = (mask.unsqueeze(-2) * energy).sum(-1) / energy.sum(-1).clamp(min=1e-30)
     root = share.clamp(min=1e-6).sqrt()
     return root[..., :-1] * root[..., -1:]
-
-
-def make_plan(
-    pairs: Sequence[Pair],
-    score: Mapping[str, Tensor],
-    costs: CostTable,
-    fingerprint: Fingerprint,
-    budget: Budget,
-    constraints: Constraints,
-    energy: Mapping[str, Tensor],
-    basis: Mapping[str, Tensor],
-    unreached: tuple[str, ...] = (),
-) -> Plan:
-    """Return the plan that cuts a score to a budget.
-
-    Every pair loses its units by rank, in blocks of `Constraints.multiple_of` ranks. Blocks leave
-    in the order of their mean score, and the budget decides only how many, so plans with equal
-    constraints are nested.
-
-    Args:
-        pairs: Every pair of the dense model.
-        score: Pair name to ``[heads, width]``. Units with a higher score stay longer.
-        costs: What the dense model and its units cost.
-        fingerprint: Identity of the dense model.
-        budget: What to cut to.
-        constraints: What to respect.
-        energy: See `SolutionPath.energy`.
-        basis: See `SolutionPath.basis`.
-        unreached: See `SolutionPath.unreached`.
-
-    Raises:
-        BudgetError: The budget is out of range or not reachable.
-        ConfigError: A pattern of `constraints` matches no pair.
-        FingerprintError: The latency table is for a model of another class or other shapes.
-    """
-    constraints.check_patterns(pairs)
-    if budget.latency is not None:
-        budget.latency.check(fingerprint.architecture, pairs, unreached)
-    order = removal_order(
-        [groups_by_rank(score[pair.name].double())[0] for pair in pairs],
-        [pair.width if constraints.protects(pair) else constraints.min_width for pair in pairs],
-        constraints.multiple_of,
-    )
-    count, latency_ms = blocks_to_remove(budget, pairs, costs, order)
-    widths = order.widths_after(pairs, count)
-    kept = {pair.name: best_units(score[pair.name], widths[pair.name]) for pair in pairs}
-    return Plan(
-        pairs=tuple(pairs),
-        kept=kept,
-        asked={budget.measure: budget.value, **constraints.to_dict()},
-        achieved=costs.achieved(pairs, widths),
-        fingerprint=fingerprint,
-        gains={
-            pair.name: norm_gain(_mask(pair, kept[pair.name]).double(), energy[pair.name])
-            for pair in pairs
-            if pair.norms
-        },
-        basis=basis,
-        latency_ms=latency_ms,
-        unreached=unreached,
-    )
 
 
 def best_units(score: Tensor, width: int) -> Tensor:

@@ -15,20 +15,44 @@ from torch import Tensor
 from solpath.pair import Pair
 
 
-@dataclass(frozen=True, eq=False)
-class RemovalOrder:
-    """Blocks of ranks in the order in which they leave, each part int64 ``[blocks]``.
+class Team(NamedTuple):
+    """Pairs that lose ranks together, in equal proportion.
 
     Attributes:
-        pair: Index of the pair that loses the block.
-        start: First rank of the block, which is also the width of the pair once the block has
-            left.
-        ranks: Number of ranks in the block, each of them one unit of every head.
+        pairs: Indices of the pairs.
+        ranks: How many ranks each of them loses in one block. Where the last block is cut short,
+            it is cut short in the same proportion.
+        weights: What a rank of each of them weighs in the mean value of a block.
+    """
+
+    pairs: tuple[int, ...]
+    ranks: tuple[int, ...]
+    weights: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class RemovalOrder:
+    """Blocks of ranks in the order in which they leave.
+
+    A block holds the ranks of one pair, or of the pairs of one team. Each part is int64
+    ``[entries]``, one entry for every pair that loses ranks in a block.
+
+    Attributes:
+        pair: Index of the pair that loses the ranks.
+        start: First rank that leaves, which is also the width of the pair once the block has left.
+        ranks: Number of ranks, each of them one unit of every head.
+        block: The block of the entry, counted from 0 and ascending.
     """
 
     pair: Tensor
     start: Tensor
     ranks: Tensor
+    block: Tensor
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return int(self.block[-1]) + 1 if len(self.block) else 0
 
     def widths_after(self, pairs: Sequence[Pair], count: int) -> dict[str, int]:
         """Return the width of every pair once some blocks have left, by pair name.
@@ -38,7 +62,8 @@ class RemovalOrder:
             count: Number of blocks that have left.
         """
         dense = torch.tensor([pair.width for pair in pairs])
-        left = dense.scatter_reduce(0, self.pair[:count], self.start[:count], "amin").tolist()
+        gone = self.block < count
+        left = dense.scatter_reduce(0, self.pair[gone], self.start[gone], "amin").tolist()
         return dict(zip((pair.name for pair in pairs), left, strict=True))
 
     def every_width(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
@@ -52,14 +77,16 @@ class RemovalOrder:
         """
         result = {}
         for i, pair in enumerate(pairs):
-            width = torch.full((len(self.pair) + 1,), pair.width)
+            width = torch.full((self.blocks + 1,), pair.width)
             own = self.pair == i
-            width[1:][own] = self.start[own]
+            width[1 + self.block[own]] = self.start[own]
             result[pair.name] = width.cummin(0).values
         return result
 
 
-def removal_order(values: Sequence[Tensor], first: Sequence[int], block: int = 1) -> RemovalOrder:
+def removal_order(
+    values: Sequence[Tensor], first: Sequence[int], teams: Sequence[Team] | None = None
+) -> RemovalOrder:
     """Put the blocks of ranks of all pairs in order, the least mean value first.
 
     Within a pair a later rank never stays longer than an earlier one, whatever rounding says.
@@ -68,29 +95,70 @@ def removal_order(values: Sequence[Tensor], first: Sequence[int], block: int = 1
         values: For every pair, the mean over its heads of the value at every rank, the best rank
             first, float64 ``[width]``.
         first: For every pair, the first rank that may leave. At the width of the pair, none may.
-        block: Ranks that leave together.
+        teams: The pairs that lose ranks together; every pair is in one team. None lets every pair
+            lose its ranks one by one.
 
     Example:
         >>> values = [torch.tensor([5.0, 1.0]).double(), torch.tensor([3.0]).double()]
         >>> order = removal_order(values, first=[0, 0])
         >>> list(zip(order.pair.tolist(), order.start.tolist()))
         [(0, 1), (1, 0), (0, 0)]
+        >>> order = removal_order(values, [0, 0], [Team((0, 1), (2, 1), (1, 1))])
+        >>> order.pair.tolist(), order.ranks.tolist(), order.blocks
+        ([0, 1], [2, 1], 1)
     """
-    means, starts, pairs, lengths = [torch.zeros(0).double()], [], [], []
-    for i, (ranks, low) in enumerate(zip(values, first, strict=True)):
-        start = torch.arange(0, len(ranks), block)
-        start = start[start >= low]
-        length = (len(ranks) - start).clamp(max=block)
-        total = torch.nn.functional.pad(ranks.cumsum(0), (1, 0))
-        mean = ranks[start] if block == 1 else (total[start + length] - total[start]) / length
-        means.append(mean.cummin(0).values)
-        starts.append(start)
-        pairs.append(torch.full_like(start, i))
-        lengths.append(length)
-    mean, start, pair, ranks = (torch.cat(parts) for parts in (means, starts, pairs, lengths))
+    if teams is None:
+        teams = [Team((i,), (1,), (1,)) for i in range(len(values))]
+    means, firsts = [torch.zeros(0).double()], []
+    parts: list[tuple[Tensor, ...]] = []  # block, pair, start and ranks of every pair
+    count = 0
+    for team in teams:
+        found = [
+            _blocks(values[i], first[i], ranks)
+            for i, ranks in zip(team.pairs, team.ranks, strict=True)
+        ]
+        size = min(len(start) for _, start, _ in found)
+        members = [_Blocks(*(part[len(part) - size :] for part in member)) for member in found]
+        means.append(_joint_mean(members, team.weights).cummin(0).values)
+        firsts.append(members[0].start)
+        block = torch.arange(count, count + size)
+        for i, (_, start, length) in zip(team.pairs, members, strict=True):
+            parts.append((block, torch.full_like(start, i), start, length))
+        count += size
+    mean, start = torch.cat(means), torch.cat(firsts)
     order = (-start).argsort(stable=True)  # of equals, the last rank leaves first
     order = order[mean[order].argsort(stable=True)]
-    return RemovalOrder(pair[order], start[order], ranks[order])
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(count))
+    block, pair, start, ranks = (torch.cat(column) for column in zip(*parts, strict=True))
+    block, order = place[block].sort(stable=True)
+    return RemovalOrder(pair[order], start[order], ranks[order], block)
+
+
+class _Blocks(NamedTuple):
+    """The blocks of one pair: the mean value, the first rank and the number of ranks of each."""
+
+    mean: Tensor
+    start: Tensor
+    length: Tensor
+
+
+def _blocks(ranks: Tensor, low: int, block: int) -> _Blocks:
+    """Return the blocks of a pair, which start at every multiple of `block` from rank `low` on."""
+    start = torch.arange(0, len(ranks), block)
+    start = start[start >= low]
+    length = (len(ranks) - start).clamp(max=block)
+    total = torch.nn.functional.pad(ranks.cumsum(0), (1, 0))
+    mean = ranks[start] if block == 1 else (total[start + length] - total[start]) / length
+    return _Blocks(mean, start, length)
+
+
+def _joint_mean(members: Sequence[_Blocks], weights: Sequence[int]) -> Tensor:
+    """Return the mean value of the blocks of a team, every rank counted with its weight."""
+    if len(members) == 1:
+        return members[0].mean
+    weighed = torch.stack([m.length * weight for m, weight in zip(members, weights, strict=True)])
+    means = torch.stack([m.mean for m in members])
+    return (means * weighed).sum(0) / weighed.sum(0)
 
 
 def groups_by_rank(value: Tensor, alive: Tensor | None = None) -> tuple[Tensor, Tensor]:
