@@ -1,0 +1,55 @@
+"""What the models of all families share: sizes of their own in every layer."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class CutModel:
+    """Comes before a stock class of models: its layers get sizes of their own once it is built."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        with dense_sizes(config):
+            super().__init__(config, *args, **kwargs)
+        self.cut_layers(config)
+        self.post_init()  # type: ignore[attr-defined]
+
+    def cut_layers(self, config: Any) -> None:
+        """Exchange the modules whose sizes differ."""
+        raise NotImplementedError
+
+
+@contextlib.contextmanager
+def dense_sizes(config: Any) -> Iterator[None]:
+    """Let stock classes read the sizes of the dense model from a configuration."""
+    by_layer = config.to_dict().get("per_layer_config")
+    config.per_layer_config = None
+    try:
+        yield
+    finally:
+        config.per_layer_config = by_layer
+
+
+def dense(config: Any) -> Any:
+    """Return a copy of a configuration that has the sizes of the dense model alone."""
+    config = copy.copy(config)
+    config.per_layer_config = None
+    return config
+
+
+def resized(linear: nn.Module, inputs: int, outputs: int) -> nn.Linear:
+    """Return a linear layer of other sizes, with a bias if `linear` has one."""
+    return nn.Linear(inputs, outputs, bias=linear.bias is not None)
+
+
+def by_head(states: Tensor, heads: int, width: int) -> Tensor:
+    """``[batch, tokens, heads * width] -> [batch, heads, tokens, width]``."""
+    return states.view(*states.shape[:-1], heads, width).transpose(1, 2)
+
+
+def padded(states: Tensor, width: int) -> Tensor:
+    """Add zeros at the end of the last dimension, which change no result of an attention."""
+    return nn.functional.pad(states, (0, width - states.shape[-1]))
