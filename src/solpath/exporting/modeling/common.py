@@ -11,11 +11,11 @@ from torch import Tensor, nn
 class CutModel:
     """Comes before a stock class of models: its layers get sizes of their own once it is built."""
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         with dense_sizes(config):
-            super().__init__(config, *args, **kwargs)
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.cut_layers(config)
-        self.post_init()  # type: ignore[attr-defined]
+        self.post_init()
 
     def cut_layers(self, config: Any) -> None:
         """Exchange the modules whose sizes differ."""

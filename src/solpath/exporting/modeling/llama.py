@@ -1,5 +1,7 @@
 """LLaMA with widths of its own in every layer; needs transformers 5.19 or newer alone."""
 
+from typing import Any, ClassVar
+
 from transformers.models.llama import configuration_llama, modeling_llama
 
 from solpath.exporting.modeling.rotary import CutDecoder, CutRotaryAttention
@@ -9,7 +11,7 @@ class SolpathLlamaConfig(configuration_llama.LlamaConfig):
     """The configuration of LLaMA, whose `per_layer_config` has the widths of every layer."""
 
     model_type = "solpath_llama"
-    base_model_tp_plan = {}
+    base_model_tp_plan: ClassVar[dict[str, Any]] = {}  # heads stay together
 
 
 class SolpathLlamaAttention(CutRotaryAttention, modeling_llama.LlamaAttention):

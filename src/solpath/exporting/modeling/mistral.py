@@ -1,6 +1,6 @@
 """Mistral with widths of its own in every layer; needs transformers 5.19 or newer alone."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.models.mistral import configuration_mistral, modeling_mistral
 
@@ -11,7 +11,7 @@ class SolpathMistralConfig(configuration_mistral.MistralConfig):
     """The configuration of Mistral, whose `per_layer_config` has the widths of every layer."""
 
     model_type = "solpath_mistral"
-    base_model_tp_plan = {}
+    base_model_tp_plan: ClassVar[dict[str, Any]] = {}  # heads stay together
 
 
 class SolpathMistralAttention(CutRotaryAttention, modeling_mistral.MistralAttention):

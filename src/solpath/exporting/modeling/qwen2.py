@@ -1,5 +1,7 @@
 """Qwen2 with widths of its own in every layer; needs transformers 5.19 or newer alone."""
 
+from typing import Any, ClassVar
+
 from transformers.models.qwen2 import configuration_qwen2, modeling_qwen2
 
 from solpath.exporting.modeling.rotary import CutDecoder, CutRotaryAttention
@@ -9,7 +11,7 @@ class SolpathQwen2Config(configuration_qwen2.Qwen2Config):
     """The configuration of Qwen2, whose `per_layer_config` has the widths of every layer."""
 
     model_type = "solpath_qwen2"
-    base_model_tp_plan = {}
+    base_model_tp_plan: ClassVar[dict[str, Any]] = {}  # heads stay together
 
 
 class SolpathQwen2Attention(CutRotaryAttention, modeling_qwen2.Qwen2Attention):

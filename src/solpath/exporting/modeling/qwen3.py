@@ -1,5 +1,7 @@
 """Qwen3 with widths of its own in every layer; needs transformers 5.19 or newer alone."""
 
+from typing import Any, ClassVar
+
 from transformers.models.qwen3 import configuration_qwen3, modeling_qwen3
 
 from solpath.exporting.modeling.rotary import CutDecoder, CutNormedAttention
@@ -9,7 +11,7 @@ class SolpathQwen3Config(configuration_qwen3.Qwen3Config):
     """The configuration of Qwen3, whose `per_layer_config` has the widths of every layer."""
 
     model_type = "solpath_qwen3"
-    base_model_tp_plan = {}
+    base_model_tp_plan: ClassVar[dict[str, Any]] = {}  # heads stay together
 
 
 class SolpathQwen3Attention(CutNormedAttention, modeling_qwen3.Qwen3Attention):

@@ -57,7 +57,7 @@ class CutRotaryAttention:
         couples = torch.zeros(self.kv_heads, self.query_key_dim // 2, dtype=torch.int64)
         self.register_buffer("couples", couples)
 
-    def normed(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def normed(self: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Norm the heads of queries and keys, where the family does."""
         return query, key
 
@@ -119,8 +119,8 @@ class CutNormedAttention(CutRotaryAttention):
     def __init__(self: Any, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         width, eps = dense(config).head_dim, config.rms_norm_eps
-        self.q_norm = HeadNorm(self.heads, self.query_key_dim, width, eps)
-        self.k_norm = HeadNorm(self.kv_heads, self.query_key_dim, width, eps)
+        self.register_module("q_norm", HeadNorm(self.heads, self.query_key_dim, width, eps))
+        self.register_module("k_norm", HeadNorm(self.kv_heads, self.query_key_dim, width, eps))
 
     def normed(self: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Norm the heads of queries and keys."""
