@@ -6,16 +6,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 
 class CutModel:
     """Comes before a stock class of models: its layers get sizes of their own once it is built."""
 
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: PreTrainedConfig, **kwargs: Any) -> None:
         with dense_sizes(config):
-            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+            super().__init__(config, **kwargs)  # type: ignore[call-arg]
         self.cut_layers(config)
-        self.post_init()
+        self.post_init()  # type: ignore[attr-defined]
 
     def cut_layers(self, config: Any) -> None:
         """Exchange the modules whose sizes differ."""
