@@ -68,8 +68,8 @@ def write(
     if type(multiple_of) is not int or multiple_of < 1:
         raise ConfigError(f"multiple_of must be a whole number above 0, got {multiple_of!r}.")
     family = FAMILIES[model.config.model_type]  # type: ignore[union-attr, index]
-    layers, changed = decoder_widths(model, multiple_of)
-    tensors = _tensors(model) | changed
+    layers, tensors = decoder_widths(model, _tensors(model), multiple_of)
+    tensors = {name: value for name, value in tensors.items() if value.numel()}
     config = _config(model, family, layers)
     _check_tensors(type(model).__name__, family, config, tensors)
     config.save_pretrained(folder)

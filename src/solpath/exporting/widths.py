@@ -1,6 +1,5 @@
 """Read the widths of every layer off a model, and the tensors that its cut class holds beside."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,31 +8,40 @@ from torch import Tensor, nn
 Layers = dict[int, dict[str, Any]]
 """Index of a layer to its entries in `per_layer_config`."""
 
-Read = Callable[[Any, int], tuple[Layers, dict[str, Tensor]]]
-"""Reads a model; its second argument is what the size of a head must be a multiple of."""
+Tensors = dict[str, Tensor]
+"""Tensors by name."""
 
 
-def decoder_widths(model: Any, multiple_of: int) -> tuple[Layers, dict[str, Tensor]]:
-    """Read a decoder with rotary couples."""
-    config, base = model.config, model.base_model
+def decoder_widths(model: Any, tensors: Tensors, multiple_of: int) -> tuple[Layers, Tensors]:
+    """Read a decoder with rotary couples.
+
+    Args:
+        model: The model.
+        tensors: Its parameters and persistent buffers.
+        multiple_of: What the size of a head must be a multiple of.
+
+    Returns:
+        The widths, and the tensors as the cut class has them.
+    """
+    config, base, width = model.config, model.base_model, dense_width(model.config)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     prefix = "" if base is model else f"{model.base_model_prefix}."
     layers: Layers = {}
-    tensors: dict[str, Tensor] = {}
+    tensors = dict(tensors)
     for index, layer in enumerate(base.layers):
-        attention = layer.self_attn
-        width = dense_width(config)
+        attention, path = layer.self_attn, f"{prefix}layers.{index}"
         couples = attention._buffers.get("couples")
         if couples is None:
             couples = torch.arange(width // 2).expand(kv_heads, -1)
         query_key = attention.q_proj.out_features // heads
         value = attention.v_proj.out_features // kv_heads
-        layers[index] = _widths(query_key, value, multiple_of)
-        layers[index]["intermediate_size"] = layer.mlp.down_proj.in_features
-        path = f"{prefix}layers.{index}.self_attn"
-        tensors[f"{path}.couples"] = couples.contiguous()
+        neurons = layer.mlp.down_proj.in_features
+        layers[index] = _widths(query_key, value, multiple_of) | {"intermediate_size": neurons}
+        tensors[f"{path}.self_attn.couples"] = couples.contiguous()
         if isinstance(getattr(attention, "q_norm", None), nn.Module):
-            tensors |= _norms(attention, couples, width, path)
+            tensors |= _norms(attention, couples, width, f"{path}.self_attn")
+        if not neurons and f"{path}.mlp.down_proj.bias" in tensors:
+            tensors[f"{path}.mlp.bias"] = tensors.pop(f"{path}.mlp.down_proj.bias")
     return layers, tensors
 
 
@@ -51,7 +59,7 @@ def _widths(query_key: int, value: int, multiple_of: int) -> dict[str, Any]:
     return {"query_key_dim": query_key, "value_dim": value, "head_dim": head}
 
 
-def _norms(attention: Any, couples: Tensor, width: int, path: str) -> dict[str, Tensor]:
+def _norms(attention: Any, couples: Tensor, width: int, path: str) -> Tensors:
     """Return the weights of the norms for every head, on its channels; queries have their gain."""
     channels = torch.cat((couples, couples + width // 2), dim=-1)
     weights = [_norm_weight(norm)[channels] for norm in (attention.q_norm, attention.k_norm)]

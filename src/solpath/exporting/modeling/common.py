@@ -5,6 +5,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -41,9 +42,35 @@ def dense(config: Any) -> Any:
     return config
 
 
-def resized(linear: nn.Module, inputs: int, outputs: int) -> nn.Linear:
-    """Return a linear layer of other sizes, with a bias if `linear` has one."""
-    return nn.Linear(inputs, outputs, bias=linear.bias is not None)
+def resize(module: nn.Module, name: str, inputs: int, outputs: int) -> None:
+    """Give a module a linear layer of other sizes under the name of one that it has."""
+    bias = getattr(module, name).bias is not None
+    delattr(module, name)
+    if not outputs:
+        setattr(module, name, no_channels)
+    else:
+        setattr(
+            module, name, nn.Linear(inputs, outputs, bias) if inputs else Constant(outputs, bias)
+        )
+
+
+def no_channels(states: Tensor) -> Tensor:
+    """Do what a linear layer without outputs does. Kernels take none."""
+    return states[..., :0]
+
+
+class Constant(nn.Module):
+    """A linear layer without inputs: its bias, or zeros. Kernels take none."""
+
+    def __init__(self, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+
+    def forward(self, states: Tensor) -> Tensor:
+        """``[..., any] -> [..., outputs]``."""
+        zeros = states.new_zeros(*states.shape[:-1], self.outputs)
+        return zeros if self.bias is None else zeros + self.bias
 
 
 def by_head(states: Tensor, heads: int, width: int) -> Tensor:

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from solpath.exporting.modeling.common import (
+    Constant,
     CutModel,
     by_head,
     dense,
     dense_sizes,
     padded,
-    resized,
+    resize,
 )
 
 
@@ -27,15 +28,19 @@ class CutDecoder(CutModel):
         decoder.rotary_emb.config = dense(config)
         for index, layer in enumerate(decoder.layers):
             layer.self_attn = self.attention_class(config, index)
-            layer.mlp = type(layer.mlp)(config.per_layer_config[index])
+            sizes: Any = config.per_layer_config[index]
+            if sizes.intermediate_size:
+                layer.mlp = type(layer.mlp)(sizes)
+            else:
+                layer.mlp = Constant(sizes.hidden_size, layer.mlp.down_proj.bias is not None)
 
 
 class CutRotaryAttention:
     """Comes before a stock class of attentions.
 
     A head has `query_key_dim` channels in queries and keys, and `value_dim` in values. Either may
-    be 0. They are padded with zeros to the `head_dim` of the layer, a multiple of 8, which kernels
-    want, after the cache of transformers, so that this holds no zeros.
+    be 0. They are padded with zeros to one width that kernels take, the `head_dim` of the layer,
+    but not in the cache of transformers.
     """
 
     eager: Any  # the attention function of the stock class
@@ -49,13 +54,13 @@ class CutRotaryAttention:
         self.query_key_dim, self.value_dim = layer.query_key_dim, layer.value_dim
         self.head_dim = layer.head_dim
         hidden, queries = layer.hidden_size, self.heads * self.query_key_dim
-        self.q_proj = resized(self.q_proj, hidden, queries)
-        self.k_proj = resized(self.k_proj, hidden, self.kv_heads * self.query_key_dim)
-        self.v_proj = resized(self.v_proj, hidden, self.kv_heads * self.value_dim)
-        self.o_proj = resized(self.o_proj, self.heads * self.value_dim, hidden)
+        resize(self, "q_proj", hidden, queries)
+        resize(self, "k_proj", hidden, self.kv_heads * self.query_key_dim)
+        resize(self, "v_proj", hidden, self.kv_heads * self.value_dim)
+        resize(self, "o_proj", self.heads * self.value_dim, hidden)
         # Which couples of the dense head each key-value head keeps: read from the weights.
         couples = torch.zeros(self.kv_heads, self.query_key_dim // 2, dtype=torch.int64)
-        self.register_buffer("couples", couples)
+        self.register_buffer("couples", couples, persistent=self.query_key_dim > 0)
 
     def normed(self: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Norm the heads of queries and keys, where the family does."""
@@ -118,6 +123,9 @@ class CutNormedAttention(CutRotaryAttention):
 
     def __init__(self: Any, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
+        del self.q_norm, self.k_norm
+        if not self.query_key_dim:
+            return
         width, eps = dense(config).head_dim, config.rms_norm_eps
         self.register_module("q_norm", HeadNorm(self.heads, self.query_key_dim, width, eps))
         self.register_module("k_norm", HeadNorm(self.kv_heads, self.query_key_dim, width, eps))
