@@ -43,12 +43,27 @@ def _decoder(module: str, name: str, inner: str = "") -> Family:
     return Family(module, f"{inner}Config", classes)
 
 
+_BERT = {
+    "BertModel": "AutoModel",
+    "BertForMaskedLM": "AutoModelForMaskedLM",
+    "BertForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "BertForSequenceClassification": "AutoModelForSequenceClassification",
+    "BertForTokenClassification": "AutoModelForTokenClassification",
+}
+_VIT = {"ViTModel": "AutoModel", "ViTForImageClassification": "AutoModelForImageClassification"}
 FAMILIES = {
+    "bert": Family("bert", "BertConfig", _BERT),
     "gemma3_text": _decoder("gemma3", "Gemma3", "Gemma3Text"),
+    "gpt2": Family(
+        "gpt2",
+        "GPT2Config",
+        {"GPT2Model": "AutoModel", "GPT2LMHeadModel": "AutoModelForCausalLM"},
+    ),
     "llama": _decoder("llama", "Llama"),
     "mistral": _decoder("mistral", "Mistral"),
     "qwen2": _decoder("qwen2", "Qwen2"),
     "qwen3": _decoder("qwen3", "Qwen3"),
+    "vit": Family("vit", "ViTConfig", _VIT),
 }
 """The `model_type` of dense models to their family."""
 

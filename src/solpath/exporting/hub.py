@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from solpath.arch.building import without_weights
+from solpath.arch.table import is_foreign
 from solpath.errors import ConfigError, ExportError
 from solpath.exporting.families import FAMILIES, Family, written_out
 from solpath.exporting.formats import Format, Runner
 from solpath.exporting.parity import outputs_of
-from solpath.exporting.widths import decoder_widths, dense_width
+from solpath.exporting.widths import dense_width, read_widths
 from solpath.files import json_bytes
 from solpath.running.forward import Batch, run
 from solpath.storing.manifest import CONFIG, INDEX
@@ -41,6 +42,11 @@ def check(model: nn.Module) -> None:
         raise ExportError(
             f"the format 'hub' knows {', '.join(family.classes)} of transformers, not "
             f"{kind.__module__}.{kind.__name__}."
+        )
+    if is_foreign(model_type):
+        raise ExportError(
+            f"the table of {model_type} was registered, and the classes of the format 'hub' are "
+            "for that of solpath."
         )
     if getattr(model.config, "is_heterogeneous", False):
         raise ExportError("the model has a per_layer_config of its own, which cutting knows not.")
@@ -68,7 +74,7 @@ def write(
     if type(multiple_of) is not int or multiple_of < 1:
         raise ConfigError(f"multiple_of must be a whole number above 0, got {multiple_of!r}.")
     family = FAMILIES[model.config.model_type]  # type: ignore[union-attr, index]
-    layers, tensors = decoder_widths(model, _tensors(model), multiple_of)
+    layers, tensors = read_widths(model, _tensors(model), multiple_of)
     tensors = {name: value for name, value in tensors.items() if value.numel()}
     config = _config(model, family, layers)
     _check_tensors(type(model).__name__, family, config, tensors)

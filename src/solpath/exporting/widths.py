@@ -1,9 +1,13 @@
 """Read the widths of every layer off a model, and the tensors that its cut class holds beside."""
 
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from solpath.arch import lookup
+from solpath.model.linear import linear_map
 
 Layers = dict[int, dict[str, Any]]
 """Index of a layer to its entries in `per_layer_config`."""
@@ -12,8 +16,8 @@ Tensors = dict[str, Tensor]
 """Tensors by name."""
 
 
-def decoder_widths(model: Any, tensors: Tensors, multiple_of: int) -> tuple[Layers, Tensors]:
-    """Read a decoder with rotary couples.
+def read_widths(model: Any, tensors: Tensors, multiple_of: int) -> tuple[Layers, Tensors]:
+    """Read a model with one stack of blocks.
 
     Args:
         model: The model.
@@ -23,25 +27,29 @@ def decoder_widths(model: Any, tensors: Tensors, multiple_of: int) -> tuple[Laye
     Returns:
         The widths, and the tensors as the cut class has them.
     """
-    config, base, width = model.config, model.base_model, dense_width(model.config)
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    prefix = "" if base is model else f"{model.base_model_prefix}."
+    [stack] = lookup(model.config.model_type)
+    [table], [mlp] = stack.attentions, stack.mlps
+    base, width = model.base_model, dense_width(model.config)
     layers: Layers = {}
     tensors = dict(tensors)
-    for index, layer in enumerate(base.layers):
-        attention, path = layer.self_attn, f"{prefix}layers.{index}"
-        couples = attention._buffers.get("couples")
-        if couples is None:
-            couples = torch.arange(width // 2).expand(kv_heads, -1)
-        query_key = attention.q_proj.out_features // heads
-        value = attention.v_proj.out_features // kv_heads
-        neurons = layer.mlp.down_proj.in_features
-        layers[index] = _widths(query_key, value, multiple_of) | {"intermediate_size": neurons}
-        tensors[f"{path}.self_attn.couples"] = couples.contiguous()
-        if isinstance(getattr(attention, "q_norm", None), nn.Module):
-            tensors |= _norms(attention, couples, width, f"{path}.self_attn")
-        if not neurons and f"{path}.mlp.down_proj.bias" in tensors:
-            tensors[f"{path}.mlp.bias"] = tensors.pop(f"{path}.mlp.down_proj.bias")
+    for index, block in enumerate(base.get_submodule(stack.blocks)):
+        attention = block.get_submodule(table.module)
+        heads = attrgetter(table.heads)(attention)
+        kv_heads = attrgetter(table.kv_heads)(attention) if table.kv_heads else heads
+        value = linear_map(block, table.output).in_features // heads
+        query_key = linear_map(block, table.query).out_features // heads
+        if table.query == table.value:  # one layer for queries, keys and values
+            query_key = (query_key - value) // 2
+        neurons = linear_map(block, mlp.right).in_features
+        layers[index] = _sizes(query_key, value, multiple_of) | {"intermediate_size": neurons}
+        if table.rotary:
+            prefix = "" if base is model else f"{model.base_model_prefix}."
+            path = f"{prefix}{stack.blocks}.{index}.{table.module}"
+            couples = attention._buffers.get("couples")
+            if couples is None:
+                couples = torch.arange(width // 2).expand(kv_heads, -1)
+            tensors[f"{path}.couples"] = couples.contiguous()
+            tensors |= _norms(attention, couples, width, path) if table.norms else {}
     return layers, tensors
 
 
@@ -53,7 +61,7 @@ def dense_width(config: Any) -> int:
     return width
 
 
-def _widths(query_key: int, value: int, multiple_of: int) -> dict[str, Any]:
+def _sizes(query_key: int, value: int, multiple_of: int) -> dict[str, Any]:
     common = max(query_key, value, 1)
     head = -(-common // multiple_of) * multiple_of
     return {"query_key_dim": query_key, "value_dim": value, "head_dim": head}

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,16 +42,20 @@ def dense(config: Any) -> Any:
     return config
 
 
-def resize(module: nn.Module, name: str, inputs: int, outputs: int) -> None:
+def resize(
+    module: nn.Module,
+    name: str,
+    inputs: int,
+    outputs: int,
+    kind: Callable[[int, int, bool], nn.Module] = nn.Linear,
+) -> None:
     """Give a module a linear layer of other sizes under the name of one that it has."""
     bias = getattr(module, name).bias is not None
     delattr(module, name)
     if not outputs:
         setattr(module, name, no_channels)
     else:
-        setattr(
-            module, name, nn.Linear(inputs, outputs, bias) if inputs else Constant(outputs, bias)
-        )
+        setattr(module, name, kind(inputs, outputs, bias) if inputs else Constant(outputs, bias))
 
 
 def no_channels(states: Tensor) -> Tensor:

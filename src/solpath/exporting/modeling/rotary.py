@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from solpath.exporting.modeling.common import (
-    Constant,
     CutModel,
     by_head,
     dense,
@@ -28,11 +27,10 @@ class CutDecoder(CutModel):
         decoder.rotary_emb.config = dense(config)
         for index, layer in enumerate(decoder.layers):
             layer.self_attn = self.attention_class(config, index)
-            sizes: Any = config.per_layer_config[index]
-            if sizes.intermediate_size:
-                layer.mlp = type(layer.mlp)(sizes)
-            else:
-                layer.mlp = Constant(sizes.hidden_size, layer.mlp.down_proj.bias is not None)
+            hidden, neurons = config.hidden_size, config.per_layer_config[index].intermediate_size
+            resize(layer.mlp, "gate_proj", hidden, neurons)
+            resize(layer.mlp, "up_proj", hidden, neurons)
+            resize(layer.mlp, "down_proj", neurons, hidden)
 
 
 class CutRotaryAttention:
