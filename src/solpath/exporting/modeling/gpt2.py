@@ -78,6 +78,9 @@ def transposed(inputs: int, outputs: int, bias: bool) -> nn.Module:
 class CutGPT2(CutModel):
     """Comes before a stock class of models."""
 
+    # The stock classes pass over old buffers by patterns that fit biases, too.
+    _keys_to_ignore_on_load_unexpected = None
+
     def cut_layers(self: Any, config: Any) -> None:
         """Exchange the attentions and resize the MLPs."""
         for index, block in enumerate(self.base_model.h):
