@@ -26,7 +26,8 @@ from solpath.exporting import families, plugin
 from solpath.exporting.export import RECORD
 
 DECODERS = ("gemma3_text", "llama", "llama 1:6", "mistral", "qwen2", "qwen3")
-LABELS = ("bert", "gpt2", *DECODERS, "vit")
+ONE_STACK = ("bert", "gpt2", *DECODERS, "vit")
+LABELS = (*ONE_STACK, "t5", "t5 gated")
 FRACTIONS = [
     (0.5, 0.25, 0.75),
     (0.0, 0.5, 1.0),
@@ -93,7 +94,7 @@ def test_dense_models_and_bare_decoders_are_written_too(label, tmp_path):
 
 
 @pytest.mark.parametrize("cache", [True, False])
-@pytest.mark.parametrize("label", ["gemma3_text", "gpt2", "mistral", "qwen3"])
+@pytest.mark.parametrize("label", ["gemma3_text", "gpt2", "mistral", "qwen3", "t5"])
 def test_generation_runs_past_the_window(label, cache, tmp_path):
     small = small_of(label, (0.5, 0.25, 0.75, 0.0))
     assert getattr(small.config, "sliding_window", None) in (4, None)
@@ -168,7 +169,8 @@ def test_folders_load_where_solpath_is_not_installed(tmp_path):
         batch = inputs(small)
         known = {f"in.{key}": value for key, value in batch.items()}
         known |= {"out": first(small, batch)}
-        if small.can_generate():
+        # transformers gives a decoder deeper than its encoder too short a cache.
+        if small.can_generate() and label != "t5 gated":
             known["tokens"] = small.generate(
                 **batch, max_new_tokens=6, min_new_tokens=6, do_sample=False
             )
@@ -212,7 +214,7 @@ def is_attention(module):
     return hasattr(module, "scaling") and "Attention" in type(module).__name__
 
 
-@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("label", ONE_STACK)
 def test_the_source_is_what_vllm_reads(label, tmp_path):
     small = small_of(label, (0.0, 0.5, 1.0))
     paths = [path for path, module in small.base_model.named_modules() if is_attention(module)]

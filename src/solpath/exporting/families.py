@@ -51,6 +51,10 @@ _BERT = {
     "BertForTokenClassification": "AutoModelForTokenClassification",
 }
 _VIT = {"ViTModel": "AutoModel", "ViTForImageClassification": "AutoModelForImageClassification"}
+_T5 = {
+    "T5Model": "AutoModel",
+    "T5ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+}
 FAMILIES = {
     "bert": Family("bert", "BertConfig", _BERT),
     "gemma3_text": _decoder("gemma3", "Gemma3", "Gemma3Text"),
@@ -63,6 +67,7 @@ FAMILIES = {
     "mistral": _decoder("mistral", "Mistral"),
     "qwen2": _decoder("qwen2", "Qwen2"),
     "qwen3": _decoder("qwen3", "Qwen3"),
+    "t5": Family("t5", "T5Config", _T5),
     "vit": Family("vit", "ViTConfig", _VIT),
 }
 """The `model_type` of dense models to their family."""

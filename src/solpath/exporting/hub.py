@@ -20,7 +20,7 @@ from solpath.errors import ConfigError, ExportError
 from solpath.exporting.families import FAMILIES, Family, written_out
 from solpath.exporting.formats import Format, Runner
 from solpath.exporting.parity import outputs_of
-from solpath.exporting.widths import dense_width, read_widths
+from solpath.exporting.widths import read_widths
 from solpath.files import json_bytes
 from solpath.running.forward import Batch, run
 from solpath.storing.manifest import CONFIG, INDEX
@@ -74,9 +74,9 @@ def write(
     if type(multiple_of) is not int or multiple_of < 1:
         raise ConfigError(f"multiple_of must be a whole number above 0, got {multiple_of!r}.")
     family = FAMILIES[model.config.model_type]  # type: ignore[union-attr, index]
-    layers, tensors = read_widths(model, _tensors(model), multiple_of)
+    entries, tensors = read_widths(model, _tensors(model), multiple_of)
     tensors = {name: value for name, value in tensors.items() if value.numel()}
-    config = _config(model, family, layers)
+    config = _config(model, family, entries)
     _check_tensors(type(model).__name__, family, config, tensors)
     config.save_pretrained(folder)
     (folder / family.file).write_text(written_out(family.module), encoding="utf-8")
@@ -99,11 +99,10 @@ def _stored(tensor: Tensor) -> Stored:
     return Stored(tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
-def _config(model: Any, family: Family, layers: dict[int, dict[str, Any]]) -> Any:
+def _config(model: Any, family: Family, entries: dict[str, Any]) -> Any:
     dropped = ("model_type", "quantization_config", "auto_map", "transformers_version")
     values = {key: value for key, value in model.config.to_dict().items() if key not in dropped}
-    values["head_dim"] = dense_width(model.config)
-    config = family.cut_class(family.config)(**values, per_layer_config=layers)
+    config = family.cut_class(family.config)(**values | entries)
     name = type(model).__name__
     file = family.file.removesuffix(".py")
     base = next(stock for stock, auto in family.classes.items() if auto == "AutoModel")

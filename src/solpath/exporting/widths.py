@@ -4,20 +4,23 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from solpath.arch import lookup
+from solpath.arch import Attention, lookup
 from solpath.model.linear import linear_map
 
 Layers = dict[int, dict[str, Any]]
 """Index of a layer to its entries in `per_layer_config`."""
 
+Entries = dict[str, Any]
+"""Entries of a configuration."""
+
 Tensors = dict[str, Tensor]
 """Tensors by name."""
 
 
-def read_widths(model: Any, tensors: Tensors, multiple_of: int) -> tuple[Layers, Tensors]:
-    """Read a model with one stack of blocks.
+def read_widths(model: Any, tensors: Tensors, multiple_of: int) -> tuple[Entries, Tensors]:
+    """Read a model.
 
     Args:
         model: The model.
@@ -25,8 +28,16 @@ def read_widths(model: Any, tensors: Tensors, multiple_of: int) -> tuple[Layers,
         multiple_of: What the size of a head must be a multiple of.
 
     Returns:
-        The widths, and the tensors as the cut class has them.
+        The widths, as entries of a configuration, and the tensors as the cut class has them.
     """
+    if model.config.is_encoder_decoder:
+        return {"stack_widths": _stacks(model, multiple_of)}, tensors
+    layers, tensors = _stack(model, tensors, multiple_of)
+    return {"head_dim": dense_width(model.config), "per_layer_config": layers}, tensors
+
+
+def _stack(model: Any, tensors: Tensors, multiple_of: int) -> tuple[Layers, Tensors]:
+    """Read a model with one stack of blocks, of which each has one attention."""
     [stack] = lookup(model.config.model_type)
     [table], [mlp] = stack.attentions, stack.mlps
     base, width = model.base_model, dense_width(model.config)
@@ -34,19 +45,15 @@ def read_widths(model: Any, tensors: Tensors, multiple_of: int) -> tuple[Layers,
     tensors = dict(tensors)
     for index, block in enumerate(base.get_submodule(stack.blocks)):
         attention = block.get_submodule(table.module)
-        heads = attrgetter(table.heads)(attention)
-        kv_heads = attrgetter(table.kv_heads)(attention) if table.kv_heads else heads
-        value = linear_map(block, table.output).in_features // heads
-        query_key = linear_map(block, table.query).out_features // heads
-        if table.query == table.value:  # one layer for queries, keys and values
-            query_key = (query_key - value) // 2
         neurons = linear_map(block, mlp.right).in_features
-        layers[index] = _sizes(query_key, value, multiple_of) | {"intermediate_size": neurons}
+        sizes = _sizes(block, table, multiple_of)
+        layers[index] = {**sizes, "intermediate_size": neurons}
         if table.rotary:
             prefix = "" if base is model else f"{model.base_model_prefix}."
             path = f"{prefix}{stack.blocks}.{index}.{table.module}"
             couples = attention._buffers.get("couples")
             if couples is None:
+                kv_heads = attrgetter(table.kv_heads)(attention)
                 couples = torch.arange(width // 2).expand(kv_heads, -1)
             tensors[f"{path}.couples"] = couples.contiguous()
             tensors |= _norms(attention, couples, width, path) if table.norms else {}
@@ -61,9 +68,29 @@ def dense_width(config: Any) -> int:
     return width
 
 
-def _sizes(query_key: int, value: int, multiple_of: int) -> dict[str, Any]:
-    common = max(query_key, value, 1)
-    head = -(-common // multiple_of) * multiple_of
+def _stacks(model: Any, multiple_of: int) -> dict[str, list[dict[str, Any]]]:
+    """Read the stacks of T5: name to an entry for every block."""
+    result: dict[str, list[dict[str, Any]]] = {}
+    for stack in lookup(model.config.model_type):
+        name = stack.blocks.partition(".")[0]
+        result[name] = []
+        for block in model.get_submodule(stack.blocks):
+            entry: dict[str, Any] = {}
+            for table in stack.attentions:
+                part = table.module.rpartition(".")[2]
+                entry[part] = _sizes(block, table, multiple_of)
+            right = linear_map(block, stack.mlps[0].right)
+            result[name].append(entry | {"intermediate_size": right.in_features})
+    return result
+
+
+def _sizes(block: nn.Module, table: Attention, multiple_of: int) -> dict[str, int]:
+    heads = attrgetter(table.heads)(block.get_submodule(table.module))
+    value = linear_map(block, table.output).in_features // heads
+    query_key = linear_map(block, table.query).out_features // heads
+    if table.query == table.value:  # one layer for queries, keys and values
+        query_key = (query_key - value) // 2
+    head = -(-max(query_key, value, 1) // multiple_of) * multiple_of
     return {"query_key_dim": query_key, "value_dim": value, "head_dim": head}
 
 

@@ -66,6 +66,8 @@ def no_channels(states: Tensor) -> Tensor:
 class Constant(nn.Module):
     """A linear layer without inputs: its bias, or zeros. Kernels take none."""
 
+    weight = None
+
     def __init__(self, outputs: int, bias: bool) -> None:
         super().__init__()
         self.outputs = outputs

@@ -79,7 +79,7 @@ class CutGPT2(CutModel):
     """Comes before a stock class of models."""
 
     # The stock classes pass over old buffers by patterns that fit biases, too.
-    _keys_to_ignore_on_load_unexpected = None
+    _keys_to_ignore_on_load_unexpected: ClassVar[Any] = None
 
     def cut_layers(self: Any, config: Any) -> None:
         """Exchange the attentions and resize the MLPs."""
