@@ -43,6 +43,11 @@ def check(model: nn.Module) -> None:
             f"the format 'hub' knows {', '.join(family.classes)} of transformers, not "
             f"{kind.__module__}.{kind.__name__}."
         )
+    if low := {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}:
+        raise ExportError(
+            f"the model is in {low.pop()}, whose rounding hides what differs; export "
+            "model.float(), and load the folder with dtype=."
+        )
     if is_foreign(model_type):
         raise ExportError(
             f"the table of {model_type} was registered, and the classes of the format 'hub' are "
