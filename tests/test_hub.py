@@ -11,6 +11,7 @@ import textwrap
 import tomllib
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -238,6 +239,21 @@ def test_the_source_is_what_vllm_reads(label, tmp_path):
         assert attention.config is config is model.config
     annotations = inspect.signature(type(model).__init__).parameters
     assert annotations["self"].annotation is inspect.Parameter.empty  # vLLM takes it for config's
+
+
+@pytest.mark.parametrize("label", ["bert", "gpt2", "llama"])
+def test_heads_that_vllm_has_spread_are_refused(label, tmp_path):
+    small = small_of(label)
+    exported(small, tmp_path / "out")
+    model = loaded(tmp_path / "out")
+    attention = next(module for module in model.modules() if is_attention(module))
+    for heads in (attention.heads, attention.heads // 2):
+        attention.attn = SimpleNamespace(num_heads=heads)  # as vLLM does
+        if heads == attention.heads:
+            model(**inputs(small))
+        else:
+            with pytest.raises(ValueError, match="tensor_parallel_size=1"):
+                model(**inputs(small))
 
 
 def test_vllm_itself_finds_the_interface():

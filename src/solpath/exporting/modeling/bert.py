@@ -6,7 +6,14 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import configuration_bert, modeling_bert
 
-from solpath.exporting.modeling.common import CutModel, by_head, dense_sizes, padded, resize
+from solpath.exporting.modeling.common import (
+    CutModel,
+    by_head,
+    check_whole,
+    dense_sizes,
+    padded,
+    resize,
+)
 
 
 class SolpathBertConfig(configuration_bert.BertConfig):
@@ -43,6 +50,7 @@ class SolpathBertSelfAttention(modeling_bert.BertSelfAttention):
         """Do what the stock class does, in fewer channels."""
         cache = kwargs.pop("past_key_values", cache)  # its name before transformers 5.24
         cache = getattr(cache, "self_attention_cache", cache)
+        check_whole(self)
         query = by_head(self.query(hidden_states), self.heads, self.query_key_dim)
         key = by_head(self.key(hidden_states), self.heads, self.query_key_dim)
         value = by_head(self.value(hidden_states), self.heads, self.value_dim)

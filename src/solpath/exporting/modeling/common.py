@@ -79,6 +79,13 @@ class Constant(nn.Module):
         return zeros if self.bias is None else zeros + self.bias
 
 
+def check_whole(module: Any) -> None:
+    """Refuse to run where vLLM has spread the heads over devices, which would mix up tokens."""
+    served = getattr(module, "attn", None)  # what vLLM attends with
+    if served is not None and served.num_heads != module.heads:
+        raise ValueError("the heads of a layer stay together: serve with tensor_parallel_size=1.")
+
+
 def by_head(states: Tensor, heads: int, width: int) -> Tensor:
     """``[batch, tokens, heads * width] -> [batch, heads, tokens, width]``."""
     return states.view(*states.shape[:-1], heads, width).transpose(1, 2)

@@ -7,7 +7,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2 import configuration_gpt2, modeling_gpt2
 from transformers.pytorch_utils import Conv1D
 
-from solpath.exporting.modeling.common import CutModel, by_head, dense_sizes, padded, resize
+from solpath.exporting.modeling.common import (
+    CutModel,
+    by_head,
+    check_whole,
+    dense_sizes,
+    padded,
+    resize,
+)
 
 
 class SolpathGPT2Config(configuration_gpt2.GPT2Config):
@@ -44,6 +51,7 @@ class SolpathGPT2Attention(modeling_gpt2.GPT2Attention):
         """Do what the stock class does, in fewer channels."""
         cache = kwargs.pop("past_key_values", cache)  # its name before transformers 5.24
         cache = getattr(cache, "self_attention_cache", cache)
+        check_whole(self)
         widths = self.query_key_dim, self.query_key_dim, self.value_dim
         parts = self.c_attn(hidden_states).split([self.heads * width for width in widths], dim=-1)
         query, key, value = (

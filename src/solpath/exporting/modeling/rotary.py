@@ -9,6 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from solpath.exporting.modeling.common import (
     CutModel,
     by_head,
+    check_whole,
     dense,
     dense_sizes,
     padded,
@@ -74,6 +75,7 @@ class CutRotaryAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """Do what the stock class does, in fewer channels."""
         cache = kwargs.pop("past_key_values", cache)  # its name before transformers 5.24
+        check_whole(self)
         query = by_head(self.q_proj(hidden_states), self.heads, self.query_key_dim)
         key = by_head(self.k_proj(hidden_states), self.kv_heads, self.query_key_dim)
         value = by_head(self.v_proj(hidden_states), self.kv_heads, self.value_dim)
