@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from solpath.errors import ConfigError
+from solpath.exporting import hub
 from solpath.exporting.formats import Format
 from solpath.exporting.parity import Parity, check_parity, random_batch
 from solpath.files import check_output, json_bytes, new_folder
@@ -18,7 +19,7 @@ from solpath.running.forward import Batch
 from solpath.running.modes import contained
 from solpath.running.provenance import provenance
 
-FORMATS: dict[str, Format] = {}
+FORMATS: dict[str, Format] = {"hub": hub.FORMAT}
 """Name to format; see `export`."""
 
 RECORD = "solpath_export.json"
@@ -91,7 +92,7 @@ def export(
         with new_folder(folder, overwrite=overwrite, marks=(RECORD,)) as temporary:
             chosen.write(model, temporary, batches["random"], **options)
             parity = check_parity(model, chosen.open(temporary), batches, chosen.tolerance)
-            command = chosen.command.format(folder=Path(folder))
+            command = chosen.command.format(folder=os.fspath(folder))
             record = _record(model, chosen, parity, options, command)
             (temporary / RECORD).write_bytes(json_bytes(record))
             size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
