@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from solpath.errors import ConfigError
+from solpath.exporting import stock
 from solpath.exporting.formats import Format
 from solpath.exporting.parity import Parity, check_parity, random_batch
 from solpath.files import check_output, json_bytes, new_folder
@@ -18,7 +19,7 @@ from solpath.running.forward import Batch
 from solpath.running.modes import contained
 from solpath.running.provenance import provenance
 
-FORMATS: dict[str, Format] = {}
+FORMATS: dict[str, Format] = {stock.FORMAT.name: stock.FORMAT}
 """Name to format; see `export`."""
 
 RECORD = "solpath_export.json"
