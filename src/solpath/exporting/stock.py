@@ -16,7 +16,6 @@ from solpath.exporting.formats import Format, Outputs, Runner
 from solpath.exporting.origin import base_of, license_of
 from solpath.exporting.parity import outputs_of
 from solpath.exporting.stock_model import Padding, stock_model
-from solpath.pair import Pair
 from solpath.planning.plan import Plan, plan_of
 from solpath.running.forward import Batch, run
 from solpath.running.provenance import version_of
@@ -75,7 +74,7 @@ def write(
     stock.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
-    card = model_card(_facts(model, plan, padding, auto_class(stock)))
+    card = model_card(_facts(model, plan, padding, auto_class(type(stock))))
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -102,32 +101,28 @@ def _widths(plan: Plan) -> list[tuple[str, int, int, int]]:
     return [(kind, min(kept), max(kept), whole) for (kind, whole), kept in groups.items()]
 
 
-def auto_class(model: Any) -> str:
-    """Return the name of the class of transformers that loads the folder of a model.
+def auto_class(kind: Any) -> str:
+    """Return the name of the class that loads a folder: an ``AutoModel…``, or `kind` if none does.
 
     Args:
-        model: A model of transformers.
-
-    Returns:
-        That of an ``AutoModel…``, or that of its own class if there is none.
+        kind: A class of transformers that has a configuration class.
 
     Example:
-        >>> auto_class(model)
+        >>> auto_class(type(model))
         'AutoModelForSequenceClassification'
     """
     import transformers
 
-    kind, settings = type(model), type(model.config)
     for name in sorted(n for n in dir(transformers) if n.startswith("AutoModel")):
-        mapping = getattr(getattr(transformers, name), "_model_mapping", {})
-        found = mapping.get(settings, ()) if mapping else ()
+        mapping = getattr(getattr(transformers, name), "_model_mapping", None)
+        found = mapping.get(kind.config_class, ()) if mapping else ()
         if kind in (found if isinstance(found, tuple) else (found,)):
             return name
-    return kind.__name__
+    return str(kind.__name__)
 
 
 def open_folder(folder: Path) -> Runner:
-    """Load a folder with a class of transformers.
+    """Load a folder as its card says, and check that it is whole.
 
     Raises:
         ExportError: A weight is missing, is not used, or has another shape than the class wants.
@@ -136,7 +131,10 @@ def open_folder(folder: Path) -> Runner:
 
     settings = transformers.AutoConfig.from_pretrained(folder)
     kind = getattr(transformers, settings.architectures[0])
-    model, info = kind.from_pretrained(folder, output_loading_info=True)
+    loader = getattr(transformers, auto_class(kind))
+    model, info = loader.from_pretrained(folder, output_loading_info=True)
+    if type(model) is not kind:
+        raise ExportError(f"plain transformers loads a {type(model).__name__}.")
     if wrong := {name: found for name, found in info.items() if found}:
         raise ExportError(
             f"plain transformers loads another model: {wrong}. A model that was built without one "
@@ -158,5 +156,8 @@ FORMAT = Format(
     open=open_folder,
     runtime=lambda: f"transformers {version_of('transformers')} on a CPU",
     tolerance=1e-4,
-    command="python -c \"from transformers import AutoModel; AutoModel.from_pretrained('{folder}')\"",
+    command=(
+        "python -c \"import transformers as t; f = '{folder}'; "
+        'getattr(t, t.AutoConfig.from_pretrained(f).architectures[0]).from_pretrained(f)"'
+    ),
 )

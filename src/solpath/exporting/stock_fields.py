@@ -7,7 +7,7 @@ in the layers of that size every kept unit stands. The rest of such a layer is f
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -78,6 +78,11 @@ def _vision_ratio(settings: Settings, widths: Mapping[str, int]) -> int:
     return -(-max(widths.values()) // settings["embed_dim"]) or 1
 
 
+def _aligned(name: str) -> Callable[[Settings, Mapping[str, int]], int]:
+    """Round up to what the grouped products of experts take: rows of 16 bytes, of 2 a number."""
+    return lambda settings, widths: min(-(-max(*widths.values(), 1) // 8) * 8, settings[name])
+
+
 _MLP = Field("mlp", "intermediate_size")
 _HEADS = Field("heads", "head_dim")
 _TWO_SIDES = (
@@ -87,7 +92,10 @@ _TWO_SIDES = (
 _T5 = (Field("mlp", "d_ff"), Field("heads", "d_kv"))
 _DINOV2 = (Field("mlp", "mlp_ratio", value=_dinov2_ratio), _HEADS)
 _SWIN = (Field("mlp", "mlp_ratio", value=_swin_ratio),)
-_EXPERTS = Field("experts", "moe_intermediate_size")
+_EXPERTS, _ONLY_EXPERTS = (
+    Field("experts", name, value=_aligned(name))
+    for name in ("moe_intermediate_size", "intermediate_size")
+)
 _FIELDS: dict[str, tuple[Field, ...]] = {
     **dict.fromkeys(
         (
@@ -112,8 +120,8 @@ _FIELDS: dict[str, tuple[Field, ...]] = {
     "distilbert": (Field("mlp", "hidden_dim"),),
     "falcon": (Field("mlp", "ffn_hidden_size"),),
     "gpt2": (Field("mlp", "n_inner"),),
-    "gpt_oss": (Field("experts", "intermediate_size"), _HEADS),
-    "mixtral": (Field("experts", "intermediate_size"), _HEADS),
+    "gpt_oss": (_ONLY_EXPERTS, _HEADS),
+    "mixtral": (_ONLY_EXPERTS, _HEADS),
     "opt": (Field("mlp", "ffn_dim"),),
     "qwen2_moe": (
         Field("mlp", "shared_expert_intermediate_size", inside="shared_expert"), _MLP, _EXPERTS,
@@ -122,6 +130,9 @@ _FIELDS: dict[str, tuple[Field, ...]] = {
     "qwen2_vl_vision": (Field("mlp", "mlp_ratio", value=_vision_ratio),),
     "qwen3_moe": (_MLP, _EXPERTS, _HEADS),
 }  # fmt: skip
+
+_POOLED = ("siglip_vision_model", "siglip2_vision_model")
+"""Types whose one field also sets the width of a head that is not pruned, if they have one."""
 
 _TOWERS = {"text_model": "text_config", "vision_model": "vision_config"}
 _LANGUAGE = {"language_model": "text_config"}
@@ -134,23 +145,26 @@ _PARTS: dict[str, dict[str, str]] = {
 """
 
 
-def fields_of(settings: Settings) -> tuple[Field, ...]:
+def fields_of(settings: Settings, *, pooling: bool = False) -> tuple[Field, ...]:
     """Return the fields of a configuration that set widths.
 
     Args:
         settings: The configuration.
+        pooling: Whether a head that pools images is pruned with the blocks before it.
 
     Example:
         >>> [field.name for field in fields_of({"model_type": "t5"})]
         ['d_ff', 'd_kv']
     """
     kind = settings.get("model_type", "")
+    if kind in _POOLED and settings["vision_use_head"] and not pooling:
+        return ()
     if kind not in _PARTS:
         return _FIELDS.get(kind, (_MLP,))
     return tuple(
-        Field(found.kind, found.name, inside, part, found.value)
+        replace(found, inside=inside, part=part)
         for inside, part in _PARTS[kind].items()
-        for found in fields_of(settings[part])
+        for found in fields_of(settings[part], pooling=kind in ("siglip", "siglip2"))
     )
 
 

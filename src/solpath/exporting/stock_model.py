@@ -1,11 +1,13 @@
 """Make a stock model from an extracted one, and say what stands in the way."""
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from solpath.arch.building import drop_data_, without_weights
 from solpath.errors import ExportError
@@ -89,27 +91,31 @@ def _build(model: Any, settings: Mapping[str, Any]) -> Any:
 def _padding(
     dense: nn.Module,
     target: nn.Module,
-    pairs: tuple[tuple[Pair, ...], tuple[Pair, ...]],
+    pairs: tuple[Sequence[Pair], Sequence[Pair]],
     kept: Mapping[str, Tensor],
     batch: Batch,
 ) -> Padding:
-    sample = {name: value[:1].to("meta") for name, value in batch.items()}
-    costs = [
-        count_costs(built, found, sample)
-        for built, found in zip((dense, target), pairs, strict=True)
-    ]
-    units, dropped = {}, {}
-    names = {"parameters": "params", "multiply-accumulates": "macs"}
-    padded = dict.fromkeys(names, 0)
-    for pair in pairs[1]:
-        width = kept[pair.name].shape[1]
-        if more := pair.width - width:
-            (units if width else dropped)[pair.name] = more
-            for name, measure in names.items():
-                padded[name] += more * pair.heads * costs[1].unit[measure][pair.name]
-    sizes = {
-        name: (costs[0].dense[measure], costs[1].dense[measure]) for name, measure in names.items()
+    """Count what of a stock model is zero. Both models are on the meta device.
+
+    Multiply-accumulates are left out of a model whose forward pass asks what its inputs are.
+    """
+    more = {
+        pair.name: wide.width - kept[pair.name].shape[1] for pair, wide in zip(*pairs, strict=True)
     }
+    units = {name: n for name, n in more.items() if n and kept[name].shape[1]}
+    dropped = {name: n for name, n in more.items() if n and not kept[name].shape[1]}
+
+    def zeros(costs: Mapping[str, int]) -> int:
+        return sum(more[pair.name] * pair.heads * costs[pair.name] for pair in pairs[1])
+
+    numbers = [sum(p.numel() for p in built.parameters()) for built in (dense, target)]
+    sizes = {"parameters": (numbers[0], numbers[1])}
+    padded = {"parameters": zeros({pair.name: pair.cost for pair in pairs[1]})}
+    sample = {name: value[:1].to("meta") for name, value in batch.items()}
+    with contextlib.suppress(DataDependentOutputException):
+        costs = [count_costs(m, p, sample) for m, p in zip((dense, target), pairs, strict=True)]
+        sizes["multiply-accumulates"] = costs[0].dense["macs"], costs[1].dense["macs"]
+        padded["multiply-accumulates"] = zeros(costs[1].unit["macs"])
     return Padding(units, dropped, sizes, padded)
 
 
@@ -179,6 +185,7 @@ def _reason(
             "them; plan with the constraint shared_couples"
         )
     return (
-        f"{field} has no value for {widths[0]} units of {first.name}; plan with multiple_of a "
-        "width that it has"
+        f"{field} has no value for the {widths[0]} units of {first.name}; plan with multiple_of=8 "
+        "for experts, or else with min_width the width of the dense model, where the field is a "
+        "whole ratio"
     )
