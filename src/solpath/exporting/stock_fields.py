@@ -100,7 +100,7 @@ _FIELDS: dict[str, tuple[Field, ...]] = {
     **dict.fromkeys(
         (
             "audio-spectrogram-transformer", "beit", "cohere", "cohere2", "deit", "ernie4_5",
-            "eurobert", "gemma", "gemma2", "gemma3_text", "granite", "helium", "ijepa", "llama",
+            "eurobert", "gemma", "gemma2", "gemma3_text", "granite", "ijepa", "llama",
             "ministral", "mistral", "olmo", "qwen2", "qwen3", "seed_oss", "smollm3", "starcoder2",
             "vit", "vit_mae", "vit_msn", "vivit",
         ),
