@@ -27,11 +27,11 @@ from solpath.exporting.export import export
 from solpath.exporting.parity import outputs_of
 from solpath.running.forward import run
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
-sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from conftest import CASES, build, inputs
 from plans import HEADS, NO_MLP, stock_plan
 
+TESTS = Path(__file__).resolve().parents[1] / "tests"
 CUTS = ("mlp", "heads", "both", "dropped", "uneven")
 
 

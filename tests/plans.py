@@ -85,8 +85,8 @@ def stock_plan(model, label, cut):
     if cut == "uneven":
         plan = random_plan(model, (0.5, 0.25, 0.75, 0.6))
         return replace(plan, gains=ones(plan))
-    dropped = [[p.name for p in pairs if p.kind == kind][-1:] for kind in ("mlp", "vo")]
-    dropped = sum(dropped, []) if cut == "dropped" else []
+    last = {p.kind: p.name for p in pairs}
+    dropped = [last.get("mlp"), last.get("vo")] if cut == "dropped" else []
     generator = torch.Generator().manual_seed(1)
     tables = rotary_tables(model)
     order = {table: torch.randperm(64, generator=generator) for table in sorted(set(tables))}

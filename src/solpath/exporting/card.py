@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ def model_card(facts: Facts) -> str:
     parts.append(f"A {article}{origin if facts.base else ''}.")
     parts.append(f"```{facts.language}\n{facts.load.strip()}\n```")
     if facts.sizes:
-        rows = [(n, f"{a:,}", f"{b:,}", f"{b / a:.1%}") for n, (a, b) in facts.sizes.items() if a]
-        parts.append(_table(("", "dense", "here", "share"), rows))
+        sizes = [[n, f"{a:,}", f"{b:,}", f"{b / a:.1%}"] for n, (a, b) in facts.sizes.items() if a]
+        parts.append(_table(("", "dense", "here", "share"), sizes))
     if facts.cut:
-        rows = [(n, f"{whole:,}", _range(low, high)) for n, low, high, whole in facts.cut]
-        parts.append(_table(("units of a head", "dense", "kept"), rows))
+        widths = [[n, f"{whole:,}", _range(low, high)] for n, low, high, whole in facts.cut]
+        parts.append(_table(("units of a head", "dense", "kept"), widths))
     if any(facts.padded.values()):
         amounts = " and ".join(f"{n:,} {what}" for what, n in facts.padded.items() if n)
         parts.append(f"Of these, {amounts} are zeros: they fill layers up to one width.")
@@ -74,20 +75,15 @@ def _range(low: int, high: int) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    line = "|".join(["---", *["---:"] * (len(head) - 1)])
-    lines = [" | ".join(head), line, *(" | ".join(row) for row in rows)]
-    return "\n".join(line if "---" in line else f"| {line} |" for line in lines).replace(
-        "---|", "|---|", 1
-    )
+    """Return a table of which all columns but the first are aligned to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _metadata(facts: Facts) -> str:
     from huggingface_hub import ModelCardData
 
-    data = ModelCardData(
-        base_model=facts.base or None,
-        library_name=facts.library or None,
-        tags=["pruned"],
-        **facts.license,
-    )
+    fields: dict[str, Any] = {**facts.license, "tags": ["pruned"]}
+    fields |= {"base_model": facts.base or None, "library_name": facts.library or None}
+    data = ModelCardData(**fields)
     return f"---\n{data.to_yaml()}\n---"

@@ -75,7 +75,7 @@ def _swin_ratio(settings: Settings, widths: Mapping[str, int]) -> float:
 
 
 def _vision_ratio(settings: Settings, widths: Mapping[str, int]) -> int:
-    return -(-max(widths.values()) // settings["embed_dim"]) or 1
+    return max(1, -(-max(widths.values()) // int(settings["embed_dim"])))
 
 
 def _aligned(name: str) -> Callable[[Settings, Mapping[str, int]], int]:
@@ -139,7 +139,9 @@ _LANGUAGE = {"language_model": "text_config"}
 _PARTS: dict[str, dict[str, str]] = {
     **dict.fromkeys(("clip", "siglip", "siglip2"), _TOWERS),
     **dict.fromkeys(("gemma3", "llava"), _LANGUAGE | {"vision_tower": "vision_config"}),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _LANGUAGE | {"visual": "vision_config"}),
+    **dict.fromkeys(
+        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _LANGUAGE | {"visual": "vision_config"}
+    ),
 }
 """Types of several parts: a part of the paths of its layers, to the configuration it is built from.
 """
@@ -282,7 +284,7 @@ def _fit_heads(
 
 
 def _union(kept: Sequence[Tensor]) -> Tensor:
-    return torch.cat([index.flatten() for index in kept]).unique()
+    return torch.tensor(sorted({i for index in kept for i in index.flatten().tolist()})).long()
 
 
 def _extend(couples: Tensor, count: int) -> Tensor:

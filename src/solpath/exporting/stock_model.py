@@ -21,6 +21,7 @@ from solpath.planning.plan import Plan
 from solpath.running.forward import Batch
 from solpath.storing.skeleton import constructor_options
 
+
 @dataclass(frozen=True)
 class Padding:
     """What of a stock model is zero, beside what its plan keeps.
@@ -39,10 +40,7 @@ class Padding:
     padded: Mapping[str, int]
 
 
-
-def stock_model(
-    model: Any, plan: Plan, batch: Batch, *, pad: bool
-) -> tuple[nn.Module, Padding]:
+def stock_model(model: Any, plan: Plan, batch: Batch, *, pad: bool) -> tuple[nn.Module, Padding]:
     """Return the stock model of an extracted one, and what of it is zero.
 
     Args:
@@ -169,8 +167,9 @@ def _reason(
     where = f"inside {rule.part}" if rule.part else ""
     field = " ".join(filter(None, (f"the field {rule.name}", where)))
     if len(widths) > 1:
-        low, high = (min(channels, key=lambda n: (channels[n] == 0, channels[n]))), max(
-            channels, key=channels.__getitem__
+        low, high = (
+            (min(channels, key=lambda n: (channels[n] == 0, channels[n]))),
+            max(channels, key=channels.__getitem__),
         )
         reason = (
             f"its {what} have widths of {channels[low]} ({low}) to {channels[high]} ({high}), and "

@@ -121,7 +121,7 @@ def _laid_out(
         flat[other.channel_index(place, units)] = values
     if wanted.neurons is None:
         return flat.movedim(0, wanted.dim(axis)) if flat.dim() > 1 else flat
-    flat = flat.unflatten(0, (result.shape[0], -1))
+    flat = flat.view(result.shape[0], -1, *flat.shape[1:])
     return flat.movedim(1, wanted.dim(axis)) if flat.dim() > 2 else flat
 
 
@@ -129,7 +129,7 @@ def _factors(
     small: nn.Module, target: nn.Module, dense: Sequence[Site], others: Sequence[Site]
 ) -> dict[tuple[str, str], float]:
     """Return what queries and keys are multiplied by, by the pair and the path of the layer."""
-    factors = {}
+    factors: dict[tuple[str, str], float] = {}
     for site, other in zip(dense, others, strict=True):
         if site.qk is None or other.qk is None:
             continue
