@@ -55,9 +55,10 @@ def read_tables(model: nn.Module, sites: Iterable[Site]) -> dict[str, Table]:
     [rotary] = found
     result = {}
     for site in sites:
-        if site.qk is not None and site.qk.channels == 2 and site.plain is None:
-            if (table := _table(rotary, model.get_submodule(site.path))) is not None:
-                result[site.qk.name] = table
+        if site.qk is None or site.qk.channels != 2 or site.plain is not None:
+            continue
+        if (table := _table(rotary, model.get_submodule(site.path))) is not None:
+            result[site.qk.name] = table
     return result
 
 
