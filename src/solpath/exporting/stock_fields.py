@@ -67,7 +67,7 @@ def _swin_ratio(settings: Settings, widths: Mapping[str, int]) -> float:
     def stage(path: str) -> int:
         return int(path.partition("layers.")[2].partition(".")[0])
 
-    sizes = {path: settings["embed_dim"] * 2 ** stage(path) for path in widths}
+    sizes = {path: int(settings["embed_dim"]) << stage(path) for path in widths}
     ratio = max(max(width, 1) / sizes[path] for path, width in widths.items())
     while any(int(ratio * sizes[path]) < width for path, width in widths.items()):
         ratio = math.nextafter(ratio, math.inf)
