@@ -76,7 +76,7 @@ def test_uneven_widths_are_padded_on_request_alone(label, tmp_path):
     assert max(row.difference for row in result.parity) <= 2e-6
     card = (tmp_path / "x" / "README.md").read_text()
     [zeros] = [line for line in card.splitlines() if line.endswith("up to one width.")]
-    padded = int(zeros.split("these, ")[1].split(" parameters")[0].replace(",", ""))
+    padded = int(zeros.split("here, ")[1].split(" parameters")[0].replace(",", ""))
     state = {t.data_ptr() or name: t.numel() for name, t in small.state_dict().items()}
     assert padded == numbers(tmp_path / "x") - sum(state.values()) > 0
 

@@ -65,7 +65,7 @@ def model_card(facts: Facts) -> str:
         parts.append(_table(("units of a head", "dense", "kept"), widths))
     if any(facts.padded.values()):
         amounts = " and ".join(f"{n:,} {what}" for what, n in facts.padded.items() if n)
-        parts.append(f"Of these, {amounts} are zeros: they fill layers up to one width.")
+        parts.append(f"Of the sizes here, {amounts} are zeros: they fill layers up to one width.")
     parts.extend(facts.notes)
     return "\n\n".join(part for part in parts if part) + "\n"
 

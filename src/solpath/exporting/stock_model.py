@@ -184,7 +184,6 @@ def _reason(
             "them; plan with the constraint shared_couples"
         )
     return (
-        f"{field} has no value for the {widths[0]} units of {first.name}; plan with multiple_of=8 "
-        "for experts, or else with min_width the width of the dense model, where the field is a "
-        "whole ratio"
+        f"{field} has no value for the {widths[0]} units of {first.name}; plan with "
+        + ("multiple_of=8" if kind == "experts" else f"protect=['*.{kind}'], or whole ratios")
     )
