@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import solpath
 from conftest import build, inputs
-from plans import HEADS, random_plan, stock_plan
+from plans import HEADS, plan_of, random_plan, stock_plan
 from solpath.errors import ConfigError, ExportError
 from solpath.exporting.card import Facts, model_card
 from solpath.exporting.export import export
@@ -95,6 +95,11 @@ def test_what_is_in_the_way_is_named(tmp_path):
             export(small, tmp_path / "x", "stock", batch=inputs(small))
     small = small_of("bert", "uneven")
     with pytest.raises(ExportError, match=r"no field for the width of its heads.*protect"):
+        export(small, tmp_path / "x", "stock", batch=inputs(small))
+    mixture = build("mixtral")
+    widths = [12 if pair.kind == "experts" else pair.width for pair in find_pairs(mixture)]
+    small = solpath.extract(mixture, plan_of(mixture, widths))
+    with pytest.raises(ExportError, match=r"no value for the 12 units.*multiple_of=8"):
         export(small, tmp_path / "x", "stock", batch=inputs(small))
 
 

@@ -183,7 +183,6 @@ def _reason(
             f"its heads keep different rotary couples ({first.name}), and one table serves all of "
             "them; plan with the constraint shared_couples"
         )
-    return (
-        f"{field} has no value for the {widths[0]} units of {first.name}; plan with "
-        + ("multiple_of=8" if kind == "experts" else f"protect=['*.{kind}'], or whole ratios")
+    return f"{field} has no value for the {widths[0]} units of {first.name}; plan with " + (
+        "multiple_of=8" if kind == "experts" else f"protect=['*.{kind}'], or whole ratios"
     )
