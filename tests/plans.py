@@ -1,4 +1,6 @@
-"""Random plans, without a search."""
+"""Plans without a search: random ones, and ones that a stock class of transformers holds."""
+
+from dataclasses import replace
 
 import torch
 
@@ -48,3 +50,87 @@ def both(model, plan, batch):
         with solpath.masked(model, plan):
             masked = forward(model, batch)
         return masked, forward(small, batch)
+
+
+PLAIN = ["audio-spectrogram-transformer", "beit", "deit", "dinov2", "dinov2 gated", "ijepa", "vit"]
+PLAIN += ["dinov2_with_registers", "vit_mae", "vit_msn", "vivit"]
+RELATIVE = ["mt5", "t5", "t5 gated", "umt5"]
+ROTARY = ["cohere", "cohere2", "ernie4_5", "eurobert", "gemma", "gemma2", "gemma3", "gemma3_text"]
+ROTARY += ["gpt_oss", "granite", "llama", "llama 1:6", "llava", "ministral", "mistral"]
+ROTARY += ["mixtral", "olmo", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3"]
+ROTARY += ["starcoder2"]
+HEADS = PLAIN + RELATIVE + ROTARY
+NO_MLP = ["bloom", "siglip_vision_model", "siglip2_vision_model"]
+
+
+def narrow(pair, label):
+    """A width that the field of the family has."""
+    if pair.kind == "experts" or pair.kind == "mlp":
+        if label.startswith("swin"):
+            return int(0.85 * pair.width / 1.7 + 1e-9)
+        if label.startswith("dinov2"):
+            return pair.width // 2
+        return 8 if pair.kind == "experts" else pair.width // 2
+    return 2 if pair.channels == 2 else 4
+
+
+def stock_plan(model, label, cut):
+    """A plan that a stock class holds: one width of MLPs, of heads, equal couples everywhere.
+
+    Args:
+        cut: ``"mlp"``, ``"heads"`` or ``"both"``; ``"dropped"`` drops whole sublayers, and
+            ``"uneven"`` is a random plan, which a stock class holds with zeros alone.
+    """
+    pairs = find_pairs(model)
+    if cut == "uneven":
+        plan = random_plan(model, (0.5, 0.25, 0.75, 0.6))
+        return replace(plan, gains=ones(plan))
+    last = {p.kind: p.name for p in pairs}
+    dropped = [last.get("mlp"), last.get("vo")] if cut == "dropped" else []
+    generator = torch.Generator().manual_seed(1)
+    tables = rotary_tables(model)
+    order = {table: torch.randperm(64, generator=generator) for table in sorted(set(tables))}
+    heads = any(label == name for name in HEADS) and cut in ("heads", "both")
+    kept = {}
+    for pair in pairs:
+        width = pair.width
+        neurons = pair.kind in ("mlp", "experts") and not (tower(pair) and label == "gemma3")
+        if (neurons and cut in ("mlp", "both")) or (
+            heads and pair.kind in ("qk", "vo") and not tower(pair)
+        ):
+            width = min(narrow(pair, label), pair.width)
+        if pair.name in dropped:
+            width = 0
+        units = torch.stack([torch.randperm(pair.width, generator=generator)[:width]
+                             for _ in range(pair.heads)]).sort(1).values  # fmt: skip
+        if pair.channels == 2 and 0 < width < pair.width:
+            shared = order[tables[layer_of(pair) % len(tables)]]
+            units = shared[shared < pair.width][:width].sort().values.expand(pair.heads, -1)
+        kept[pair.name] = units
+    plan = plan_of(model, [kept[pair.name].shape[1] for pair in pairs])
+    gains = {
+        p.name: torch.full((p.heads, p.left[0].repeat), 0.7 + 0.1 * layer_of(p)).double()
+        for p in pairs if p.norms and kept[p.name].shape[1] < p.width
+    }  # fmt: skip
+    return replace(plan, kept=kept, gains={**ones(plan), **gains})
+
+
+def ones(plan):
+    return {name: torch.ones_like(gain) for name, gain in plan.gains.items()}
+
+
+def tower(pair):
+    """Whether a pair belongs to the vision tower of a language model, which has no such field."""
+    return "vision_tower" in pair.name
+
+
+def layer_of(pair):
+    return next(int(part) for part in pair.name.split(".") if part.isdigit())
+
+
+def rotary_tables(model):
+    """The rotary table of every layer."""
+    text = model.config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    nested = any(isinstance(value, dict) for value in rope.values())
+    return list(text.layer_types) if nested else [""]

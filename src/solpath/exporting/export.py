@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from solpath.errors import ConfigError
-from solpath.exporting import hub
+from solpath.exporting import hub, stock
 from solpath.exporting.formats import Format
 from solpath.exporting.parity import Parity, check_parity, random_batch
 from solpath.files import check_output, json_bytes, new_folder
@@ -19,7 +19,7 @@ from solpath.running.forward import Batch
 from solpath.running.modes import contained
 from solpath.running.provenance import provenance
 
-FORMATS: dict[str, Format] = {"hub": hub.FORMAT}
+FORMATS: dict[str, Format] = {"hub": hub.FORMAT, "stock": stock.FORMAT}
 """Name to format; see `export`."""
 
 RECORD = "solpath_export.json"
@@ -102,19 +102,36 @@ def export(
 
 
 def _random_like(model: nn.Module, batch: Batch) -> Batch:
-    """Return random inputs of the names, shapes and dtypes of a batch; masks stay as they are."""
+    """Return random inputs of the names, shapes and dtypes of a batch.
+
+    Masks stay as they are, and so do tokens that stand for parts of an image or a sound.
+    """
     config: Any = getattr(model, "config", None)
     generator = torch.Generator().manual_seed(0)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
 
+    places = torch.tensor(_stand_ins(config), dtype=torch.int64)
+
     def drawn(name: str, value: torch.Tensor) -> torch.Tensor:
         if name in ("input_ids", "decoder_input_ids"):
-            return torch.randint(text.vocab_size, value.shape, generator=generator)
+            ids = torch.randint(text.vocab_size, value.shape, generator=generator)
+            return torch.where(torch.isin(ids, places) | torch.isin(value, places), value, ids)
         if value.is_floating_point():
             return torch.randn(value.shape, generator=generator).to(value.dtype)
         return value
 
     return {name: drawn(name, value) for name, value in batch.items() if name != "labels"}
+
+
+def _stand_ins(config: Any) -> list[int]:
+    """Return the tokens that stand for parts of an image, a video or a sound in a text."""
+    return [
+        value
+        for name, value in vars(config).items()
+        if name.endswith(("_token_id", "_token_index"))
+        and name.startswith(("image", "video", "vision", "audio", "boi", "eoi"))
+        and isinstance(value, int)
+    ]
 
 
 def _record(
@@ -129,9 +146,15 @@ def _record(
         "format": format.name,
         "class": type(model).__name__,
         "runtime": format.runtime(),
-        "options": dict(options),
+        "options": {name: _plain(value) for name, value in options.items()},
         "command": command,
         "parity": [asdict(row) for row in parity],
         "plan": None if plan is None else {"asked": plan.asked, **plan.achieved.to_dict()},
         "provenance": provenance(),
     }
+
+
+def _plain(value: Any) -> Any:
+    """Return an option as JSON can say it: of an object, only its class."""
+    simple = value is None or isinstance(value, bool | int | float | str | list | dict)
+    return value if simple else type(value).__name__

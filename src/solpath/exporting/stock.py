@@ -1,0 +1,164 @@
+"""Write a folder that plain transformers loads, without solpath.
+
+A stock class has one width of MLPs and one width of heads, as `stock_fields` says. What a plan
+keeps beside that is refused, or filled up with zeros if ``pad=True`` asks for it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from solpath.errors import ConfigError, ExportError
+from solpath.exporting.card import Facts, model_card
+from solpath.exporting.formats import Format, Outputs, Runner
+from solpath.exporting.origin import base_of, license_of
+from solpath.exporting.parity import outputs_of
+from solpath.exporting.stock_model import Padding, stock_model
+from solpath.planning.plan import Plan, plan_of
+from solpath.running.forward import Batch, run
+from solpath.running.provenance import version_of
+
+_KINDS = {"qk": "query and key", "vo": "value and output", "mlp": "MLP", "experts": "experts"}
+
+
+def check(model: nn.Module) -> None:
+    """Raise `ExportError` if no stock class can hold a model, whatever its widths are."""
+    import transformers
+
+    kind = type(model)
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise ExportError(
+            f"{kind.__name__} is not a model of transformers, which alone has stock classes."
+        )
+    if getattr(transformers, kind.__name__, None) is not kind:
+        raise ExportError(
+            f"{kind.__module__}.{kind.__name__} is no class that transformers has by this name, so "
+            "plain transformers could not load it; use a class of transformers."
+        )
+    if kind.__name__.startswith("TimmWrapper") and plan_of(model) is not None:
+        raise ExportError(
+            f"{kind.__name__} builds its model by the name that timm knows, and has no field for "
+            "smaller widths; keep it with solpath.save."
+        )
+    if wrong := {parameter.dtype for parameter in model.parameters()} - {torch.float32}:
+        raise ExportError(
+            f"its parameters have the dtype {wrong.pop()}; export model.float(), and load the "
+            "folder with from_pretrained(folder, dtype=...)."
+        )
+
+
+def write(model: nn.Module, folder: Path, batch: Batch, **options: Any) -> None:
+    """Write the folder of a stock class.
+
+    Args:
+        model: An extracted or dense model. It is left untouched.
+        folder: An empty folder.
+        batch: Inputs, whose first sample multiply-accumulates are counted on.
+        options: ``pad``, whether layers may be filled up with zeros to one width, which is off;
+            ``tokenizer``, a tokenizer or processor whose files are added.
+
+    Raises:
+        ConfigError: An option is unknown, or `tokenizer` has no ``save_pretrained``.
+        ExportError: A stock class cannot hold the model, or only with `pad`.
+    """
+    if unknown := {*options} - {"pad", "tokenizer"}:
+        raise ConfigError(f"stock takes pad and tokenizer, not {unknown.pop()}.")
+    tokenizer = options.get("tokenizer")
+    if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
+        raise ConfigError(f"tokenizer has no save_pretrained: {tokenizer!r}.")
+    stock: Any = model
+    plan, padding = plan_of(model), None
+    if plan is not None:
+        stock, padding = stock_model(model, plan, batch, pad=bool(options.get("pad")))
+    stock.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+    card = model_card(_facts(model, plan, padding, auto_class(type(stock))))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _facts(model: nn.Module, plan: Plan | None, padding: Padding | None, auto: str) -> Facts:
+    return Facts(
+        model=type(model).__name__,
+        format="plain transformers",
+        load=f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained(folder)",
+        library="transformers",
+        base=base_of(model),
+        license=license_of(model),
+        sizes=padding.sizes if padding else {},
+        cut=_widths(plan) if plan else (),
+        padded=padding.padded if padding else {},
+    )
+
+
+def _widths(plan: Plan) -> list[tuple[str, int, int, int]]:
+    """Return what is kept of the pairs of every kind and width: the least and the most."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for pair in plan.pairs:
+        key = _KINDS[pair.kind], pair.width * pair.channels
+        groups.setdefault(key, []).append(plan.widths[pair.name] * pair.channels)
+    return [(kind, min(kept), max(kept), whole) for (kind, whole), kept in groups.items()]
+
+
+def auto_class(kind: Any) -> str:
+    """Return the name of the class that loads a folder: an ``AutoModel…``, or `kind` if none does.
+
+    Args:
+        kind: A class of transformers that has a configuration class.
+
+    Example:
+        >>> auto_class(type(model))
+        'AutoModelForSequenceClassification'
+    """
+    import transformers
+
+    for name in sorted(n for n in dir(transformers) if n.startswith("AutoModel")):
+        mapping = getattr(getattr(transformers, name), "_model_mapping", None)
+        found = mapping.get(kind.config_class, ()) if mapping else ()
+        if kind in (found if isinstance(found, tuple) else (found,)):
+            return name
+    return str(kind.__name__)
+
+
+def open_folder(folder: Path) -> Runner:
+    """Load a folder as its card says, and check that it is whole.
+
+    Raises:
+        ExportError: A weight is missing, is not used, or has another shape than the class wants.
+    """
+    import transformers
+
+    settings = transformers.AutoConfig.from_pretrained(folder)
+    kind = getattr(transformers, settings.architectures[0])
+    loader = getattr(transformers, auto_class(kind))
+    model, info = loader.from_pretrained(folder, output_loading_info=True)
+    if type(model) is not kind:
+        raise ExportError(f"plain transformers loads a {type(model).__name__}.")
+    if wrong := {name: found for name, found in info.items() if found}:
+        raise ExportError(
+            f"plain transformers loads another model: {wrong}. A model that was built without one "
+            "of its parts, such as its pooler, cannot be loaded without saying so; use a class "
+            "that has no such part."
+        )
+
+    def runner(batch: Batch) -> Outputs:
+        with torch.no_grad():
+            return outputs_of(run(model, batch, labels=False))
+
+    return runner
+
+
+FORMAT = Format(
+    name="stock",
+    check=check,
+    write=write,
+    open=open_folder,
+    runtime=lambda: f"transformers {version_of('transformers')} on a CPU",
+    tolerance=1e-4,
+    command=(
+        "python -c \"import transformers as t; f = '{folder}'; "
+        'getattr(t, t.AutoConfig.from_pretrained(f).architectures[0]).from_pretrained(f)"'
+    ),
+)
