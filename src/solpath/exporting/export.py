@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from solpath.errors import ConfigError
+from solpath.exporting import onnx, openvino
 from solpath.exporting.formats import Format
 from solpath.exporting.parity import Parity, check_parity, random_batch
 from solpath.files import check_output, json_bytes, new_folder
@@ -18,7 +19,9 @@ from solpath.running.forward import Batch
 from solpath.running.modes import contained
 from solpath.running.provenance import provenance
 
-FORMATS: dict[str, Format] = {}
+FORMATS: dict[str, Format] = {
+    format.name: format for format in (onnx.FORMAT, openvino.FORMAT)
+}
 """Name to format; see `export`."""
 
 RECORD = "solpath_export.json"
@@ -90,7 +93,11 @@ def export(
     try:
         with new_folder(folder, overwrite=overwrite, marks=(RECORD,)) as temporary:
             chosen.write(model, temporary, batches["random"], **options)
-            parity = check_parity(model, chosen.open(temporary), batches, chosen.tolerance)
+            runs = chosen.batches(model, batches)
+            parity = check_parity(model, chosen.open(temporary), runs, chosen.tolerance)
+            for name, (runner, tolerance) in chosen.variants(temporary).items():
+                rows = check_parity(model, runner, runs, tolerance)
+                parity += [replace(row, inputs=f"{row.inputs}, {name}") for row in rows]
             command = chosen.command.format(folder=Path(folder))
             record = _record(model, chosen, parity, options, command)
             (temporary / RECORD).write_bytes(json_bytes(record))
@@ -128,7 +135,10 @@ def _record(
         "format": format.name,
         "class": type(model).__name__,
         "runtime": format.runtime(),
-        "options": dict(options),
+        "options": {
+            name: value if isinstance(value, str | int | float | None) else type(value).__name__
+            for name, value in options.items()
+        },
         "command": command,
         "parity": [asdict(row) for row in parity],
         "plan": None if plan is None else {"asked": plan.asked, **plan.achieved.to_dict()},
