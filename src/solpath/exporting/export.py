@@ -19,9 +19,7 @@ from solpath.running.forward import Batch
 from solpath.running.modes import contained
 from solpath.running.provenance import provenance
 
-FORMATS: dict[str, Format] = {
-    format.name: format for format in (onnx.FORMAT, openvino.FORMAT)
-}
+FORMATS: dict[str, Format] = {format.name: format for format in (onnx.FORMAT, openvino.FORMAT)}
 """Name to format; see `export`."""
 
 RECORD = "solpath_export.json"

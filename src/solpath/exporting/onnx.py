@@ -86,7 +86,9 @@ def _save(program: Any, path: Path) -> None:
 
     weights = (value.const_value for value in program.graph.initializers.values())
     size = sum(weight.nbytes for weight in weights if weight is not None)
-    onnx_ir.save(program, str(path), external_data=f"{path.name}.data" if size > _ONE_FILE else None)
+    onnx_ir.save(
+        program, str(path), external_data=f"{path.name}.data" if size > _ONE_FILE else None
+    )
 
 
 class Graph:

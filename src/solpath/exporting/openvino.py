@@ -29,9 +29,7 @@ def check(model: nn.Module) -> None:
     check_traceable(model, "openvino", ("openvino",))
 
 
-def write(
-    model: nn.Module, folder: Path, batch: Batch, *, tokenizer: Any = None
-) -> None:
+def write(model: nn.Module, folder: Path, batch: Batch, *, tokenizer: Any = None) -> None:
     """Write the graph of a model and its configuration.
 
     Args:

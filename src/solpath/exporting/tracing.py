@@ -65,7 +65,9 @@ def traced_batch(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         BatchError: The batch is no mapping of names to tensors.
     """
     if not isinstance(batch, Mapping) or not all(isinstance(v, Tensor) for v in batch.values()):
-        raise BatchError("an export needs a batch of names and tensors, such as {'input_ids': ids}.")
+        raise BatchError(
+            "an export needs a batch of names and tensors, such as {'input_ids': ids}."
+        )
     full = {name: value for name, value in batch.items() if name != "labels"}
     ids = full.get("input_ids")
     if ids is None:
@@ -75,7 +77,9 @@ def traced_batch(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     if "attention_mask" in takes and "attention_mask" not in full:
         full["attention_mask"] = _ragged(ids, left=decodes(model, full))
     if "token_type_ids" in takes and getattr(config, "type_vocab_size", 0) > 1:
-        full.setdefault("token_type_ids", (torch.arange(ids.shape[1]) % 2).expand(ids.shape).clone())
+        full.setdefault(
+            "token_type_ids", (torch.arange(ids.shape[1]) % 2).expand(ids.shape).clone()
+        )
     if "position_ids" in takes and decodes(model, full):
         full = completed(["position_ids"], full)
     return full
