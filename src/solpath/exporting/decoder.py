@@ -13,7 +13,7 @@ from solpath.exporting.onnx import FILE, Graph
 from solpath.exporting.tracing import completed
 
 
-class OnnxDecoder(PreTrainedModel, GenerationMixin):
+class OnnxDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     """A decoder of text in onnxruntime, with all that ``generate`` of transformers can do.
 
     Args:
@@ -39,7 +39,7 @@ class OnnxDecoder(PreTrainedModel, GenerationMixin):
         cache: DynamicCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return the logits of ``[batch, tokens]`` ids, and the cache with their keys and values."""
+        """Return the logits of ids ``[batch, tokens]``, and the cache, which they are added to."""
         given = {"attention_mask": attention_mask, "position_ids": position_ids}
         given = {name: value for name, value in given.items() if value is not None}
         batch = completed(self._graph.inputs, {"input_ids": input_ids, **given})

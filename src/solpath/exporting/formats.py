@@ -19,13 +19,16 @@ Runner = Callable[[Batch], Outputs]
 class Write(Protocol):
     """Writes the files of a model into an empty folder."""
 
-    def __call__(self, model: nn.Module, folder: Path, batch: Batch, **options: Any) -> None:
+    def __call__(
+        self, model: nn.Module, folder: Path, batch: Batch, *args: Any, **options: Any
+    ) -> None:
         """Write the files.
 
         Args:
             model: The model, in eval mode, on the CPU. It is left untouched.
             folder: The folder.
             batch: Inputs to trace the model with, if the format needs that.
+            args: None.
             options: Those of the format.
         """
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from solpath.errors import ExportError
 from solpath.exporting.formats import Format, Outputs, Runner
 from solpath.exporting.sentences import write_sentences
-from solpath.exporting.tracing import check_traceable, checked_batches, completed, trace
+from solpath.exporting.tracing import check_traceable, checked_batches, completed, quiet, trace
 from solpath.running.forward import Batch
 
 FILE = "onnx/model.onnx"
@@ -58,16 +58,22 @@ def write(
     Raises:
         ExportError: The model cannot be traced, or has no ``last_hidden_state`` to pool.
     """
-    from transformers.exporters import ExportFormat, OnnxConfig, OnnxExporter
+    from transformers.exporters.configs import ExportFormat, OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
 
-    exported = trace(OnnxExporter(), OnnxConfig, model, batch)
+    exported = trace(OnnxExporter, OnnxConfig, model, batch)
     (folder / FILE).parent.mkdir()
     _save(exported.program, folder / FILE)
     if int8:
-        from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
+        from transformers.exporters.quantizers.quantizer_onnxruntime import (
+            OnnxRuntimeDynamicConfig,
+            OnnxRuntimeQuantizer,
+        )
 
         settings = OnnxRuntimeDynamicConfig(per_channel=True, reduce_range=True)
-        program = OnnxRuntimeQuantizer(settings).quantize(exported.program, {}, ExportFormat.ONNX)
+        with quiet():
+            quantizer = OnnxRuntimeQuantizer(settings)
+            program = quantizer.quantize(exported.program, {}, ExportFormat.ONNX)
         _save(program, folder / INT8)
     exported.config.save_pretrained(folder)
     if tokenizer is not None:
@@ -127,7 +133,7 @@ class Graph:
 
         Args:
             batch: Its inputs; those that it does not take are left out.
-            past: The cache of all tokens before, as an earlier call gave it; None if there are none.
+            past: The cache of all tokens before, as an earlier call gave it, or None.
 
         Returns:
             The outputs by name, and the cache with the tokens of this call.

@@ -41,9 +41,10 @@ def write(model: nn.Module, folder: Path, batch: Batch, *, tokenizer: Any = None
     Raises:
         ExportError: The model cannot be traced.
     """
-    from transformers.exporters import OpenVINOConfig, OpenVINOExporter
+    from transformers.exporters.configs import OpenVINOConfig
+    from transformers.exporters.exporter_openvino import OpenVINOExporter
 
-    exported = trace(OpenVINOExporter(), OpenVINOConfig, model, batch)
+    exported = trace(OpenVINOExporter, OpenVINOConfig, model, batch)
     OpenVINOExporter.save_program(exported.program, folder / FILE)
     exported.config.save_pretrained(folder)
     if tokenizer is not None:

@@ -18,7 +18,7 @@ from solpath.running.forward import Batch
 _TEXT = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _TEXT += ("decoder_input_ids", "decoder_attention_mask")
 _MORE = 3  # tokens that another text has more, or fewer
-_LOUD = ("torch.onnx", "torch._export", "torch.export", "transformers.exporters")
+_LOUD = ("root", "torch.onnx", "torch._export", "torch.export", "transformers.exporters")
 
 
 def check_traceable(model: nn.Module, extra: str, packages: tuple[str, ...]) -> None:
@@ -132,7 +132,7 @@ def other_shapes(model: nn.Module, batch: Batch) -> dict[str, Batch]:
         },
     }
     texts = [name for name in _TEXT if name in full]
-    if not texts or "pixel_values" in full and "attention_mask" not in full:
+    if not texts:
         return {name: traced_batch(model, other) for name, other in others.items()}
     config: Any = model.config
     text = config.get_text_config()
@@ -169,11 +169,11 @@ def decodes(model: nn.Module, batch: Batch) -> bool:
     )
 
 
-def trace(exporter: Any, config: type, model: nn.Module, batch: Batch) -> Any:
+def trace(exporter: Any, config: Any, model: Any, batch: Batch) -> Any:
     """Trace a model with an exporter of transformers.
 
     Args:
-        exporter: The exporter.
+        exporter: The class of the exporter.
         config: The class of its configuration.
         model: The model, in eval mode. It is left untouched.
         batch: Inputs. A decoder of text is traced with a cache of the keys and values of earlier
@@ -185,6 +185,7 @@ def trace(exporter: Any, config: type, model: nn.Module, batch: Batch) -> Any:
     Raises:
         ExportError: transformers or torch cannot trace the model.
     """
+    from transformers import DynamicCache
     from transformers.exporters.exporter_dynamo import (
         get_auto_dynamic_shapes,
         register_cache_pytrees_for_model,
@@ -194,9 +195,10 @@ def trace(exporter: Any, config: type, model: nn.Module, batch: Batch) -> Any:
     inputs: dict[str, Any] = copy.deepcopy(traced_batch(model, batch))
     own = dict(vars(model))
     try:
-        with _quiet():
+        with quiet():
             if decodes(model, inputs):
                 inputs.pop("position_ids", None)  # they are counted while generating
+                inputs["cache"] = DynamicCache()  # keeps all; windows are in the graph's mask
                 parts = decompose_for_generation(model, inputs, multi_token_decode=True)
                 given = parts["decode"][1]
                 inputs = {k: v for k, v in given.items() if v is not None and type(v) is not bool}
@@ -206,7 +208,7 @@ def trace(exporter: Any, config: type, model: nn.Module, batch: Batch) -> Any:
                 for name, value in inputs.items()
             }
             inputs["use_cache"] = "cache" in inputs
-            return exporter.export(model, inputs, config(dynamic_shapes=shapes))
+            return exporter().export(model, inputs, config(dynamic_shapes=shapes))
     except Exception as error:
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise ExportError(f"{type(model).__name__} cannot be traced: {reason[0]}") from error
@@ -222,7 +224,7 @@ def _shape(name: str, value: Any) -> dict[int, Any] | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the notes of exporters from the screen: what matters is checked or raised."""
     loggers = [logging.getLogger(name) for name in _LOUD]
     levels = [logger.level for logger in loggers]
