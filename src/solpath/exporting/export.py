@@ -1,5 +1,6 @@
 """Write a model for another runtime, and run it there before it is called done."""
 
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -73,7 +74,7 @@ def export(
         What was written, and how near it is.
 
     Raises:
-        ConfigError: The format is unknown, or its runtime is not installed.
+        ConfigError: The format or an option is unknown, or the runtime is not installed.
         ExportError: The format cannot hold the model, or the exported model gives other outputs.
         FileError: The folder is not empty, was not written by solpath or cannot be written.
         BatchError: There is no `batch`, and what the model takes is not known.
@@ -81,6 +82,10 @@ def export(
     chosen = FORMATS.get(format)
     if chosen is None:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
+    try:
+        inspect.signature(chosen.write).bind(model, folder, batch, **options)
+    except TypeError as error:
+        raise ConfigError(f"the format {format} takes no such option: {error}.") from error
     check_output(folder, overwrite=overwrite, marks=(RECORD,))
     chosen.check(model)
     batches = {"random": random_batch(model)} if batch is None else {}

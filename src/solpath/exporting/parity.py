@@ -46,7 +46,7 @@ def check_parity(
         tolerance: The largest difference allowed, as in `Parity`.
 
     Raises:
-        ExportError: An output is missing, of another shape, not finite, or differs by more.
+        ExportError: It cannot be run, or an output is missing, of another shape, not finite, or differs by more.
 
     Example:
         >>> runner = lambda batch: {"logits": model(**batch).logits}
@@ -57,7 +57,10 @@ def check_parity(
     for name, batch in batches.items():
         with torch.no_grad():
             expected = outputs_of(run(model, batch, labels=False))
-        found = runner(batch)
+        try:
+            found = runner(batch)
+        except Exception as error:
+            raise ExportError(f"the exported model fails on {name} inputs: {error}") from error
         if not found:
             raise ExportError(f"the exported model gives no outputs on {name} inputs.")
         for output, value in found.items():

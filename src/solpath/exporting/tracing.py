@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from solpath.errors import BatchError, ConfigError, ExportError
 from solpath.running.forward import Batch
 
-_TEXT = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
-_TEXT += ("decoder_input_ids", "decoder_attention_mask")
+_TEXT = ("input_ids", "attention_mask", "token_type_ids", "position_ids") + (
+    "decoder_input_ids",
+    "decoder_attention_mask",
+)
 _MORE = 3  # tokens that another text has more, or fewer
 _LOUD = ("root", "torch.onnx", "torch._export", "torch.export", "transformers.exporters")
 
@@ -144,7 +146,7 @@ def other_shapes(model: nn.Module, batch: Batch) -> dict[str, Batch]:
     moved = dict(full)
     for name in texts:
         value = full[name]
-        moved[name] = value[:, :-_MORE] if fewer else torch.cat([value, value[:, :_MORE]], 1)
+        moved[name] = value[:, :-_MORE] if fewer else torch.cat([value, value[:, -_MORE:]], 1)
     if "attention_mask" in moved and "input_ids" in moved:
         left = decodes(model, full)
         moved["attention_mask"] = _ragged(moved["input_ids"], left=left).flip(0)
