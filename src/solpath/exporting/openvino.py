@@ -118,6 +118,7 @@ FORMAT = Format(
     open=_open,
     runtime=_runtime,
     tolerance=_TOLERANCE,
-    command=f'openvino.Core().compile_model("{{folder}}/{FILE}", "CPU")(inputs)',
+    command=f'openvino.Core().compile_model("{{folder}}/{FILE}", "CPU", '
+    '{{"INFERENCE_PRECISION_HINT": "f32"}})(inputs)',
     batches=checked_batches,
 )

@@ -46,7 +46,8 @@ def check_parity(
         tolerance: The largest difference allowed, as in `Parity`.
 
     Raises:
-        ExportError: It cannot be run, or an output is missing, of another shape, not finite, or differs by more.
+        ExportError: It cannot be run, or an output is missing, of another shape, not finite, or
+            differs by more.
 
     Example:
         >>> runner = lambda batch: {"logits": model(**batch).logits}

@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from solpath.errors import BatchError, ConfigError, ExportError
 from solpath.running.forward import Batch
 
-_TEXT = ("input_ids", "attention_mask", "token_type_ids", "position_ids") + (
+_TEXT = (
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
     "decoder_input_ids",
     "decoder_attention_mask",
 )
