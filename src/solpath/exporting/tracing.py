@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import io
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
@@ -23,6 +24,7 @@ _TEXT = (
     "decoder_input_ids",
     "decoder_attention_mask",
 )
+_LIMITS = ("max_position_embeddings", "max_target_positions")
 _MORE = 3  # tokens that another text has more, or fewer
 _LOUD = ("root", "torch.onnx", "torch._export", "torch.export", "transformers.exporters")
 
@@ -142,7 +144,8 @@ def other_shapes(model: nn.Module, batch: Batch) -> dict[str, Batch]:
         return {name: traced_batch(model, other) for name, other in others.items()}
     config: Any = model.config
     text = config.get_text_config()
-    most = min(getattr(text, "max_position_embeddings", None) or 10**9, 10**9)
+    limits = (getattr(text, name, None) for name in _LIMITS)
+    most = min((limit for limit in limits if limit), default=math.inf)
     if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
         most -= config.pad_token_id + 1  # positions start after that of padding
     length = max(full[name].shape[1] for name in texts)
