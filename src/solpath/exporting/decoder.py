@@ -16,12 +16,11 @@ from solpath.exporting.tracing import completed
 class OnnxDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     """A decoder of text in onnxruntime, with all that ``generate`` of transformers can do.
 
+    ``OnnxDecoder(folder).generate(input_ids, attention_mask=mask, max_new_tokens=16)``
+
     Args:
         folder: A folder that `export` wrote from a decoder.
         threads: Threads that it runs on; 0 lets onnxruntime choose.
-
-    Example:
-        >>> tokens = OnnxDecoder(folder).generate(input_ids, max_new_tokens=16)
     """
 
     main_input_name = "input_ids"
