@@ -1,8 +1,9 @@
 """Write a model for another runtime, and run it there before it is called done."""
 
+import inspect
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from solpath.errors import ConfigError
-from solpath.exporting import hub, stock
+from solpath.exporting import hub, onnx, openvino, stock
 from solpath.exporting.formats import Format
 from solpath.exporting.parity import Parity, check_parity, random_batch
 from solpath.files import check_output, json_bytes, new_folder
@@ -19,7 +20,9 @@ from solpath.running.forward import Batch
 from solpath.running.modes import contained
 from solpath.running.provenance import provenance
 
-FORMATS: dict[str, Format] = {"hub": hub.FORMAT, "stock": stock.FORMAT}
+FORMATS: dict[str, Format] = {
+    format.name: format for format in (hub.FORMAT, stock.FORMAT, onnx.FORMAT, openvino.FORMAT)
+}
 """Name to format; see `export`."""
 
 RECORD = "solpath_export.json"
@@ -73,7 +76,7 @@ def export(
         What was written, and how near it is.
 
     Raises:
-        ConfigError: The format is unknown, or its runtime is not installed.
+        ConfigError: The format or an option is unknown, or the runtime is not installed.
         ExportError: The format cannot hold the model, or the exported model gives other outputs.
         FileError: The folder is not empty, was not written by solpath or cannot be written.
         BatchError: There is no `batch`, and what the model takes is not known.
@@ -81,6 +84,10 @@ def export(
     chosen = FORMATS.get(format)
     if chosen is None:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
+    try:
+        inspect.signature(chosen.write).bind(model, folder, batch, **options)
+    except TypeError as error:
+        raise ConfigError(f"the format {format} takes no such option: {error}.") from error
     check_output(folder, overwrite=overwrite, marks=(RECORD,))
     chosen.check(model)
     batches = {"random": random_batch(model)} if batch is None else {}
@@ -91,7 +98,11 @@ def export(
     try:
         with new_folder(folder, overwrite=overwrite, marks=(RECORD,)) as temporary:
             chosen.write(model, temporary, batches["random"], **options)
-            parity = check_parity(model, chosen.open(temporary), batches, chosen.tolerance)
+            runs = chosen.batches(model, batches)
+            parity = check_parity(model, chosen.open(temporary), runs, chosen.tolerance)
+            for name, (runner, tolerance) in chosen.variants(temporary).items():
+                rows = check_parity(model, runner, runs, tolerance)
+                parity += [replace(row, inputs=f"{row.inputs}, {name}") for row in rows]
             command = chosen.command.format(folder=os.fspath(folder))
             record = _record(model, chosen, parity, options, command)
             (temporary / RECORD).write_bytes(json_bytes(record))

@@ -19,15 +19,26 @@ Runner = Callable[[Batch], Outputs]
 class Write(Protocol):
     """Writes the files of a model into an empty folder."""
 
-    def __call__(self, model: nn.Module, folder: Path, batch: Batch, **options: Any) -> None:
+    def __call__(
+        self, model: nn.Module, folder: Path, batch: Batch, *args: Any, **options: Any
+    ) -> None:
         """Write the files.
 
         Args:
             model: The model, in eval mode, on the CPU. It is left untouched.
             folder: The folder.
             batch: Inputs to trace the model with, if the format needs that.
+            args: None.
             options: Those of the format.
         """
+
+
+def _as_they_are(model: nn.Module, batches: Mapping[str, Batch]) -> Mapping[str, Batch]:
+    return batches
+
+
+def _no_variants(folder: Path) -> Mapping[str, tuple[Runner, float]]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,10 @@ class Format:
         runtime: What `open` runs, for people: ``"onnxruntime 1.23 on a CPU"``.
         tolerance: Largest difference of an output allowed, over the largest size of that output.
         command: A line of Python or of a shell that runs the result. ``{folder}`` is the folder.
+        batches: Makes what the exported model is run on out of the random and the given batch: the
+            same with more inputs, and others beside.
+        variants: Opens other files of the folder that hold the model too, such as one in int8. A
+            name to what runs it, and to a tolerance of its own.
     """
 
     name: str
@@ -52,3 +67,5 @@ class Format:
     runtime: Callable[[], str]
     tolerance: float
     command: str
+    batches: Callable[[nn.Module, Mapping[str, Batch]], Mapping[str, Batch]] = _as_they_are
+    variants: Callable[[Path], Mapping[str, tuple[Runner, float]]] = _no_variants

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from solpath.errors import BatchError, ExportError
 from solpath.exporting.formats import Runner
-from solpath.running.forward import Batch, run
+from solpath.running.forward import Batch, output_mask, run
 
 _TOKENS = 16  # of a random text
 _IDS = ("input_ids", "decoder_input_ids")
@@ -37,6 +37,8 @@ def check_parity(
 ) -> list[Parity]:
     """Run both models on every batch and compare all outputs that the exported one gives.
 
+    Outputs of padding, which mean nothing, must be finite and are not compared.
+
     Args:
         model: The original, in eval mode. It is left untouched.
         runner: Runs the exported model.
@@ -44,7 +46,8 @@ def check_parity(
         tolerance: The largest difference allowed, as in `Parity`.
 
     Raises:
-        ExportError: An output is missing, of another shape, not finite, or differs by more.
+        ExportError: It cannot be run, or an output is missing, of another shape, not finite, or
+            differs by more.
 
     Example:
         >>> runner = lambda batch: {"logits": model(**batch).logits}
@@ -55,14 +58,19 @@ def check_parity(
     for name, batch in batches.items():
         with torch.no_grad():
             expected = outputs_of(run(model, batch, labels=False))
-        found = runner(batch)
+        try:
+            found = runner(batch)
+        except Exception as error:
+            raise ExportError(f"the exported model fails on {name} inputs: {error}") from error
         if not found:
             raise ExportError(f"the exported model gives no outputs on {name} inputs.")
         for output, value in found.items():
             if output not in expected:
                 known = ", ".join(expected)
                 raise ExportError(f"the exported model gives {output!r}, the original {known}.")
-            rows.append(Parity(name, output, _difference(expected[output], value), tolerance))
+            counted = output_mask(batch, expected[output])
+            difference = _difference(expected[output], value, counted)
+            rows.append(Parity(name, output, difference, tolerance))
             if not rows[-1].difference <= tolerance:
                 raise ExportError(
                     f"{output} of the exported model differs by {rows[-1].difference:.1e} of its "
@@ -85,12 +93,14 @@ def outputs_of(outputs: Any) -> dict[str, Tensor]:
     }
 
 
-def _difference(expected: Tensor, found: Tensor) -> float:
+def _difference(expected: Tensor, found: Tensor, counted: Tensor | None) -> float:
     if expected.shape != found.shape:
         shapes = f"{tuple(found.shape)}, not {tuple(expected.shape)}"
         raise ExportError(f"an output of the exported model has the shape {shapes}.")
     if not found.isfinite().all():
         return float("inf")
+    if counted is not None:
+        expected, found = expected[counted], found[counted]
     scale = expected.abs().max().clamp(min=1e-30)
     return float((found.float() - expected).abs().max() / scale)
 
