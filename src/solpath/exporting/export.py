@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from solpath.errors import ConfigError
+from solpath.exporting import gguf
 from solpath.exporting.formats import Format
 from solpath.exporting.parity import Parity, check_parity, random_batch
 from solpath.files import check_output, json_bytes, new_folder
@@ -18,7 +19,7 @@ from solpath.running.forward import Batch
 from solpath.running.modes import contained
 from solpath.running.provenance import provenance
 
-FORMATS: dict[str, Format] = {}
+FORMATS: dict[str, Format] = {format.name: format for format in (gguf.FORMAT,)}
 """Name to format; see `export`."""
 
 RECORD = "solpath_export.json"
@@ -90,7 +91,8 @@ def export(
     try:
         with new_folder(folder, overwrite=overwrite, marks=(RECORD,)) as temporary:
             chosen.write(model, temporary, batches["random"], **options)
-            parity = check_parity(model, chosen.open(temporary), batches, chosen.tolerance)
+            tolerance = chosen.tolerances.get(options.get("quantization", ""), chosen.tolerance)
+            parity = check_parity(model, chosen.open(temporary), batches, tolerance)
             command = chosen.command.format(folder=Path(folder))
             record = _record(model, chosen, parity, options, command)
             (temporary / RECORD).write_bytes(json_bytes(record))
@@ -128,9 +130,15 @@ def _record(
         "format": format.name,
         "class": type(model).__name__,
         "runtime": format.runtime(),
-        "options": dict(options),
+        "options": {name: _plain(value) for name, value in options.items()},
         "command": command,
         "parity": [asdict(row) for row in parity],
         "plan": None if plan is None else {"asked": plan.asked, **plan.achieved.to_dict()},
         "provenance": provenance(),
     }
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that JSON can hold: itself, or the name of its class."""
+    plain = value is None or isinstance(value, str | int | float)
+    return value if plain else type(value).__name__

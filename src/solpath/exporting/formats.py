@@ -1,7 +1,7 @@
 """What a format of another runtime is: what it can hold, how it is written, and how it is run."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +43,7 @@ class Format:
         runtime: What `open` runs, for people: ``"onnxruntime 1.23 on a CPU"``.
         tolerance: Largest difference of an output allowed, over the largest size of that output.
         command: A line of Python or of a shell that runs the result. ``{folder}`` is the folder.
+        tolerances: Tolerances that the option ``quantization`` asks for, by its value.
     """
 
     name: str
@@ -52,3 +53,4 @@ class Format:
     runtime: Callable[[], str]
     tolerance: float
     command: str
+    tolerances: Mapping[str, float] = field(default_factory=dict)
