@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -16,18 +15,12 @@ Runner = Callable[[Batch], Outputs]
 """Runs a written folder on a batch, as its runtime would."""
 
 
-class Write(Protocol):
-    """Writes the files of a model into an empty folder."""
+Write = Callable[..., None]
+"""Writes the files of a model into an empty folder: ``write(model, folder, batch, **options)``.
 
-    def __call__(self, model: nn.Module, folder: Path, batch: Batch, **options: Any) -> None:
-        """Write the files.
-
-        Args:
-            model: The model, in eval mode, on the CPU. It is left untouched.
-            folder: The folder.
-            batch: Inputs to trace the model with, if the format needs that.
-            options: Those of the format.
-        """
+The model is in eval mode, on the CPU, and is left untouched. The batch is there to trace the model
+with, if the format needs that. The options are those of the format.
+"""
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
     if layers and not layers[0].heads:
         raise ExportError(
             "model.layers.0.self_attn is gone, and llama.cpp reads the size of heads from the "
-            "first layer; plan with protect=('*layers.0.self_attn*',)."
+            "first layer; plan with protect=('*layers.0.attention*',)."
         )
     return layers
 
@@ -126,7 +126,7 @@ def _layer(model: nn.Module, index: int, block: Any) -> Layer:
             f"{name}.self_attn keeps {qk:g} of {head} channels of queries and keys and {vo:g} of "
             "values in each head. llama.cpp's deci wants all channels of a head, since it rotates "
             "whole heads and has one size for queries, keys and values; plan with "
-            "protect=('*self_attn*',)."
+            "protect=('*.attention.*',)."
         )
     return Layer(heads, kv_heads, mlp.down_proj.in_features)
 
@@ -181,30 +181,28 @@ def _check_quantization(model: nn.Module, quantization: str) -> None:
     """Raise an error if matrices of a model cannot be quantised so."""
     entries = [entry for entry in _entries(model, "f32") if entry.value.dim() == 2]
     columns = {entry.name: entry.value.shape[1] for entry in entries}
-    if "_k" in quantization.lower() and quantization.lower().startswith(("q", "iq")):
-        name = quantization.upper()
-        odd = _first_odd(columns, _K_BLOCK)
-        way = f"write f16, then run: llama-quantize {FILE} small.gguf {name}"
-        if odd:
-            way = f"plan with multiple_of={_K_BLOCK}, or take q8_0 or q4_0 with multiple_of={_BLOCK}"
-            raise ExportError(
-                f"{name} quantises {_K_BLOCK} columns together, and {odd} has {columns[odd]}; {way}."
-            )
-        raise ConfigError(f"gguf-py does not write {name}; {way}.")
-    if quantization not in _TYPES:
+    if quantization.lower().startswith(("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq")):
+        _check_columns(columns, quantization, _K_BLOCK)
         raise ConfigError(
-            f"quantization must be one of {', '.join(_TYPES)}, got {quantization!r}."
+            f"gguf-py does not write {quantization}; export with quantization='f16', then run: "
+            f"llama-quantize {FILE} small.gguf {quantization.upper()}"
         )
-    odd = _first_odd(columns, _BLOCK) if quantization.startswith("q") else None
+    if quantization not in _TYPES:
+        raise ConfigError(f"quantization must be one of {', '.join(_TYPES)}, got {quantization!r}.")
+    if quantization.startswith("q"):
+        _check_columns(columns, quantization, _BLOCK)
+
+
+def _check_columns(columns: dict[str, int], quantization: str, block: int) -> None:
+    """Raise `ExportError` unless all matrices have whole blocks of columns."""
+    odd = [name for name, count in columns.items() if count % block]
     if odd:
+        inner = [name for name in odd if "ffn_down" not in name]
+        way = "" if inner else f"plan with multiple_of={block}, or "
         raise ExportError(
-            f"{quantization} quantises {_BLOCK} columns together, and {odd} has {columns[odd]}; "
-            f"plan with multiple_of={_BLOCK}, or take quantization='f16'."
+            f"{quantization} quantises {block} columns together, and {odd[0]} has "
+            f"{columns[odd[0]]}; {way}take quantization='f16'."
         )
-
-
-def _first_odd(columns: dict[str, int], block: int) -> str | None:
-    return next((name for name, count in columns.items() if count % block), None)
 
 
 def _write_settings(
@@ -291,8 +289,9 @@ def _factors(model: nn.Module) -> Tensor | None:
     rope, head = _config(model).rope_parameters, _head_size(model)
     if rope["rope_type"] == "default":
         return None
-    plain = rope["rope_theta"] ** -(torch.arange(0, head, 2).double() / head)
-    return (plain / _inner(model).rotary_emb.inv_freq.double().cpu()).float()
+    plain: Tensor = rope["rope_theta"] ** -(torch.arange(0, head, 2).double() / head)
+    turned: Tensor = _inner(model).rotary_emb.inv_freq
+    return (plain / turned.double().cpu()).float()
 
 
 def _stored(entry: _Entry) -> tuple[tuple[int, ...], Any, int, Any]:
@@ -346,7 +345,9 @@ def _rows(model: nn.Module) -> int:
 
 def _head_size(model: nn.Module) -> int:
     config = _config(model)
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
 
 
 FORMAT = Format(

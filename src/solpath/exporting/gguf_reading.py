@@ -1,5 +1,7 @@
 """Run a GGUF file: in llama.cpp where it is installed, else by its graph written in NumPy."""
 
+import contextlib
+import itertools
 from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -7,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from solpath.errors import BatchError, ExportError
-from solpath.exporting.formats import Outputs, Runner
+from solpath.exporting.formats import Runner
 from solpath.running.forward import Batch
 
 FILE = "model.gguf"
@@ -17,7 +20,7 @@ FILE = "model.gguf"
 
 _TEXTS = (  # what pre-tokenizers and byte fallbacks disagree about
     "Hello world, how are you?",
-    "  two  spaces\n\n\nand\ttabs ",
+    "two  spaces  and\ttabs \n\n\n",
     "I've said 12345.67! YOU'LL see… (really?)",
     "naïve Übergröße, 東京 and 🙂",
     "def f(x):\n    return x[0] ** 2\n",
@@ -41,12 +44,10 @@ def open_gguf(folder: Path) -> Runner:
         A function from a batch of token numbers without padding to logits.
     """
     path = folder / FILE
-    rows = _in_llama_cpp(path) if find_spec("llama_cpp") else _in_numpy(path)
-
-    def runner(batch: Batch) -> Outputs:
-        return {"logits": torch.stack([torch.from_numpy(rows(ids)) for ids in _ids(batch)])}
-
-    return runner
+    if find_spec("llama_cpp"):
+        return lambda batch: {"logits": _in_llama_cpp(path, _ids(batch))}
+    rows = _in_numpy(path)
+    return lambda batch: {"logits": torch.stack([rows(ids) for ids in _ids(batch)])}
 
 
 def check_tokens(folder: Path, tokenizer: Any) -> None:
@@ -64,8 +65,8 @@ def check_tokens(folder: Path, tokenizer: Any) -> None:
     import llama_cpp
 
     file = llama_cpp.Llama(str(folder / FILE), vocab_only=True, verbose=False)
-    for text in _TEXTS:
-        for special in (False, True):
+    with contextlib.closing(file):
+        for text, special in itertools.product(_TEXTS, (False, True)):
             found = file.tokenize(text.encode(), add_bos=special)
             expected = tokenizer(text, add_special_tokens=special)["input_ids"]
             if found != expected:
@@ -86,26 +87,30 @@ def _ids(batch: Batch) -> list[list[int]]:
     return batch["input_ids"].tolist()  # type: ignore[no-any-return]
 
 
-def _in_llama_cpp(path: Path) -> Callable[[list[int]], Any]:
+def _in_llama_cpp(path: Path, samples: list[list[int]]) -> Tensor:
+    """Return logits ``[samples, tokens, vocabulary]``, with a cache in float32."""
     import llama_cpp
 
-    def rows(ids: list[int]) -> Any:
-        file = llama_cpp.Llama(
-            str(path),
-            n_ctx=len(ids),
-            n_batch=len(ids),
-            logits_all=True,
-            type_k=llama_cpp.GGML_TYPE_F32,
-            type_v=llama_cpp.GGML_TYPE_F32,
-            verbose=False,
-        )
-        file.eval(ids)
-        return file.scores[: len(ids)].copy()
+    length = len(samples[0])
+    file = llama_cpp.Llama(
+        str(path),
+        n_ctx=length,
+        n_batch=length,
+        logits_all=True,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+        verbose=False,
+    )
+    with contextlib.closing(file):
+        found = []
+        for ids in samples:
+            file.reset()
+            file.eval(ids)
+            found.append(torch.from_numpy(file.scores[:length].copy()))
+        return torch.stack(found)
 
-    return rows
 
-
-def _in_numpy(path: Path) -> Callable[[list[int]], Any]:
+def _in_numpy(path: Path) -> Callable[[list[int]], Tensor]:
     """Return a function from token numbers to logits ``[tokens, vocabulary]``."""
     import gguf
     import numpy as np
@@ -158,9 +163,10 @@ def _in_numpy(path: Path) -> Callable[[list[int]], Any]:
 
     def mlp(states: Any, name: str) -> Any:
         gate = linear(states, f"{name}.ffn_gate")
-        return linear(gate / (1 + np.exp(-gate)) * linear(states, f"{name}.ffn_up"), f"{name}.ffn_down")
+        inner = gate / (1 + np.exp(-gate)) * linear(states, f"{name}.ffn_up")
+        return linear(inner, f"{name}.ffn_down")
 
-    def rows(ids: list[int]) -> Any:
+    def rows(ids: list[int]) -> Tensor:
         states = weight("token_embd.weight")[ids].astype(np.float64)
         counts = zip(
             setting("attention.head_count"), setting("attention.head_count_kv"), strict=True
@@ -168,10 +174,12 @@ def _in_numpy(path: Path) -> Callable[[list[int]], Any]:
         for index, (heads, kv_heads) in enumerate(counts):
             name = f"blk.{index}"
             if heads:
-                states = states + attention(norm(states, f"{name}.attn_norm"), name, heads, kv_heads)
+                states = states + attention(
+                    norm(states, f"{name}.attn_norm"), name, heads, kv_heads
+                )
             states = states + mlp(norm(states, f"{name}.ffn_norm"), name)
         states = norm(states, "output_norm")
         head = "output" if "output.weight" in tensors else "token_embd"
-        return linear(states, head).astype(np.float32)
+        return torch.from_numpy(linear(states, head).astype(np.float32))
 
     return rows

@@ -1,7 +1,7 @@
 """The tokenizer of a GGUF file, from a fast tokenizer of transformers."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from solpath.errors import ExportError
@@ -11,6 +11,11 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CASES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LLAMA3 = rf"{_CASES}|{_LETTERS}|\p{{N}}{{1,3}}|{_REST}"
 _QWEN2 = rf"{_CASES}|{_LETTERS}|\p{{N}}|{_REST}"
+_PRE = {  # how texts are split, and whether whole tokens need no merges, to llama.cpp's name
+    (_LLAMA3, True): "llama-bpe",
+    (_LLAMA3, False): "smaug-bpe",
+    (_QWEN2, False): "qwen2",
+}
 _SPACE = "\u2581"  # what sentencepiece writes for a space
 _NEUTRAL = (None, "", False)
 _BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
@@ -25,24 +30,24 @@ class Vocabulary:
         pre: llama.cpp's name of the way in which texts are split before merging.
         tokens: All tokens by number, one for every row of the embeddings.
         types: Their kinds, in gguf's numbers.
-        scores: What merges first, for ``"llama"``; else empty.
-        merges: Merges in order, for ``"gpt2"``; else empty.
         special: Numbers of special tokens by role: ``"bos"``, ``"eos"``, ``"unk"``, ``"pad"``.
         adds: Whether texts get ``"bos"`` before and ``"eos"`` after them.
-        prefix: Whether texts get a space before them, for ``"llama"``.
         template: The chat template, or None.
+        scores: What merges first, for ``"llama"``; else empty.
+        merges: Merges in order, for ``"gpt2"``; else empty.
+        prefix: Whether texts get a space before them, for ``"llama"``.
     """
 
     model: str
     pre: str
     tokens: list[str]
     types: list[int]
+    special: dict[str, int]
+    adds: dict[str, bool]
+    template: str | None
     scores: list[float] = field(default_factory=list)
     merges: list[str] = field(default_factory=list)
-    special: dict[str, int] = field(default_factory=dict)
-    adds: dict[str, bool] = field(default_factory=dict)
     prefix: bool = False
-    template: str | None = None
 
 
 def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
@@ -73,16 +78,18 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     if odd:
         raise _unknown(odd[0], model[odd[0]])
     tokens, types = _tokens(tokenizer, parts, size)
-    shared = {"special": _special(tokenizer), "adds": _adds(tokenizer), "template": _template(tokenizer)}
+    special, adds, template = _special(tokenizer), _adds(tokenizer), tokenizer.chat_template
+    if not isinstance(template, str | None):
+        raise ExportError(f"the tokenizer has {len(template)} chat templates; choose one.")
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     if model.get("byte_fallback"):
-        prefix = _prefix(parts)
         scores = _scores(tokens, types, merges)
-        return Vocabulary("llama", "default", tokens, types, scores, prefix=prefix, **shared)
-    if "eos" not in shared["special"]:
+        kind = Vocabulary("llama", "default", tokens, types, special, adds, template)
+        return replace(kind, scores=scores, prefix=_prefix(parts))
+    if "eos" not in special:
         raise ExportError("the tokenizer has no eos_token, and llama.cpp would stop at another.")
     pairs = [" ".join(merge) for merge in merges]
-    return Vocabulary("gpt2", _pre(parts), tokens, types, merges=pairs, **shared)
+    return Vocabulary("gpt2", _pre(parts), tokens, types, special, adds, template, merges=pairs)
 
 
 def write_vocabulary(writer: Any, vocabulary: Vocabulary | None) -> None:
@@ -151,16 +158,15 @@ def _pre(parts: dict[str, Any]) -> str:
         raise _unknown("pre_tokenizer", last.get("type"))
     whole = bool(parts["model"].get("ignore_merges"))
     kinds = [step["type"] for step in steps]
-    regex = steps[0].get("pattern", {}).get("Regex") if kinds == ["Split", "ByteLevel"] else None
-    isolated = regex and steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]
-    digits = kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]
-    name = {
-        (kinds == ["ByteLevel"], last["use_regex"], False): "gpt-2",
-        (bool(digits), last["use_regex"], False): "smollm",
-    }.get((True, True, whole))
-    if isolated and not last["use_regex"]:
-        names = {(_LLAMA3, True): "llama-bpe", (_LLAMA3, False): "smaug-bpe"}
-        name = (names | {(_QWEN2, False): "qwen2"}).get((str(regex), whole))
+    regex, name = None, None
+    if kinds == ["Split", "ByteLevel"] and not last["use_regex"]:
+        regex = steps[0]["pattern"].get("Regex")
+        if steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]:
+            name = _PRE.get((regex, whole))
+    elif kinds == ["ByteLevel"] and last["use_regex"] and not whole:
+        name = "gpt-2"
+    elif kinds == ["Digits", "ByteLevel"] and last["use_regex"] and not whole:
+        name = "smollm" if steps[0]["individual_digits"] else None
     if name is None:
         raise _unknown("pre_tokenizer", regex or ", ".join(kinds))
     return name
@@ -222,11 +228,6 @@ def _adds(tokenizer: Any) -> dict[str, bool]:
             if full == around:
                 return {"bos": before, "eos": after}
     raise _unknown("post_processor", f"it makes {full} of {bare}")
-
-
-def _template(tokenizer: Any) -> str | None:
-    template = getattr(tokenizer, "chat_template", None)
-    return template if isinstance(template, str) else None
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
