@@ -313,8 +313,11 @@ def sentencepiece(*, closed=True):
     words.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
-    words.train_from_iterator(TEXTS, BpeTrainer(vocab_size=130, show_progress=False))
+    words.train_from_iterator(
+        TEXTS, BpeTrainer(vocab_size=100, max_token_length=5, show_progress=False)
+    )
     pieces = sorted(words.get_vocab(), key=words.get_vocab().get)
+    pieces += [piece for piece in ("th", "hi", "thi") if piece not in pieces]
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     vocabulary = {name: number for number, name in enumerate(names)}
     merges = [
@@ -391,7 +394,7 @@ def test_llama_cpp_is_asked_about_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_vocabulary, "_pre", lambda parts: "gpt-2")
     model = dense("llama", vocab_size=400, num_hidden_layers=1)
     with pytest.raises(ExportError, match=r"llama\.cpp splits"):
-        export(model, tmp_path / "out", "gguf", tokenizer=byte_level("smollm"))
+        export(model, tmp_path / "out", "gguf", tokenizer=byte_level("llama-bpe"))
 
 
 def unigram():

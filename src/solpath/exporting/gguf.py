@@ -213,6 +213,7 @@ def _write_settings(
 
     config, layers, head = _config(model), layers_of(model), _head_size(model)
     writer.add_name(f"{type(model).__name__} cut by solpath")
+    # What the model card says of the licence and the dense model: writer.add_license(...).
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[quantization]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(_rows(model))

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,10 +62,7 @@ def check_tokens(folder: Path, tokenizer: Any) -> None:
     """
     if not find_spec("llama_cpp"):
         return
-    import llama_cpp
-
-    file = llama_cpp.Llama(str(folder / FILE), vocab_only=True, verbose=False)
-    with contextlib.closing(file):
+    with _opened(folder / FILE, vocab_only=True) as file:
         for text, special in itertools.product(_TEXTS, (False, True)):
             found = file.tokenize(text.encode(), add_bos=special)
             expected = tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -87,21 +84,26 @@ def _ids(batch: Batch) -> list[list[int]]:
     return batch["input_ids"].tolist()  # type: ignore[no-any-return]
 
 
+@contextlib.contextmanager
+def _opened(path: Path, **options: Any) -> Iterator[Any]:
+    """Open a file in llama.cpp while the block runs."""
+    import llama_cpp
+
+    try:
+        file = llama_cpp.Llama(str(path), verbose=False, **options)
+    except ValueError as error:
+        raise ExportError(f"llama.cpp does not load the file: {error}") from error
+    with contextlib.closing(file):
+        yield file
+
+
 def _in_llama_cpp(path: Path, samples: list[list[int]]) -> Tensor:
     """Return logits ``[samples, tokens, vocabulary]``, with a cache in float32."""
     import llama_cpp
 
-    length = len(samples[0])
-    file = llama_cpp.Llama(
-        str(path),
-        n_ctx=length,
-        n_batch=length,
-        logits_all=True,
-        type_k=llama_cpp.GGML_TYPE_F32,
-        type_v=llama_cpp.GGML_TYPE_F32,
-        verbose=False,
-    )
-    with contextlib.closing(file):
+    length, wide = len(samples[0]), llama_cpp.GGML_TYPE_F32
+    options = {"n_ctx": length, "n_batch": length, "type_k": wide, "type_v": wide}
+    with _opened(path, logits_all=True, **options) as file:
         found = []
         for ids in samples:
             file.reset()
