@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from solpath.errors import ConfigError
-from solpath.exporting import hub, onnx, openvino, stock
+from solpath.exporting import gguf, hub, onnx, openvino, stock
 from solpath.exporting.formats import Format
 from solpath.exporting.parity import Parity, check_parity, random_batch
 from solpath.files import check_output, json_bytes, new_folder
@@ -21,7 +21,8 @@ from solpath.running.modes import contained
 from solpath.running.provenance import provenance
 
 FORMATS: dict[str, Format] = {
-    format.name: format for format in (hub.FORMAT, stock.FORMAT, onnx.FORMAT, openvino.FORMAT)
+    format.name: format
+    for format in (stock.FORMAT, hub.FORMAT, onnx.FORMAT, openvino.FORMAT, gguf.FORMAT)
 }
 """Name to format; see `export`."""
 
@@ -99,9 +100,10 @@ def export(
         with new_folder(folder, overwrite=overwrite, marks=(RECORD,)) as temporary:
             chosen.write(model, temporary, batches["random"], **options)
             runs = chosen.batches(model, batches)
-            parity = check_parity(model, chosen.open(temporary), runs, chosen.tolerance)
-            for name, (runner, tolerance) in chosen.variants(temporary).items():
-                rows = check_parity(model, runner, runs, tolerance)
+            tolerance = chosen.tolerances.get(options.get("quantization", ""), chosen.tolerance)
+            parity = check_parity(model, chosen.open(temporary), runs, tolerance)
+            for name, (runner, allowed) in chosen.variants(temporary).items():
+                rows = check_parity(model, runner, runs, allowed)
                 parity += [replace(row, inputs=f"{row.inputs}, {name}") for row in rows]
             command = chosen.command.format(folder=os.fspath(folder))
             record = _record(model, chosen, parity, options, command)

@@ -1,9 +1,8 @@
 """What a format of another runtime is: what it can hold, how it is written, and how it is run."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -16,21 +15,12 @@ Runner = Callable[[Batch], Outputs]
 """Runs a written folder on a batch, as its runtime would."""
 
 
-class Write(Protocol):
-    """Writes the files of a model into an empty folder."""
+Write = Callable[..., None]
+"""Writes the files of a model into an empty folder: ``write(model, folder, batch, **options)``.
 
-    def __call__(
-        self, model: nn.Module, folder: Path, batch: Batch, *args: Any, **options: Any
-    ) -> None:
-        """Write the files.
-
-        Args:
-            model: The model, in eval mode, on the CPU. It is left untouched.
-            folder: The folder.
-            batch: Inputs to trace the model with, if the format needs that.
-            args: None.
-            options: Those of the format.
-        """
+The model is in eval mode, on the CPU, and is left untouched. The batch is there to trace the model
+with, if the format needs that. The options are those of the format.
+"""
 
 
 def _as_they_are(model: nn.Module, batches: Mapping[str, Batch]) -> Mapping[str, Batch]:
@@ -58,6 +48,7 @@ class Format:
             same with more inputs, and others beside.
         variants: Opens other files of the folder that hold the model too, such as one in int8. A
             name to what runs it, and to a tolerance of its own.
+        tolerances: Tolerances that the option ``quantization`` asks for, by its value.
     """
 
     name: str
@@ -69,3 +60,4 @@ class Format:
     command: str
     batches: Callable[[nn.Module, Mapping[str, Batch]], Mapping[str, Batch]] = _as_they_are
     variants: Callable[[Path], Mapping[str, tuple[Runner, float]]] = _no_variants
+    tolerances: Mapping[str, float] = field(default_factory=dict)
