@@ -71,6 +71,8 @@ def main(
             if before is not None:
                 found["search before"] = run("search", folder, before)
     else:
+        from streaming import forget
+
         with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
             dense = _make(case, Path(scratch))
             kinds = ("search", "compensated") if case == "limited" else ("streamed",)

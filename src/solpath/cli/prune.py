@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,12 +17,21 @@ from solpath.cli.arguments import (
     PathFolder,
     Precision,
     Samples,
+    SmallName,
     Text,
     Tokens,
     takes_budget,
     takes_constraints,
 )
-from solpath.cli.inputs import batches_for, load_any, load_dense, path_of, random_tokens, table_of
+from solpath.cli.inputs import (
+    batches_for,
+    load_any,
+    load_dense,
+    load_small,
+    path_of,
+    random_tokens,
+    table_of,
+)
 from solpath.cli.terminal import print_json, print_table, say
 from solpath.errors import BudgetError, ConfigError, FileError
 
@@ -179,6 +189,47 @@ def extract(
         asked = {"out": str(out), "asked": summary["asked"]}
         return print_json({**asked, **summary["achieved"], **found_ms})
     print(f"{made!r}\nwritten to {out}")
+
+
+@app.command()
+def export(
+    small: SmallName,
+    out: Annotated[Path, typer.Option(help="Folder for the result, new or empty.")],
+    format: Annotated[str, typer.Option(help="stock, hub, onnx, openvino or gguf.")],
+    quantization: Annotated[
+        str | None, typer.Option(help="gguf: f32, f16, q8_0 or q4_0; default f16.")
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="onnx: a second file in int8.")] = False,
+    pad: Annotated[
+        bool, typer.Option("--pad", help="stock: zeros up to the widest layer where it must be.")
+    ] = False,
+    multiple_of: Annotated[
+        int | None, typer.Option(help="hub: heads are padded to a multiple of this; default 8.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a smaller model for another runtime, and run it there before it is done."""
+    from solpath.exporting.export import export as write
+    from solpath.exporting.export import options_of
+    from solpath.pretrained import load_processor, quiet_transformers
+
+    quiet_transformers()
+    given: dict[str, Any] = {"quantization": quantization, "multiple_of": multiple_of}
+    given |= {"int8": int8 or None, "pad": pad or None}
+    options = {name: value for name, value in given.items() if value is not None}
+    if "tokenizer" in options_of(format):
+        try:
+            options["tokenizer"] = load_processor(small)
+        except FileError as error:
+            say(f"no tokenizer or image processor is saved with it: {error}")
+    made = write(load_small(small, Precision.FLOAT32), out, format, **options)
+    if as_json:
+        parity = [asdict(row) for row in made.parity]
+        found = {"out": str(out), "format": format, "bytes": made.bytes, "parity": parity}
+        return print_json({**found, "command": made.command})
+    rows = [(row.inputs, row.output, f"{row.difference:.1e}") for row in made.parity]
+    print_table(("inputs", "output", "difference"), rows)
+    print(f"{made.bytes / 1e6:.1f} MB written to {out}; to run it: {made.command}")
 
 
 def _plan_for_latency(

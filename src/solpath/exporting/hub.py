@@ -58,7 +58,12 @@ def check(model: nn.Module) -> None:
 
 
 def write(
-    model: nn.Module, folder: Path, batch: Batch, *, multiple_of: int = 8, **unknown: Any
+    model: nn.Module,
+    folder: Path,
+    batch: Batch,
+    *,
+    multiple_of: int = 8,
+    tokenizer: Any = None,
 ) -> None:
     """Write `config.json`, the file of the classes, and the weights.
 
@@ -69,13 +74,12 @@ def write(
         multiple_of: What the size of a head that kernels see is a multiple of: queries, keys and
             values are padded with zeros up to it when the model runs. Flash-attention wants 8, and
             vLLM on a CPU 32.
+        tokenizer: A tokenizer or processor whose files are added.
 
     Raises:
-        ConfigError: `multiple_of` is not a whole number above 0, or an option is unknown.
+        ConfigError: `multiple_of` is not a whole number above 0.
         ExportError: The model has other tensors than the class of the folder.
     """
-    if unknown:
-        raise ConfigError(f"the format 'hub' takes multiple_of, not {', '.join(unknown)}.")
     if type(multiple_of) is not int or multiple_of < 1:
         raise ConfigError(f"multiple_of must be a whole number above 0, got {multiple_of!r}.")
     family = FAMILIES[model.config.model_type]  # type: ignore[union-attr, index]
@@ -90,6 +94,8 @@ def write(
         (folder / INDEX).write_bytes(json_bytes(index))
     if (generation := getattr(model, "generation_config", None)) is not None:
         generation.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

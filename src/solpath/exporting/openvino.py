@@ -121,4 +121,5 @@ FORMAT = Format(
     command=f'openvino.Core().compile_model("{{folder}}/{FILE}", "CPU", '
     '{{"INFERENCE_PRECISION_HINT": "f32"}})(inputs)',
     batches=checked_batches,
+    whole_heads=True,
 )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from solpath.errors import ConfigError, ExportError
+from solpath.errors import ExportError
 from solpath.exporting.card import Facts, model_card
 from solpath.exporting.formats import Format, Outputs, Runner
 from solpath.exporting.origin import base_of, license_of
@@ -49,29 +49,25 @@ def check(model: nn.Module) -> None:
         )
 
 
-def write(model: nn.Module, folder: Path, batch: Batch, **options: Any) -> None:
+def write(
+    model: nn.Module, folder: Path, batch: Batch, *, pad: bool = False, tokenizer: Any = None
+) -> None:
     """Write the folder of a stock class.
 
     Args:
         model: An extracted or dense model. It is left untouched.
         folder: An empty folder.
         batch: Inputs, whose first sample multiply-accumulates are counted on.
-        options: ``pad``, whether layers may be filled up with zeros to one width, which is off;
-            ``tokenizer``, a tokenizer or processor whose files are added.
+        pad: Whether layers may be filled up with zeros to one width.
+        tokenizer: A tokenizer or processor whose files are added.
 
     Raises:
-        ConfigError: An option is unknown, or `tokenizer` has no ``save_pretrained``.
         ExportError: A stock class cannot hold the model, or only with `pad`.
     """
-    if unknown := {*options} - {"pad", "tokenizer"}:
-        raise ConfigError(f"stock takes pad and tokenizer, not {unknown.pop()}.")
-    tokenizer = options.get("tokenizer")
-    if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
-        raise ConfigError(f"tokenizer has no save_pretrained: {tokenizer!r}.")
     stock: Any = model
     plan, padding = plan_of(model), None
     if plan is not None:
-        stock, padding = stock_model(model, plan, batch, pad=bool(options.get("pad")))
+        stock, padding = stock_model(model, plan, batch, pad=pad)
     stock.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))

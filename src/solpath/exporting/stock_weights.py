@@ -58,7 +58,7 @@ def stock_state(
     """
     names = {id(parameter): name for name, parameter in target.named_parameters()}
     changed = {}
-    channels = channels_kept(pairs[0], kept)
+    channels = channels_kept(pairs[0], kept, {})
     factors = _factors(small, target, *sites)
     for path, parts in _layers(*pairs).items():
         source, wanted = linear_map(small, path), linear_map(target, path)

@@ -1,0 +1,74 @@
+"""One search, every runtime: plans for a target go into its format, and what cannot is refused."""
+
+import json
+
+import pytest
+
+import solpath
+from conftest import build, inputs
+from solpath import baselines
+from solpath.errors import ConfigError, ExportError
+from solpath.exporting.export import FORMATS, options_of
+
+
+def cut(label, target=None, **constraints):
+    model = build(label)
+    path = baselines.magnitude(model, [inputs(model)])
+    return solpath.extract(model, path.plan(sparsity=0.4, for_=target, **constraints))
+
+
+@pytest.mark.parametrize(
+    ("label", "target", "format"),
+    [
+        ("llama", "stock", "stock"),
+        ("llama", "vllm", "hub"),
+        ("vit", "stock", "stock"),
+        ("t5", "stock", "stock"),
+        ("gemma3_text", "stock", "stock"),
+    ],
+)
+def test_a_plan_for_a_runtime_goes_into_its_format(tmp_path, label, target, format):
+    small = cut(label, target)
+    made = solpath.export(small, tmp_path / "out", format, batch=inputs(small))
+    assert {row.inputs for row in made.parity} >= {"random", "given"}
+    assert max(row.difference for row in made.parity) < 1e-5
+    record = json.loads((tmp_path / "out" / "solpath_export.json").read_text())
+    assert record["plan"]["asked"]["target"] == target
+    assert record["parity"][0]["difference"] == made.parity[0].difference
+
+
+def test_a_plan_for_llama_cpp_goes_into_a_file(tmp_path):
+    pytest.importorskip("gguf")
+    model = build("llama", intermediate_size=128)
+    path = baselines.magnitude(model, [inputs(model)])
+    small = solpath.extract(model, path.plan(sparsity=0.3, for_="gguf"))
+    made = solpath.export(small, tmp_path / "out", "gguf", quantization="q8_0")
+    assert (tmp_path / "out" / "model.gguf").stat().st_size < made.bytes
+
+
+@pytest.mark.parametrize("format", [n for n, made in FORMATS.items() if not made.whole_heads])
+def test_formats_refuse_lost_heads_that_they_cannot_hold(tmp_path, format):
+    small = cut("llama", whole_groups=True)
+    assert small.solpath_plan.heads
+    with pytest.raises(ExportError, match="has lost whole heads"):
+        solpath.export(small, tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
+
+
+def test_lost_heads_are_traced(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    made = solpath.export(cut("vit", whole_groups=True), tmp_path / "out", "onnx")
+    assert max(row.difference for row in made.parity) < 1e-5
+
+
+def test_wrong_words_are_named(tmp_path):
+    small = cut("bert")
+    with pytest.raises(ConfigError, match="format must be one of stock, hub, onnx"):
+        solpath.export(small, tmp_path / "out", "coreml")
+    with pytest.raises(ConfigError, match="'hub' takes multiple_of, tokenizer, not 'pad'"):
+        solpath.export(small, tmp_path / "out", "hub", pad=True)
+    with pytest.raises(ConfigError, match="no save_pretrained"):
+        solpath.export(small, tmp_path / "out", "stock", tokenizer="bert")
+    assert options_of("stock") == ("pad", "tokenizer")
+    assert not (tmp_path / "out").exists()
