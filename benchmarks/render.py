@@ -38,7 +38,7 @@ from solpath.reporting.charts import spread
 from zoo_page import compensated_table, zoo_page, zoo_table
 
 ROOT = RESULTS.parents[1]
-DOCS = ("index", "first-family", "benchmarks", "zoo")
+DOCS = ("index", "first-family", "benchmarks", "runtimes", "zoo")
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in DOCS)]
 STRONG = {"color": "#0b6e99", "linewidth": 2.6, "markersize": 5}
 WEAK = {"color": "#68727b", "linewidth": 1.2, "markersize": 3}
@@ -76,8 +76,9 @@ def table(name: str) -> str:
     that is switched off, ``speed_<model>`` one per member that was timed, ``tuning`` one per member
     that was tuned, ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision,
     ``latency_budget`` one per asked latency, ``gpu`` one per model, ``decoding`` one per member of
-    a decoder. Those of large models are in scale_page.py, those of a real decoder, ``language...``,
-    in language_page.py. ``tutorial`` is what the tutorial prints about its sizes, as text.
+    a decoder, ``exports`` one per family. Those of large models are in scale_page.py, those of a
+    real decoder, ``language...``, in language_page.py. ``tutorial`` is what the tutorial prints
+    about its sizes, as text.
     """
     if name == "tutorial":
         lines = [line for line in _results("tutorial") if "parameters" in line]
@@ -95,6 +96,8 @@ def table(name: str) -> str:
         return _markdown([*gpu()])
     if name == "latency_budget":
         return _markdown([*latency_budget()])
+    if name == "exports":
+        return _markdown([*exports()])
     if name == "decoding":
         return _markdown([*decoding()])
     if name == "exactness":
@@ -156,6 +159,16 @@ def _quality(runs: Runs, metric: str, labels: dict[str, str], *, extents: bool =
         extent = [f"{min(column):.{digits}f}-{max(column):.{digits}f}" for column in columns]
         rows += [[label, *(f"**{cell}**" for cell in cells)], ["… over seeds", *extent]]
     return _markdown(rows)
+
+
+def exports() -> Iterator[Sequence[str]]:
+    """The largest difference of every family in every format; a dash where it is refused."""
+    found = _results("exports")
+    formats = list(dict.fromkeys(name for row in found.values() for name in row))
+    yield "family", *(f"`{name}`" for name in formats)
+    for label, row in found.items():
+        cells = [row.get(name, {}).get("difference") for name in formats]
+        yield label, *("—" if cell is None else f"{cell:.0e}" for cell in cells)
 
 
 def costs() -> Iterator[tuple[str, str, str, str, str]]:

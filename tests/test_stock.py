@@ -207,7 +207,7 @@ def test_models_that_no_stock_class_holds_are_refused(tmp_path):
                            (torch.nn.Linear(2, 2), "not a model of transformers")):  # fmt: skip
         with pytest.raises(ExportError, match=message):
             export(model, tmp_path / "x", "stock", batch={"input_ids": torch.ones(1, 3).long()})
-    with pytest.raises(ConfigError, match="not padding"):
+    with pytest.raises(ConfigError, match="not 'padding'"):
         export(build("bert"), tmp_path / "x", "stock", padding=True)
 
 
