@@ -76,7 +76,8 @@ def table(name: str) -> str:
     that is switched off, ``speed_<model>`` one per member that was timed, ``tuning`` one per member
     that was tuned, ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision,
     ``latency_budget`` one per asked latency, ``gpu`` one per model, ``decoding`` one per member of
-    a decoder, ``exports`` one per family. Those of large models are in scale_page.py, those of a
+    a decoder, ``exports`` one per family, ``runtimes`` one per member, ``constraint_cost`` one per
+    constraint. Those of large models are in scale_page.py, those of a
     real decoder, ``language...``, in language_page.py. ``tutorial`` is what the tutorial prints
     about its sizes, as text.
     """
@@ -96,6 +97,10 @@ def table(name: str) -> str:
         return _markdown([*gpu()])
     if name == "latency_budget":
         return _markdown([*latency_budget()])
+    if name == "constraint_cost":
+        return _markdown([*constraint_cost()])
+    if name == "runtimes":
+        return _markdown([*runtimes()])
     if name == "exports":
         return _markdown([*exports()])
     if name == "decoding":
@@ -169,6 +174,33 @@ def exports() -> Iterator[Sequence[str]]:
     for label, row in found.items():
         cells = [row.get(name, {}).get("difference") for name in formats]
         yield label, *("—" if cell is None else f"{cell:.0e}" for cell in cells)
+
+
+def runtimes() -> Iterator[Sequence[str]]:
+    """What members take in other runtimes, and how near they are there."""
+    yield "", "time, ms", "÷ dense", "MACs ÷ dense", "quotient", "file, MB", "difference"
+    for name, member in _results("runtimes").items():
+        for runtime, row in member.items():
+            if runtime != "macs":
+                yield (
+                    f"{name}, {runtime}", f"{row['ms']:.1f}", f"{row['ratio']:.2f}",
+                    f"{row['macs_ratio']:.2f}", f"{row['over_macs']:.2f}",
+                    f"{row['bytes'] / 1e6:.1f}", f"{max(row['difference'].values()):.0e}",
+                )  # fmt: skip
+
+
+def constraint_cost() -> Iterator[Sequence[str]]:
+    """Quality under constraints, and the share of the score that a plan keeps beside none."""
+    found = _results("constraint_cost_minilm")
+    keeps = list(next(iter(found.values())))
+    yield "constraint", *(f"{float(keep):.0%}" for keep in keeps)
+    for name, row in found.items():
+        cells = []
+        for keep in keeps:
+            kept = row[keep].get("kept_score")
+            value = "—" if "metrics" not in row[keep] else f"{row[keep]['metrics']['cosine']:.3f}"
+            cells.append(value if kept is None else f"{value} ({kept:.0%})")
+        yield name, *cells
 
 
 def costs() -> Iterator[tuple[str, str, str, str, str]]:

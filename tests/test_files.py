@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from solpath import files
 from solpath.errors import FileError
-from solpath.files import new_folder, write_file
+from solpath.files import json_bytes, new_folder, write_file
 from solpath.reading import (
     check_header,
     digests,
@@ -318,3 +318,14 @@ def test_member_stays_in_the_folder(tmp_path, name):
     (tmp_path / "folder").mkdir()
     with pytest.raises(FileError):
         file_in(tmp_path / "folder", name)
+
+
+def test_json_is_what_the_library_reads_and_lists_stay_on_one_line():
+    inner = {"kept": [[1, 2, 3], []], "none": None, "text": 'ü"'}
+    value = {"a": inner, "b": [{"c": 1.5}], "d": {}}
+    text = json_bytes(value).decode()
+    assert json.loads(text) == value
+    assert "   [1, 2, 3],\n" in text
+    for wrong in (float("nan"), [float("inf")]):
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            json_bytes({"a": wrong})

@@ -159,8 +159,25 @@ def sync(path: Path) -> None:
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
-    """Return `value` as indented JSON. Raise `ValueError` for NaN and infinity."""
-    return f"{json.dumps(value, indent=1, allow_nan=False)}\n".encode()
+    """Return `value` as indented JSON. Raise `ValueError` for NaN and infinity.
+
+    A list of plain values, which may be long, stands on one line.
+    """
+    return f"{_json(value, '')}\n".encode()
+
+
+def _json(value: Any, indent: str) -> str:
+    inner = f"{indent} "
+    if isinstance(value, Mapping) and value and all(isinstance(name, str) for name in value):
+        lines = [f"{json.dumps(name)}: {_json(part, inner)}" for name, part in value.items()]
+        return f"{{\n{inner}" + f",\n{inner}".join(lines) + f"\n{indent}}}"
+    nested = isinstance(value, list | tuple) and any(
+        isinstance(part, Mapping | list | tuple) for part in value
+    )
+    if nested:
+        lines = [_json(part, inner) for part in value]
+        return f"[\n{inner}" + f",\n{inner}".join(lines) + f"\n{indent}]"
+    return json.dumps(value, allow_nan=False)
 
 
 @contextlib.contextmanager
