@@ -7,7 +7,7 @@ import pytest
 import solpath
 from conftest import build, inputs
 from solpath import baselines
-from solpath.errors import ConfigError, ExportError
+from solpath.errors import ConfigError, ExportError, ModelInUseError
 from solpath.exporting.export import FORMATS, options_of
 
 
@@ -72,3 +72,16 @@ def test_wrong_words_are_named(tmp_path):
         solpath.export(small, tmp_path / "out", "stock", tokenizer="bert")
     assert options_of("stock") == ("pad", "tokenizer")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_left_in_its_modes_and_a_masked_one_is_refused(tmp_path):
+    small = cut("bert").train()
+    part = small.encoder.layer[0].eval()
+    solpath.export(small, tmp_path / "out", "hub")
+    assert small.training
+    assert small.embeddings.training
+    assert not part.training
+    model = build("bert")
+    plan = baselines.magnitude(model, [inputs(model)]).plan(sparsity=0.4)
+    with solpath.masked(model, plan), pytest.raises(ModelInUseError, match="masked"):
+        solpath.export(model, tmp_path / "other", "stock")

@@ -16,8 +16,9 @@ from solpath.exporting.formats import Format
 from solpath.exporting.parity import Parity, check_parity, random_batch
 from solpath.files import check_output, json_bytes, new_folder
 from solpath.planning.plan import plan_of
+from solpath.running.claims import claimed
 from solpath.running.forward import Batch
-from solpath.running.modes import contained
+from solpath.running.modes import contained, evaluating
 from solpath.running.provenance import provenance
 
 FORMATS: dict[str, Format] = {
@@ -81,6 +82,7 @@ def export(
         ExportError: The format cannot hold the model, or the exported model gives other outputs.
         FileError: The folder is not empty, was not written by solpath or cannot be written.
         BatchError: There is no `batch`, and what the model takes is not known.
+        ModelInUseError: The model is masked or searched, or another thread works on it.
 
     Example:
         >>> exported = solpath.export(small, "half-stock", "stock", pad=True)
@@ -103,23 +105,22 @@ def export(
     batches = {"random": random_batch(model)} if batch is None else {}
     if batch is not None:
         batches = {"random": _random_like(model, batch), "given": batch}
-    training = model.training
-    model.eval()
-    try:
-        with new_folder(folder, overwrite=overwrite, marks=(RECORD,)) as temporary:
-            chosen.write(model, temporary, batches["random"], **options)
-            runs = chosen.batches(model, batches)
-            tolerance = chosen.tolerances.get(options.get("quantization", ""), chosen.tolerance)
-            parity = check_parity(model, chosen.open(temporary), runs, tolerance)
-            for name, (runner, allowed) in chosen.variants(temporary).items():
-                rows = check_parity(model, runner, runs, allowed)
-                parity += [replace(row, inputs=f"{row.inputs}, {name}") for row in rows]
-            command = chosen.command.format(folder=os.fspath(folder))
-            record = _record(model, chosen, parity, options, command)
-            (temporary / RECORD).write_bytes(json_bytes(record))
-            size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
-    finally:
-        model.train(training)
+    with (
+        claimed(model, doing="exported"),
+        evaluating(model),
+        new_folder(folder, overwrite=overwrite, marks=(RECORD,)) as temporary,
+    ):
+        chosen.write(model, temporary, batches["random"], **options)
+        runs = chosen.batches(model, batches)
+        tolerance = chosen.tolerances.get(options.get("quantization", ""), chosen.tolerance)
+        parity = check_parity(model, chosen.open(temporary), runs, tolerance)
+        for name, (runner, allowed) in chosen.variants(temporary).items():
+            rows = check_parity(model, runner, runs, allowed)
+            parity += [replace(row, inputs=f"{row.inputs}, {name}") for row in rows]
+        command = chosen.command.format(folder=os.fspath(folder))
+        record = _record(model, chosen, parity, options, command)
+        (temporary / RECORD).write_bytes(json_bytes(record))
+        size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
     return Exported(Path(folder), format, tuple(parity), size, command)
 
 

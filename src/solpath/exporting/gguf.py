@@ -13,6 +13,7 @@ from solpath.errors import ConfigError, ExportError
 from solpath.exporting.formats import Format
 from solpath.exporting.gguf_reading import FILE, check_tokens, open_gguf, runtime
 from solpath.exporting.gguf_vocabulary import Vocabulary, read_vocabulary, write_vocabulary
+from solpath.exporting.widths import dense_width
 from solpath.running.forward import Batch
 
 _CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")  # what deci can compute
@@ -109,7 +110,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
 
 
 def _layer(model: nn.Module, index: int, block: Any) -> Layer:
-    attention, mlp, head = block.self_attn, block.mlp, _head_size(model)
+    attention, mlp, head = block.self_attn, block.mlp, dense_width(_config(model))
     name = f"model.layers.{index}"
     heads = _config(model).num_attention_heads
     kv_heads = heads // attention.num_key_value_groups
@@ -211,7 +212,7 @@ def _write_settings(
     """Add all metadata to a writer."""
     import gguf
 
-    config, layers, head = _config(model), layers_of(model), _head_size(model)
+    config, layers, head = _config(model), layers_of(model), dense_width(_config(model))
     writer.add_name(f"{type(model).__name__} cut by solpath")
     # What the model card says of the licence and the dense model: writer.add_license(...).
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[quantization]])
@@ -287,7 +288,7 @@ def interleave(rows: Tensor, heads: int) -> Tensor:
 
 def _factors(model: nn.Module) -> Tensor | None:
     """Return what the wavelength of every rotary couple is multiplied by, or None if by 1."""
-    rope, head = _config(model).rope_parameters, _head_size(model)
+    rope, head = _config(model).rope_parameters, dense_width(_config(model))
     if rope["rope_type"] == "default":
         return None
     plain: Tensor = rope["rope_theta"] ** -(torch.arange(0, head, 2).double() / head)
@@ -342,13 +343,6 @@ def _inner(model: nn.Module) -> Any:
 
 def _rows(model: nn.Module) -> int:
     return int(_inner(model).embed_tokens.weight.shape[0])
-
-
-def _head_size(model: nn.Module) -> int:
-    config = _config(model)
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
 
 
 FORMAT = Format(

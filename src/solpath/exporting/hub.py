@@ -19,10 +19,10 @@ from solpath.arch.table import is_foreign
 from solpath.errors import ConfigError, ExportError
 from solpath.exporting.families import FAMILIES, Family, written_out
 from solpath.exporting.formats import Format, Runner
-from solpath.exporting.parity import outputs_of
+from solpath.exporting.parity import runner_of, transformers_runtime
 from solpath.exporting.widths import read_widths
 from solpath.files import json_bytes
-from solpath.running.forward import Batch, run
+from solpath.running.forward import Batch
 from solpath.storing.manifest import CONFIG, INDEX
 from solpath.storing.shards import Stored, write_shards
 
@@ -151,12 +151,7 @@ def open_folder(folder: Path) -> Runner:
     if wrong := [key for kind in ("missing_keys", "unexpected_keys") for key in report[kind]]:
         raise ExportError(f"transformers does not find {wrong[0]} where it was written.")
     model.eval()
-
-    def runner(batch: Batch) -> dict[str, Tensor]:
-        with torch.no_grad():
-            return outputs_of(run(model, batch, labels=False))
-
-    return runner
+    return runner_of(model)
 
 
 def _module_from(file: Path) -> Any:
@@ -171,19 +166,12 @@ def _module_from(file: Path) -> Any:
     return module
 
 
-def runtime() -> str:
-    """Return what runs the folder."""
-    import transformers
-
-    return f"transformers {transformers.__version__} on a CPU"
-
-
 FORMAT = Format(
     name="hub",
     check=check,
     write=write,
     open=open_folder,
-    runtime=runtime,
+    runtime=transformers_runtime,
     tolerance=1e-5,
     command="transformers.AutoModel.from_pretrained({folder!r}, trust_remote_code=True)",
 )

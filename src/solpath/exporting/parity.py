@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from solpath.errors import BatchError, ExportError
-from solpath.exporting.formats import Runner
+from solpath.exporting.formats import Outputs, Runner
 from solpath.running.forward import Batch, output_mask, run
+from solpath.running.provenance import version_of
 
 _TOKENS = 16  # of a random text
 _IDS = ("input_ids", "decoder_input_ids")
@@ -78,6 +79,25 @@ def check_parity(
                     "written."
                 )
     return rows
+
+
+def runner_of(model: nn.Module) -> Runner:
+    """Return what runs a model of transformers that was loaded from an exported folder.
+
+    Args:
+        model: The model, in eval mode.
+    """
+
+    def runner(batch: Batch) -> Outputs:
+        with torch.no_grad():
+            return outputs_of(run(model, batch, labels=False))
+
+    return runner
+
+
+def transformers_runtime() -> str:
+    """Return the name of what `runner_of` runs in."""
+    return f"transformers {version_of('transformers')} on a CPU"
 
 
 def outputs_of(outputs: Any) -> dict[str, Tensor]:

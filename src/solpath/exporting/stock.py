@@ -12,13 +12,12 @@ from torch import nn
 
 from solpath.errors import ExportError
 from solpath.exporting.card import Facts, model_card
-from solpath.exporting.formats import Format, Outputs, Runner
+from solpath.exporting.formats import Format, Runner
 from solpath.exporting.origin import base_of, license_of
-from solpath.exporting.parity import outputs_of
+from solpath.exporting.parity import runner_of, transformers_runtime
 from solpath.exporting.stock_model import Padding, stock_model
 from solpath.planning.plan import Plan, plan_of
-from solpath.running.forward import Batch, run
-from solpath.running.provenance import version_of
+from solpath.running.forward import Batch
 
 _KINDS = {"qk": "query and key", "vo": "value and output", "mlp": "MLP", "experts": "experts"}
 
@@ -138,12 +137,7 @@ def open_folder(folder: Path) -> Runner:
             "of its parts, such as its pooler, cannot be loaded without saying so; use a class "
             "that has no such part."
         )
-
-    def runner(batch: Batch) -> Outputs:
-        with torch.no_grad():
-            return outputs_of(run(model, batch, labels=False))
-
-    return runner
+    return runner_of(model)
 
 
 FORMAT = Format(
@@ -151,7 +145,7 @@ FORMAT = Format(
     check=check,
     write=write,
     open=open_folder,
-    runtime=lambda: f"transformers {version_of('transformers')} on a CPU",
+    runtime=transformers_runtime,
     tolerance=1e-4,
     command=(
         "python -c \"import transformers as t; f = '{folder}'; "

@@ -158,7 +158,7 @@ class Statistics:
         measuring = one_batch + (size if batches > 1 else 0)  # a batch's beside the sum
         kept = sum(own) if len(parts) == 1 else 0
         looking = 3 * max(own, default=0)
-        seconds += looks * sum(map(_look_seconds, own))
+        seconds += looks * _look_seconds(own)
         return InputsWork(seconds, max(measuring - kept, looking), kept)
 
     def unexplained_variance(self, pairs: Sequence[Pair], inputs: Inputs, mask: Tensor) -> Tensor:
@@ -229,10 +229,9 @@ def _watched(pairs: Sequence[Pair]) -> list[Pair]:
     return [pair for pair in pairs if pair.kind not in ("qk", "experts")]
 
 
-def _look_seconds(size: int) -> float:
-    """Return about how long a look at one matrix of so many bytes takes: its cube, in small."""
-    rows = math.sqrt(size / 8)
-    small = min(round(rows), _TIMED)
+def _look_seconds(sizes: Sequence[int]) -> float:
+    """Return about how long a look at matrices of so many bytes takes: a small one's, by cubes."""
     start = perf_counter()
-    unexplained_variance(torch.eye(small, dtype=torch.float64), torch.ones(small).double())
-    return (perf_counter() - start) * (rows / small) ** 3
+    unexplained_variance(torch.eye(_TIMED, dtype=torch.float64), torch.ones(_TIMED).double())
+    cubes = sum(math.sqrt(size / 8) ** 3 for size in sizes)
+    return (perf_counter() - start) * cubes / _TIMED**3
