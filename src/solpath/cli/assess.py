@@ -146,10 +146,12 @@ def evaluate_(
     if as_json:
         return print_json(result.to_dict())
     names = {"task": "retrieval accuracy@1"}
-    print_table(
-        ("metric", "value"),
-        [(names.get(name, name), f"{value:.4f}") for name, value in result.metrics.items()],
-    )
+    rows = []
+    for name, value in result.metrics.items():
+        ends = result.intervals.get(name)
+        between = "" if ends is None else "{:.4f} to {:.4f}".format(*ends)
+        rows.append((names.get(name, name), f"{value:.4f}", between))
+    print_table(("metric", "value", "95 % confidence"), rows)
 
 
 @app.command()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from solpath.errors import BatchError
-from solpath.measuring.metrics import compare, relative_to_spread
+from solpath.measuring.intervals import mean_interval, share_interval
+from solpath.measuring.metrics import compare, spread_errors
 from solpath.model.head import LazyLogits, logits_in_parts, parts
 from solpath.objective import kind_of
 from solpath.running.forward import attended, output_mask, output_tensor, row_not_finite, run
@@ -21,32 +22,38 @@ Target = Tensor | LazyLogits
 
 
 class Tally:
-    """Adds up what was compared of one model."""
+    """Collects what was compared of one model, sample by sample."""
 
     def __init__(self) -> None:
-        self._totals: dict[str, float] = defaultdict(float)
+        self._sums: dict[str, list[Tensor]] = defaultdict(list)
         self._values: list[tuple[Tensor, Tensor]] = []  # of a regression, whose spread is of all
 
-    def add(self, sums: Mapping[str, float]) -> None:
-        """Add the sums over some samples or tokens.
+    def add(self, sums: Mapping[str, Tensor]) -> None:
+        """Add the sums over every sample of a batch.
 
         Args:
             sums: See `solpath.measuring.metrics.compare`.
         """
-        for name, total in sums.items():
-            self._totals[name] += total
+        for name, rows in sums.items():
+            self._sums[name].append(rows)
 
     def keep(self, output: Tensor, target: Tensor) -> None:
         """Keep the outputs of a regression for one batch, and their targets."""
         self._values.append((output, target))
 
-    def means(self) -> dict[str, float]:
-        """Return name to mean of every metric."""
-        count = self._totals.get("count", 1)
-        found = {name: total / count for name, total in self._totals.items() if name != "count"}
+    def summary(self) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+        """Return name to mean of every metric, and name to its interval where there is one."""
+        ratios = {name: torch.cat(rows) for name, rows in self._sums.items()}
+        counts = ratios.pop("count", torch.empty(0))
+        pairs = {name: (sums, counts) for name, sums in ratios.items()}
         if self._values:
-            found["relative_error"] = relative_to_spread(self._values)
-        return found
+            pairs["relative_error"] = spread_errors(self._values)
+        means = {name: float(sums.sum() / counts.sum()) for name, (sums, counts) in pairs.items()}
+        found = {
+            name: (share_interval if name == "agreement" else mean_interval)(*pair)
+            for name, pair in pairs.items()
+        }
+        return means, {name: ends for name, ends in found.items() if ends is not None}
 
 
 def dense_output(model: nn.Module, batch: Any, *, optional: bool = False) -> Target | None:
@@ -114,6 +121,7 @@ def compare_batch(
     if not large:
         return
     mask = output_mask(batch, torch.zeros(()).expand(target.shape))  # of this shape, no memory
+    sums: dict[str, dict[str, Tensor]] = {name: {} for name in large}
     for start, stop in parts(target.shape):
         part = _part(target, start, stop)
         for name, whole in large.items():
@@ -121,7 +129,10 @@ def compare_batch(
             goal = part.to(output.device)
             _check_finite(name, output, goal, place)
             counted = None if mask is None else mask[:, start:stop]
-            tallies[name].add(compare(output, goal, counted, kind="classes"))
+            for metric, rows in compare(output, goal, counted, kind="classes").items():
+                sums[name][metric] = sums[name].get(metric, 0) + rows
+    for name, found in sums.items():
+        tallies[name].add(found)
 
 
 def _part(logits: Target, start: int, stop: int) -> Tensor:

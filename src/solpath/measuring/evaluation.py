@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, overload
 
+import torch
 from torch import nn
 
 from solpath.data.preparation import Preparation, preparing
 from solpath.data.source import batch_size, check_device, check_ends
 from solpath.errors import BatchError, ConfigError, NonFiniteLossError
 from solpath.measuring.comparison import Tally, Target, compare_batch, dense_output
+from solpath.measuring.intervals import mean_interval
 from solpath.model.head import LazyLogits
 from solpath.objective import Loss
 from solpath.planning.cost import Achieved
@@ -33,6 +35,8 @@ class Result:
 
     Attributes:
         metrics: Name of a metric to its value, see `evaluate`.
+        intervals: Name of a metric to the ends of its 95 % confidence interval, over which samples
+            might have been drawn. A metric of fewer than two samples, and ``"task"``, has none.
         samples: Number of samples.
         cost: Size of the model if it was extracted, otherwise None.
         provenance: Where the figures come from, see `solpath.running.provenance.provenance`.
@@ -42,6 +46,7 @@ class Result:
     samples: int
     cost: Achieved | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -94,6 +99,9 @@ def evaluate(
     - Hidden states: the means over samples of ``relative_error`` and of ``cosine``, which compares
       the averages over tokens.
 
+    Every mean has a 95 % confidence interval over the samples, whose tokens are taken together;
+    that of a loss is over the batches. See `solpath.measuring.intervals` for how, and for when it holds.
+
     Of large vocabularies (256 MiB of logits a batch and more) the logits are computed and compared
     some tokens at a time, from the hidden states ahead of the head.
 
@@ -132,6 +140,9 @@ def evaluate(
         >>> result = solpath.evaluate(small, model, batches)
         >>> sorted(result.metrics), result.samples
         (['agreement', 'cosine', 'kl', 'relative_error'], 96)
+        >>> low, high = result.intervals["kl"]
+        >>> low < result.metrics["kl"] < high
+        True
         >>> found = solpath.evaluate({"small": small, "dense": model}, model, batches)
         >>> found["small"].metrics == result.metrics, found["dense"].metrics["relative_error"]
         (True, 0.0)
@@ -146,8 +157,8 @@ def evaluate(
     first, *_ = models.values()
     dense = reference if isinstance(reference, nn.Module) else None
     tallies = {name: Tally() for name in models}
-    own: dict[str, dict[str, float]] = {name: defaultdict(float) for name in models}
-    samples = 0
+    own: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in models}
+    sizes: list[int] = []
     with (
         claimed(*filter(None, [dense]), doing="compared with", admits="anything"),
         claimed(*models.values(), doing="evaluated", admits="anything", runs=True),
@@ -155,30 +166,35 @@ def evaluate(
         preparing(first, *map(device_of, models.values())) as prepare,
     ):
         for i, (batch, target) in enumerate(_with_targets(reference, prepare, batches, loss)):
-            samples += batch_size(batch)
+            sizes.append(batch_size(batch))
             if loss is not None:
                 for name, judged in models.items():
-                    own[name]["loss"] += _loss(loss, judged, batch, f"loss of batch {i}")
+                    value = _loss(loss, judged, batch, f"loss of batch {i}")
+                    own[name]["loss"].append(value)
                 if dense is not None:
                     value = _loss(loss, dense, batch, f"reference_loss of batch {i}")
-                    for totals in own.values():
-                        totals["reference_loss"] += value
+                    for losses in own.values():
+                        losses["reference_loss"].append(value)
             if target is not None:
                 compare_batch(models, tallies, target, batch, partial(prepare.place, i))
-        if not samples:
+        if not sizes:
             raise BatchError("batches is empty; give at least one held-out batch.")
         results = {}
         for name, one in models.items():
-            metrics = tallies[name].means()
-            metrics |= {key: total / samples for key, total in own[name].items()}
+            metrics, intervals = tallies[name].summary()
+            for key, sums in own[name].items():
+                metrics[key] = sum(sums) / sum(sizes)
+                ends = mean_interval(torch.tensor(sums, dtype=torch.float64), torch.tensor(sizes))
+                intervals |= {} if ends is None else {key: ends}
             if task is not None:
                 metrics["task"] = float(task(one))
             plan = plan_of(one)
             results[name] = Result(
                 metrics=metrics,
-                samples=samples,
+                samples=sum(sizes),
                 cost=None if plan is None else plan.achieved,
                 provenance=provenance(device_of(one)),
+                intervals=intervals,
             )
     return results if isinstance(model, Mapping) else results[_ONE]
 

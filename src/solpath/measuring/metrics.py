@@ -11,26 +11,29 @@ from solpath.objective import Kind, divergence
 from solpath.running.forward import at_least_float
 
 
-def compare(output: Tensor, target: Tensor, mask: Tensor | None, *, kind: Kind) -> dict[str, float]:
-    """Return sums of metrics, and under ``"count"`` what they are sums over.
+def compare(
+    output: Tensor, target: Tensor, mask: Tensor | None, *, kind: Kind
+) -> dict[str, Tensor]:
+    """Return sums of metrics for every sample, and under ``"count"`` what they are sums over.
 
     Args:
         output: Output of the smaller model, ``[batch, ..., features]``.
         target: Output of the dense model, of the same shape.
         mask: Tokens that count, bool ``[batch, tokens]``; None counts all.
-        kind: What the outputs mean; for a regression see `relative_to_spread`.
+        kind: What the outputs mean; for a regression see `spread_errors`.
 
     Returns:
-        ``relative_error`` always. For classes, and summed over positions: ``cosine``, ``kl`` and
-        ``agreement`` (equal argmax). For labels and spans, summed over samples: ``kl`` and
-        ``agreement`` (the mean over labels, or over start and end, of equal decisions). For hidden
-        states, summed over samples: ``cosine`` of the averages over tokens.
+        Name to float64 ``[batch]``, on the CPU. ``relative_error`` always. For classes, and summed
+        over the positions of a sample: ``cosine``, ``kl`` and ``agreement`` (equal argmax). For
+        labels and spans, one value a sample: ``kl`` and ``agreement`` (the mean over labels, or
+        over start and end, of equal decisions). For hidden states, one value a sample: ``cosine``
+        of the averages over tokens.
     """
     y, t = at_least_float(output), at_least_float(target)
     if kind == "classes":
         return _classes(y, t, mask)
     if kind == "hidden":
-        return _hidden(y, t, mask)
+        return _of_samples(_hidden(y, t, mask))
     divergences = divergence(y, t, mask, kind=kind)
     if kind == "spans":
         if mask is not None:
@@ -39,63 +42,67 @@ def compare(output: Tensor, target: Tensor, mask: Tensor | None, *, kind: Kind) 
     else:
         same = _over_tokens(((y > 0) == (t > 0)).float().mean(-1), mask)
     error = _relative_error(output, target, mask if kind == "labels" else None)
-    return {
-        "kl": divergences.sum().item(),
-        "agreement": same.sum().item(),
-        "relative_error": error.sum().item(),
-        "count": len(y),
-    }
+    return _of_samples({"kl": divergences, "agreement": same, "relative_error": error})
 
 
-def relative_to_spread(values: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """Return the squared error of all outputs over the spread of all targets, 1 - R².
+def spread_errors(values: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the squared error of every sample, and its share of the spread of all targets.
 
-    The spread is the squared distance of the targets from their mean. Targets that are all equal
-    are compared with their own square.
+    The sum of the first over the sum of the second is 1 - R². The spread is the squared distance of
+    the targets from their mean. Targets that are all equal are compared with their own square.
 
     Args:
         values: Outputs and targets of every batch, ``[batch, ..., features]``.
+
+    Returns:
+        Two float64 tensors ``[samples]``, on the CPU.
     """
-    y, t = (
-        torch.cat(
-            [at_least_float(part).double().reshape(-1, part.shape[-1]).cpu() for part in column]
-        )
-        for column in zip(*values, strict=True)
-    )
-    error, spread = (y - t).square().sum(), (t - t.mean(0)).square().sum()
-    square = t.square().sum()
-    return float(error / (spread if spread > 1e-12 * square else square).clamp(min=_tiny(t)))
+    pairs = [tuple(at_least_float(part).double().cpu() for part in pair) for pair in values]
+    rows = torch.cat([t.reshape(-1, t.shape[-1]) for _, t in pairs])
+    mean = rows.mean(0)
+    if (rows - mean).square().sum() <= 1e-12 * rows.square().sum():
+        mean = torch.zeros_like(mean)
+    errors = torch.cat([(y - t).square().flatten(1).sum(1) for y, t in pairs])
+    spread = torch.cat([(t - mean).square().flatten(1).sum(1) for _, t in pairs])
+    return errors, spread.clamp(min=_tiny(rows) / len(spread))
 
 
-def _classes(y: Tensor, t: Tensor, mask: Tensor | None) -> dict[str, float]:
-    """Sums over positions."""
-    classes = y.shape[-1]
+def _classes(y: Tensor, t: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """Sums over the positions of every sample."""
+    batch, classes = len(y), y.shape[-1]
     y, t = y.reshape(-1, classes), t.reshape(-1, classes)
+    rows = torch.arange(batch).repeat_interleave(len(y) // max(batch, 1))
     if mask is not None:
-        y, t = y[mask.flatten()], t[mask.flatten()]
+        y, t, rows = y[mask.flatten()], t[mask.flatten()], rows[mask.flatten().cpu()]
     log_y, log_t = y.log_softmax(-1), t.log_softmax(-1)
     error = (y - t).square().sum(-1) / t.square().sum(-1).clamp(min=_tiny(t))
-    return {
-        "cosine": functional.cosine_similarity(y, t).sum().item(),
-        "kl": (log_t.exp() * (log_t - log_y)).sum().item(),
-        "agreement": float((y.argmax(-1) == t.argmax(-1)).sum().item()),
-        "relative_error": error.sum().item(),
-        "count": len(y),
+    found = {
+        "cosine": functional.cosine_similarity(y, t),
+        "kl": (log_t.exp() * (log_t - log_y)).sum(-1),
+        "agreement": y.argmax(-1) == t.argmax(-1),
+        "relative_error": error,
+        "count": torch.ones(len(y)),
     }
+    none = torch.zeros(batch, dtype=torch.float64)
+    return {name: none.index_add(0, rows, value.double().cpu()) for name, value in found.items()}
 
 
-def _hidden(y: Tensor, t: Tensor, mask: Tensor | None) -> dict[str, float]:
-    """Sums over samples."""
+def _hidden(y: Tensor, t: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """One value a sample."""
     batch, width = y.shape[0], y.shape[-1]
     y, t = y.reshape(batch, -1, width), t.reshape(batch, -1, width)
     weight = _weight(t, mask)
     tokens = weight.sum(dim=1).clamp(min=1)
     pooled_y, pooled_t = (y * weight).sum(dim=1) / tokens, (t * weight).sum(dim=1) / tokens
     return {
-        "cosine": functional.cosine_similarity(pooled_y, pooled_t).sum().item(),
-        "relative_error": _relative_error(y, t, mask).sum().item(),
-        "count": batch,
+        "cosine": functional.cosine_similarity(pooled_y, pooled_t),
+        "relative_error": _relative_error(y, t, mask),
     }
+
+
+def _of_samples(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {name: value.double().cpu() for name, value in values.items()}
+    return {**found, "count": torch.ones_like(found["relative_error"])}
 
 
 def _relative_error(y: Tensor, t: Tensor, mask: Tensor | None) -> Tensor:
