@@ -11,10 +11,11 @@ import pytest
 
 import conftest
 import solpath
-from solpath.errors import FileError
+from conftest import build, inputs
+from solpath.errors import ConfigError, FileError
 from solpath.reporting.charts import entry_shares, spread
 from solpath.reporting.family import Family
-from solpath.reporting.report import duration, heat_maps, write_report
+from solpath.reporting.report import duration, heat_maps, overlap, size_table, write_report
 
 SIZES = {"s20": 0.2, "s40": 0.4, "s60": 0.6, "s75": 0.75}
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -35,10 +36,11 @@ def make_family(path: solpath.SolutionPath) -> dict:
                 "macs": size.macs,
                 "macs_share": size.macs_share,
                 "bytes": 4 * size.params,
+                "cache": size.cache,
                 "latency_ms": 10.0 - i,
                 "latency_iqr_ms": 0.3,
-                "cosine": 1 - 0.07 * i,
-                "retrieval": 0.9 - 0.1 * i,
+                "metrics": {"cosine": 1 - 0.07 * i, "retrieval": 0.9 - 0.1 * i},
+                "intervals": {"cosine": [0.98 - 0.07 * i, 1.01 - 0.07 * i]},
                 "widths": plan.widths,
             }
         )
@@ -47,7 +49,10 @@ def make_family(path: solpath.SolutionPath) -> dict:
             "name": name,
             "seconds": 12.0,
             "points": [
-                {"sparsity": s, "cosine": 1 - loss * s, "retrieval": 0.9 - loss * s / 2}
+                {
+                    "sparsity": s,
+                    "metrics": {"cosine": 1 - loss * s, "retrieval": 0.9 - loss * s / 2},
+                }
                 for s in (0.0, *SIZES.values())
             ],
         }
@@ -55,7 +60,7 @@ def make_family(path: solpath.SolutionPath) -> dict:
     ]
     return {
         "format": "solpath.family",
-        "version": 2,
+        "version": 3,
         "model": {"name": "a <b>model</b>", "class": "BertModel", "sha256": None, "units": 224},
         "search": {
             "method": "spp",
@@ -65,7 +70,11 @@ def make_family(path: solpath.SolutionPath) -> dict:
             "seed": 0,
             "text": "",
         },
-        "task": {"name": "retrieval accuracy@1", "pairs": 64},
+        "metrics": [
+            {"key": "cosine", "title": "Cosine to the dense model", "lower": False},
+            {"key": "retrieval", "title": "Retrieval accuracy", "lower": False},
+        ],
+        "judged": {"text": "held-out pairs", "samples": 64},
         "methods": methods,
         "members": members,
         "measured": {"samples": 8, "tokens": 128, "repeats": 20},
@@ -126,7 +135,13 @@ def test_report_is_deterministic(folder: Path) -> None:
     [
         (("version",), 99, "version 99"),
         (("methods",), [], "methods"),
-        (("methods", 1, "points", 0, "cosine"), "x", "methods[1].points[0].cosine"),
+        (
+            ("methods", 1, "points", 0, "metrics", "cosine"),
+            "x",
+            "methods[1].points[0].metrics.cosine",
+        ),
+        (("members", 1, "metrics"), {}, "members[1].metrics.cosine"),
+        (("members", 1, "intervals", "cosine"), [1], "members[1].intervals.cosine"),
         (("members", 2, "params"), None, "members[2].params"),
         (("members", 1, "widths"), {}, "members[1].widths"),
         (("model",), 3, "model"),
@@ -158,7 +173,7 @@ def test_continuations_stand_side_by_side_and_are_escaped(folder: Path) -> None:
     (folder / "family.json").write_text(json.dumps(family))
     page = write_report(folder).read_text()
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;\n  &amp; so on</td>") == len(SIZES)
-    assert "<script" not in page
+    assert "<script>alert" not in page
     assert '<code class="text">Once &lt;i&gt;upon</code>' in page
     assert "3 of 9" in page
     family["continuations"][0]["lines"][1]["text"] = 5
@@ -175,7 +190,11 @@ def test_missing_family_is_refused(tmp_path: Path) -> None:
 def test_a_family_comes_back_as_it_was_written(folder: Path) -> None:
     written = json.loads((folder / "family.json").read_text())
     family = Family.read(folder)
-    unsaid = {"model": written["model"] | {"prunable": None}, "continuations": None}
+    unsaid = {
+        "model": written["model"] | {"prunable": None},
+        "continuations": None,
+        "promise": None,
+    }
     assert family.to_dict() == written | unsaid
     family.write(folder)
     assert Family.read(folder) == family
@@ -223,7 +242,120 @@ def test_report_opens_in_a_browser(folder: Path, tmp_path: Path) -> None:
         "--window-size=400,900", "--dump-dom", page.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.count("<section") == 5
-    assert done.stdout.count("<svg") == 6
+    assert done.stdout.count("<section") == 6
+    assert done.stdout.count("<svg") == 2 * (2 * 5 + 1)
     assert "CONSOLE" not in done.stderr
     assert not re.search(r"(?:src|href)=\"(?!#)", done.stdout)
+
+
+@pytest.fixture
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with playwright.sync_playwright() as running:
+        yield running.chromium.launch(executable_path=CHROMIUM, args=flags)
+
+
+def test_a_size_is_chosen_by_the_keyboard_alone(browser, bert, folder: Path) -> None:
+    page = browser.new_page()
+    page.goto(write_report(folder).as_uri())
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to choosing a size"
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "size"
+    page.keyboard.press("Home")
+    for _ in range(31):
+        page.keyboard.press("ArrowRight")
+    path = solpath.SolutionPath.load(folder / "path")
+    expected = f"{path.plan(sparsity=0.31).achieved.params / 1e6:.1f} M"
+    text = page.locator("#figures").inner_text()
+    assert expected in text
+    assert "≈ 0.89" in text  # 0.93 at 20 %, 0.86 at 40 %
+    assert "--sparsity 0.31" in page.locator("#command").inner_text()
+    said = page.locator("#size").get_attribute("aria-valuetext")
+    assert said.startswith("31")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # the button of the first measured size
+    assert "measured" in page.locator("#figures").inner_text()
+    page.locator("#by-sparsity").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator(".by-params").is_visible()
+    assert not page.locator(".by-sparsity").is_visible()
+
+
+def test_a_phone_shows_all_of_the_page(browser, folder: Path) -> None:
+    page = browser.new_page(viewport={"width": 360, "height": 740})
+    page.goto(write_report(folder).as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    assert page.locator("#choose").is_visible()
+
+
+def test_another_path_is_compared_unit_by_unit(bert, folder: Path) -> None:
+    beside = solpath.baselines.random(bert, conftest.batches(bert), seed=7)
+    beside.save(folder / "other")
+    assert 'id="overlap"' not in write_report(folder).read_text()
+    page = write_report(folder, beside=folder / "other").read_text()
+    assert 'id="overlap"' in page
+    path, family = solpath.SolutionPath.load(folder / "path"), Family.read(folder)
+    for row, sparsity in zip(overlap(family, path, path), SIZES.values(), strict=True):
+        assert set(row["shares"].values()) == {1.0}
+        assert row["chance"] < 1 - sparsity / 2
+    for row in overlap(family, path, beside):
+        assert row["shares"]["all"] == pytest.approx(row["chance"], abs=0.15)
+    small = build("bert", num_hidden_layers=1)
+    solpath.baselines.magnitude(small, [inputs(small)]).save(folder / "small")
+    with pytest.raises(ConfigError, match="other pairs"):
+        write_report(folder, beside=folder / "small")
+
+
+def test_the_promise_is_shown_and_the_page_begins_there(folder: Path) -> None:
+    family = json.loads((folder / "family.json").read_text())
+    family["promise"] = {
+        "sparsity": 0.2, "metric": "divergence", "max_loss": 0.05, "confidence": 0.95,
+        "samples": 1500, "mean": 0.031, "bound": 0.042,
+    }  # fmt: skip
+    (folder / "family.json").write_text(json.dumps(family))
+    page = write_report(folder).read_text()
+    assert "<strong>Chosen: 20\u202f% removed.</strong>" in page
+    assert "at most 0.05" in page
+    assert 'value="20"' in page
+
+
+def test_costs_of_every_size_are_those_of_plans(folder: Path) -> None:
+    path, family = solpath.SolutionPath.load(folder / "path"), Family.read(folder)
+    sizes = size_table(family, path)["sizes"]
+    assert [round(100 * one["sparsity"]) for one in sizes] == list(range(len(sizes)))
+    for one in sizes[::13]:
+        achieved = path.plan(sparsity=one["sparsity"]).achieved
+        assert (one["params"], one["macs"]) == (achieved.params, achieved.macs)
+
+
+def test_a_family_of_any_model_is_made_judged_and_reported(tmp_path: Path) -> None:
+    model = build("llama")
+    data = conftest.batches(model)
+    path = solpath.baselines.magnitude(model, data)
+    family = solpath.make_family(
+        model, path, data, tmp_path / "out", sizes=[0.3, 0.6], compensate_on=2 * data,
+        repeats=1, progress=False,
+    )  # fmt: skip
+    assert [one.key for one in family.metrics] == ["kl", "agreement", "cosine", "relative_error"]
+    for member in family.members[1:]:
+        small = solpath.load(tmp_path / "out" / member.folder)
+        found = solpath.evaluate(small, model, data)
+        assert member.metrics["kl"] == pytest.approx(found.metrics["kl"], rel=1e-5)
+        assert member.intervals["kl"] == pytest.approx(found.intervals["kl"], rel=1e-4)
+        assert (
+            member.cache
+            == solpath.SolutionPath.load(tmp_path / "out" / "path")
+            .plan(sparsity=member.sparsity)
+            .achieved.cache
+        )
+    assert family.members[2].cache < family.members[0].cache
+    assert Family.read(tmp_path / "out") == family
+    assert (tmp_path / "out" / "report.html").exists()
+    for sizes in ([], [0.5, 0.5], [0.0, 0.5], [0.5, 1.0]):
+        with pytest.raises(ConfigError, match="sizes must ascend"):
+            solpath.make_family(model, path, data, tmp_path / "no", sizes=sizes)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from solpath.planning.plan import Plan
     from solpath.refining.compensation import compensate
     from solpath.refining.tuning import tune
+    from solpath.reporting.making import make_family
     from solpath.searching.search import search
     from solpath.storing.reading import load
     from solpath.storing.streaming import extract
@@ -52,6 +53,7 @@ _HOME = {
     "image_batches": "data.images",
     "image_text_batches": "data.images",
     "load": "storing.reading",
+    "make_family": "reporting.making",
     "masked": "model.masks",
     "measure": "measuring.measurement",
     "measure_latency": "measuring.latency",
@@ -81,6 +83,7 @@ __all__ = [
     "image_batches",
     "image_text_batches",
     "load",
+    "make_family",
     "masked",
     "measure",
     "measure_latency",

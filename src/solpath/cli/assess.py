@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from solpath.cli.arguments import Dtype, Images, Json, ModelName, Precision, Sam
 from solpath.cli.inputs import batches_for, load_any, random_tokens, rows_of, takes
 from solpath.cli.terminal import print_json, print_table, say
 from solpath.errors import ConfigError
+
+if TYPE_CHECKING:
+    from solpath.reporting.family import Family
 
 
 @app.command()
@@ -47,14 +50,20 @@ def demo(
     )
     if as_json:
         return print_json(family.to_dict())
-    rows = [
-        (m.name, f"{m.params / 1e6:.1f} M", f"{m.macs_share:.0%}",
-         f"{m.latency_ms:.1f} ms", f"{m.cosine:.3f}", f"{m.retrieval:.3f}")
-        for m in family.members
-    ]  # fmt: skip
-    print_table(("model", "parameters", "MACs", "latency", "cosine", "retrieval"), rows)
+    _print_family(family)
     stages = family.stages or ()
     say(f"took {sum(s.seconds for s in stages):.0f} s; report: {out / 'report.html'}")
+
+
+def _print_family(family: "Family") -> None:
+    """Print what every member costs and how good it is."""
+    shown = family.metrics[:2]
+    rows = [
+        (m.name, f"{m.params / 1e6:.1f} M", f"{m.macs_share:.0%}", f"{m.latency_ms:.1f} ms",
+         *(f"{m.metrics[one.key]:.4g}" for one in shown))
+        for m in family.members
+    ]  # fmt: skip
+    print_table(("model", "parameters", "MACs", "latency", *(one.key for one in shown)), rows)
 
 
 @app.command()

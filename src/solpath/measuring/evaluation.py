@@ -100,7 +100,7 @@ def evaluate(
       the averages over tokens.
 
     Every mean has a 95 % confidence interval over the samples, whose tokens are taken together;
-    that of a loss is over the batches. See `solpath.measuring.intervals` for how, and for when it holds.
+    that of a loss is over the batches. `solpath.measuring.intervals` says how, and when it holds.
 
     Of large vocabularies (256 MiB of logits a batch and more) the logits are computed and compared
     some tokens at a time, from the hidden states ahead of the head.

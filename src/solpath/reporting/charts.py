@@ -34,30 +34,35 @@ class Series:
 
     Attributes:
         label: The text at the end of the line.
-        x: Sparsities in percent, ascending.
-        y: The value at each sparsity.
+        x: Sizes in percent: of what is removed, ascending, or of what is left, descending.
+        y: The value at each size.
         strong: Whether the line is drawn in the accent colour, over the others.
+        ends: The ends of a confidence interval at each size, or None where there is none.
     """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     strong: bool
+    ends: Sequence[Sequence[float] | None] = ()
 
 
 def quality_chart(series: Sequence[Series], *, name: str, narrow: bool) -> str:
-    """Draw lines over sparsity, each labelled at its end, as an ``<svg>`` element.
+    """Draw lines over sizes, each labelled at its end, as an ``<svg>`` element.
+
+    The dense model is on the left. ``data-from`` and ``data-to`` of the element are the sizes at
+    the left and right end of the axis, ``data-left`` and ``data-right`` where these are in the
+    units of its ``viewBox``.
 
     Args:
-        series: The lines: at least one, each with at least one point.
+        series: The lines: at least one, each with at least one point, all from the same size on.
         name: A name for the chart that is unique on the page.
         narrow: Whether to draw for a screen of about 360 pixels.
     """
     width, height = (3.6, 3.3) if narrow else (5.4, 3.5)
     figure, axes = _figure(width, height)
-    figure.subplots_adjust(
-        left=0.11 if narrow else 0.085, right=0.66 if narrow else 0.765, top=0.97, bottom=0.14
-    )
+    left, right = (0.13, 0.68) if narrow else (0.1, 0.77)
+    figure.subplots_adjust(left=left, right=right, top=0.97, bottom=0.14)
     weak = 0
     for line in sorted(series, key=lambda line: line.strong):
         colour = _STAND_IN["accent" if line.strong else "soft"]
@@ -74,26 +79,32 @@ def quality_chart(series: Sequence[Series], *, name: str, narrow: bool) -> str:
             clip_on=False,
         )
         weak += not line.strong
-    last = max(line.x[-1] for line in series)
-    lowest = min(min(line.y) for line in series)
-    highest = max(max(line.y) for line in series)
-    floor = max(0.0, lowest - 0.05) if lowest >= 0 else lowest - 0.05
-    axes.set_xlim(0, last)
-    axes.set_ylim(floor, max(highest, floor + 0.1))
-    ticks = sorted({0.0, *(x for line in series for x in line.x)})
-    axes.set_xticks(_thinned(ticks, 0.09 * last))
+        for x, ends in zip(line.x, line.ends, strict=False):
+            if ends is not None:
+                axes.plot([x, x], ends, color=colour, linewidth=1.2, zorder=2, clip_on=False)
+    first = series[0].x[0]
+    last = max((line.x[-1] for line in series), key=lambda x: abs(x - first))
+    values = [value for line in series for value in line.y]
+    values += [end for line in series for ends in line.ends if ends is not None for end in ends]
+    pad = max(0.05 * (max(values) - min(values)), 1e-3 * abs(max(values)), 1e-9)
+    floor = max(0.0, min(values) - pad) if min(values) >= 0 else min(values) - pad
+    axes.set_xlim(first, last if last != first else first + 1)
+    axes.set_ylim(floor, max(max(values), floor + 2 * pad))
+    ticks = sorted({x for line in series for x in line.x}, reverse=last < first)
+    axes.set_xticks(_thinned(ticks, 0.09 * abs(last - first)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2f}".rstrip("0").rstrip("."))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     axes.grid(axis="y", color=_STAND_IN["grid"], linewidth=0.8)
     _label_ends(axes, series, last)
-    return _svg(figure, name)
+    places = {"from": first, "to": last, "left": 72 * left * width, "right": 72 * right * width}
+    return _svg(figure, name, places)
 
 
 def _thinned(ticks: Sequence[float], gap: float) -> list[float]:
     """Return `ticks` without those that come closer than `gap` to the one before."""
     kept: list[float] = []
     for tick in ticks:
-        if not kept or tick - kept[-1] >= gap:
+        if not kept or abs(tick - kept[-1]) >= gap:
             kept.append(tick)
     return kept
 
@@ -107,7 +118,7 @@ def _label_ends(axes: "Axes", series: Sequence[Series], last: float) -> None:
     for line, place in zip(ends, places, strict=True):
         end = line.y[-1]
         axes.annotate(
-            f"{line.label} {end:.2f}",
+            f"{line.label} {end:.3g}",
             xy=(last, place),
             xytext=(13, 0),
             textcoords="offset points",
@@ -266,8 +277,15 @@ def _style(axes: "Axes") -> None:
     axes.set_axisbelow(True)
 
 
-def _svg(figure: "Figure", name: str) -> str:
-    """Draw an ``<svg>`` element for HTML: no prolog, no metadata, no namespaces, no fixed size."""
+def _svg(figure: "Figure", name: str, data: Mapping[str, float] | None = None) -> str:
+    """Draw an ``<svg>`` element for HTML: no prolog, no metadata, no namespaces, no fixed size.
+
+    Args:
+        figure: The figure.
+        name: A name that is unique on the page.
+        data: Name to value of its ``data-`` attributes. With them it has a line of the class
+            ``cursor``, which the page may move.
+    """
     import matplotlib
 
     stream = io.StringIO()
@@ -281,7 +299,11 @@ def _svg(figure: "Figure", name: str) -> str:
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     view = re.search(r'viewBox="[^"]*"', text)
     assert view is not None
-    text = re.sub(r"<svg[^>]*>", f'<svg class="chart" {view[0]} aria-hidden="true">', text, count=1)
+    own = "".join(f' data-{key}="{value:g}"' for key, value in (data or {}).items())
+    start = f'<svg class="chart" {view[0]}{own} aria-hidden="true">'
+    text = re.sub(r"<svg[^>]*>", start, text, count=1)
+    if data:
+        text = text.replace("</svg>", '<line class="cursor"/></svg>')
     text = text.replace("xlink:href", "href")
     text = re.sub(r" font-family: [^;]*;", "", text)
     for key, colour in _STAND_IN.items():

@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,25 +17,26 @@ from solpath.config import SearchConfig
 from solpath.data.docstrings import Corpus, read_corpus, texts_of
 from solpath.data.text import text_batches
 from solpath.files import check_output
-from solpath.measuring.measurement import Measurement, measure
+from solpath.measuring.intervals import mean_interval, share_interval
+from solpath.measuring.measurement import measure
 from solpath.model.extraction import extract
-from solpath.planning.path import SolutionPath
 from solpath.pretrained import from_pretrained, load_processor, quiet_transformers
 from solpath.reading import file_digest
 from solpath.refining.compensation import compensate
 from solpath.reporting.family import (
     DenseModel,
     Family,
-    Member,
+    Judged,
     MethodRun,
+    Metric,
     Point,
     SearchRun,
     Stage,
-    Task,
     Timing,
 )
-from solpath.reporting.report import check_installed, write_report
-from solpath.reporting.retrieval import Embed, embedder, installed_model, retrieval_accuracy
+from solpath.reporting.making import Scores, members, publish
+from solpath.reporting.report import check_installed
+from solpath.reporting.retrieval import Embed, embedder, installed_model, retrieval_hits
 from solpath.running.progress import progress_bar
 from solpath.running.provenance import peak_resident_bytes, provenance
 from solpath.searching.search import search
@@ -170,9 +171,9 @@ def run_demo(
         clock.stage("score"),
         progress_bar("score", "", len(small), 0, show=progress) as report,
     ):
-        quality = {"dense": judge.dense}
+        scores = {"dense": judge.dense}
         for name, cut in small.items():
-            quality[name] = judge.quality(embedder(cut, tokenizer))
+            scores[name] = judge.scores(embedder(cut, tokenizer))
             report()
     say("measuring latency")
     with clock.stage("measure"):
@@ -183,7 +184,7 @@ def run_demo(
     weights = Path(source) / "model.safetensors"
     seconds, fitted = (clock.seconds(name) for name in ("search", "compensate"))
     sizes = {"dense": 0.0, **SIZES}
-    points = tuple(Point(sizes[name], **found) for name, found in quality.items())
+    points = tuple(Point(sizes[name], found.metrics) for name, found in scores.items())
     family = Family(
         model=DenseModel(
             name="all-MiniLM-L6-v2" if model is None else Path(model).name,
@@ -201,28 +202,30 @@ def run_demo(
             text=f"{len(corpus.search)} pairs of docstrings from {corpus.files} files, "
             f"digest {corpus.digest()}",
         ),
-        task=Task("retrieval accuracy@1", len(corpus.test)),
+        metrics=(
+            Metric("cosine", "Cosine to the dense model", lower=False),
+            Metric("retrieval", "Retrieval accuracy", lower=False),
+        ),
+        judged=Judged(
+            "held-out pairs of a first sentence and the rest of its docstring; accuracy is the "
+            "share of first sentences whose own rest is the nearest of all",
+            len(corpus.test),
+        ),
         methods=(MethodRun(path.method, seconds + fitted, points),),
-        members=members(path, quality, measured),
+        members=members(path, SIZES, scores, measured),
         measured=Timing(samples=8, tokens=scale.tokens, repeats=scale.repeats),
         provenance=provenance(),
         stages=clock.stages,
     )
-    _publish(family, folder)
+    publish(family, folder)
     say(f"the family and its report are in {folder}; comparing with other methods")
     names = scale.methods + (SLOW if rivals else ())
     with clock.stage("compare"):
         found = _compare(dense, tokenizer, judge, batches, names, scale, seed, progress)
     family = replace(family, methods=family.methods + found, stages=clock.stages)
-    _publish(family, folder)
+    publish(family, folder)
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     return family
-
-
-def _publish(family: Family, folder: Path) -> None:
-    """Write ``family.json`` and the report of it."""
-    family.write(folder)
-    write_report(folder)
 
 
 def _compare(
@@ -245,10 +248,11 @@ def _compare(
             options = {"scale_batches": scale.scale_batches} if name not in _FREE else {}
             rival = baselines.METHODS[name](dense, batches, seed=seed, **options)
             taken = time.perf_counter() - start
-            points = [Point(0.0, **judge.dense)]
+            points = [Point(0.0, judge.dense.metrics)]
             for sparsity in SIZES.values():
                 cut = extract(dense, rival.plan(sparsity=sparsity))
-                points.append(Point(sparsity, **judge.quality(embedder(cut, tokenizer))))
+                found = judge.scores(embedder(cut, tokenizer))
+                points.append(Point(sparsity, found.metrics))
             runs.append(MethodRun(name, taken, tuple(points)))
             report(name=following)
     return tuple(runs)
@@ -309,50 +313,25 @@ class Judge:
         self._reference = dense(self._texts)
         self.dense = self._score(self._reference)
 
-    def quality(self, embed: Embed) -> dict[str, float]:
+    def scores(self, embed: Embed) -> Scores:
         """Return mean ``cosine`` to the dense model and the ``retrieval`` accuracy@1."""
         return self._score(embed(self._texts))
 
-    def _score(self, found: Tensor) -> dict[str, float]:
+    def _score(self, found: Tensor) -> Scores:
         row = dict(zip(self._texts, found, strict=True))
 
         def known(texts: Sequence[str]) -> Tensor:
             return torch.stack([row[text] for text in texts])
 
-        cosine = nn.functional.cosine_similarity(found, self._reference, dim=-1).mean().item()
-        return {"cosine": cosine, "retrieval": retrieval_accuracy(known, self._pairs)}
-
-
-def members(
-    path: SolutionPath,
-    quality: Mapping[str, Mapping[str, float]],
-    measured: Mapping[str, Measurement],
-) -> tuple[Member, ...]:
-    """Return the dense model and every size with its cost, latency and quality.
-
-    Args:
-        path: The path that the family was cut from.
-        quality: Name of a member to its ``cosine`` and ``retrieval``.
-        measured: Name of a member to its measured cost, the dense model as ``"dense"``.
-    """
-    dense = measured["dense"]
-    rows = []
-    for name, cost in measured.items():
-        plan = path.plan(sparsity=SIZES.get(name, 0.0))
-        rows.append(
-            Member(
-                name=name,
-                folder=f"models/{name}" if name in SIZES else None,
-                sparsity=plan.achieved.sparsity,
-                params=cost.params,
-                params_share=cost.params / dense.params,
-                macs=cost.macs,
-                macs_share=cost.macs / dense.macs,
-                bytes=cost.bytes_on_disk,
-                latency_ms=cost.latency_ms,
-                latency_iqr_ms=cost.latency_iqr_ms,
-                **quality[name],
-                widths=plan.widths,
-            )
+        cosines = nn.functional.cosine_similarity(found, self._reference, dim=-1)
+        pairs = cosines.view(-1, 2).double().sum(1)  # of both texts of a pair, which are alike
+        hits = retrieval_hits(known, self._pairs).double()
+        one = torch.ones_like(hits)
+        ends = {
+            "cosine": mean_interval(pairs, 2 * one),
+            "retrieval": share_interval(hits, one),
+        }
+        return Scores(
+            {"cosine": cosines.mean().item(), "retrieval": hits.mean().item()},
+            {name: list(pair) for name, pair in ends.items() if pair is not None},
         )
-    return tuple(rows)

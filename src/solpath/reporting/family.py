@@ -1,6 +1,7 @@
 """A family of models as one typed value, and `family.json`, which holds it.
 
-The demo writes the file and the report reads it. What both may rely on is stated here once.
+`make_family` and the demo write the file and the report reads it. What they may rely on is stated
+here once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from solpath.files import json_bytes, write_file
 from solpath.planning.path import SolutionPath
 from solpath.reading import check_format, read_json
 
-FORMAT, FORMAT_VERSION = "solpath.family", 2
+FORMAT, FORMAT_VERSION = "solpath.family", 3
 FILE = "family.json"
 """The name of the file, in the folder of the family."""
 
@@ -42,36 +43,52 @@ class DenseModel:
 
 @dataclass(frozen=True)
 class SearchRun:
-    """The search that a family comes from.
+    """The search that a family comes from. What is not known of it is None.
 
     Attributes:
         method: The name of the method.
         seconds: The seconds that the search took.
         steps: The steps of the search.
         seed: The seed of the search.
-        compensation_seconds: The seconds that compensating all members took.
-        text: A description of the text that was searched on.
+        compensation_seconds: The seconds that compensating all members took; None if they are not
+            compensated.
+        text: A description of what was searched on.
     """
 
     method: str
-    seconds: float
-    steps: int
-    seed: int
-    compensation_seconds: float
+    seconds: float | None
+    steps: int | None
+    seed: int | None
+    compensation_seconds: float | None
     text: str
 
 
 @dataclass(frozen=True)
-class Task:
-    """What members are scored on.
+class Metric:
+    """One way to say how good a model is.
 
     Attributes:
-        name: The name of the score.
-        pairs: The number of held-out text pairs.
+        key: Its name in every point and member.
+        title: The name that the report shows.
+        lower: Whether lower values are better.
     """
 
-    name: str
-    pairs: int
+    key: str
+    title: str
+    lower: bool
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What members are judged on.
+
+    Attributes:
+        text: A description, such as ``"held-out pairs of docstrings"``.
+        samples: The number of samples.
+    """
+
+    text: str
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -80,13 +97,11 @@ class Point:
 
     Attributes:
         sparsity: The sparsity that was asked for.
-        cosine: The mean cosine over the held-out texts to the embeddings of the dense model.
-        retrieval: The accuracy of the task.
+        metrics: Name of every metric to its value.
     """
 
     sparsity: float
-    cosine: float
-    retrieval: float
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -95,12 +110,13 @@ class MethodRun:
 
     Attributes:
         name: The name of the method.
-        seconds: The seconds that its order took, and its compensation if there was one.
+        seconds: The seconds that its order took, and its compensation if there was one; None if
+            that is not known.
         points: The quality at every size.
     """
 
     name: str
-    seconds: float
+    seconds: float | None
     points: tuple[Point, ...]
 
 
@@ -116,10 +132,11 @@ class Member:
         params, macs: See `solpath.measuring.measurement.Measurement`.
         bytes: The bytes of the weights on disk.
         params_share, macs_share: `params` and `macs` as a share of those of the dense model.
+        cache: The bytes of the key-value cache per generated token; 0 where there is no cache.
         latency_ms: The median time of one forward pass, in milliseconds.
         latency_iqr_ms: The interquartile range of that time, in milliseconds.
-        cosine: The mean cosine over the held-out texts to the embeddings of the dense model.
-        retrieval: The accuracy of the task.
+        metrics: Name of every metric to its value.
+        intervals: Name of a metric to the ends of its 95 % confidence interval, where it has one.
         widths: Pair name to the number of units that each head keeps.
     """
 
@@ -131,10 +148,11 @@ class Member:
     macs: int
     macs_share: float
     bytes: int
+    cache: int
     latency_ms: float
     latency_iqr_ms: float
-    cosine: float
-    retrieval: float
+    metrics: Mapping[str, float]
+    intervals: Mapping[str, Sequence[float]]
     widths: Mapping[str, int]
 
 
@@ -144,12 +162,12 @@ class Timing:
 
     Attributes:
         samples: The number of samples in the batch.
-        tokens: The number of tokens per sample.
+        tokens: The number of tokens per sample; None for what is not text.
         repeats: The number of timed passes.
     """
 
     samples: int
-    tokens: int
+    tokens: int | None
     repeats: int
 
 
@@ -202,30 +220,57 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Promise:
+    """The size that was chosen, and what may be relied on.
+
+    Attributes:
+        sparsity: The share of the prunable parameters that is removed.
+        metric: The name of the loss.
+        max_loss: What the true loss is at most, with that confidence.
+        confidence: The probability that such a promise holds.
+        samples: The number of held-out samples that it rests on.
+        mean: The loss on them.
+        bound: The upper confidence bound of the true loss.
+    """
+
+    sparsity: float
+    metric: str
+    max_loss: float
+    confidence: float
+    samples: int
+    mean: float
+    bound: float
+
+
+@dataclass(frozen=True)
 class Family:
     """Everything that a report shows.
 
     Attributes:
         model: The dense model.
         search: The search that gave the order.
-        task: What members are scored on.
+        metrics: The metrics of every point and member, the main one first.
+        judged: What members are judged on.
         methods: The search and the methods that it is compared with.
         members: The dense model first, then the members by ascending sparsity.
         measured: What latencies were measured on.
         provenance: See `solpath.running.provenance`.
         continuations: What the models wrote after some prompts; None for models that write nothing.
         stages: What every stage took, in order; None if it was not recorded.
+        promise: The size that was chosen; None if none was.
     """
 
     model: DenseModel
     search: SearchRun
-    task: Task
+    metrics: tuple[Metric, ...]
+    judged: Judged
     methods: tuple[MethodRun, ...]
     members: tuple[Member, ...]
     measured: Timing
     provenance: Mapping[str, Any]
     continuations: tuple[Continuation, ...] | None = None
     stages: tuple[Stage, ...] | None = None
+    promise: Promise | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `family.json` holds."""
@@ -253,6 +298,13 @@ class Family:
         for name in ("bytes", "latency_ms"):  # the report divides by them
             if not getattr(dense, name) > 0:
                 raise FileError(f"{file}: members[0].{name} must be positive.")
+        keys = [metric.key for metric in family.metrics]
+        for i, member in enumerate(family.members):
+            _check_metrics(file, f"members[{i}]", member.metrics, keys)
+            _check_intervals(file, f"members[{i}].intervals", member.intervals)
+        for i, run in enumerate(family.methods):
+            for j, point in enumerate(run.points):
+                _check_metrics(file, f"methods[{i}].points[{j}]", point.metrics, keys)
         return family
 
     def check_widths(self, folder: Path, path: SolutionPath) -> None:
@@ -267,13 +319,27 @@ class Family:
                     )
 
 
+def _check_metrics(file: Path, where: str, found: Mapping[str, Any], keys: Sequence[str]) -> None:
+    for key in keys:
+        if type(found.get(key)) not in (int, float):
+            raise FileError(f"{file}: {where}.metrics.{key} is {found.get(key)!r}, not a number.")
+
+
+def _check_intervals(file: Path, where: str, found: Mapping[str, Any]) -> None:
+    for name, ends in found.items():
+        if not isinstance(ends, list) or [type(end) in (int, float) for end in ends] != [True] * 2:
+            raise FileError(f"{file}: {where}.{name} is {ends!r}, expected two numbers.")
+
+
 def _plain(value: Any) -> Any:
     """Return a dataclass, and everything in it, as plain values."""
     if is_dataclass(value):
         return {_key(part): _plain(getattr(value, part.name)) for part in fields(value)}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    return dict(value) if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return value
 
 
 def _key(part: Any) -> str:
@@ -310,6 +376,9 @@ def _checked(hint: Any, file: Path, where: str, value: Any) -> Any:
     if kind is str:
         if not isinstance(value, str):
             raise FileError(f"{file}: {where} is missing or not text.")
+    elif kind is bool:
+        if not isinstance(value, bool):
+            raise FileError(f"{file}: {where} is {value!r}, expected true or false.")
     elif kind in (int, float):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise FileError(f"{file}: {where} is {value!r}, expected a number.")

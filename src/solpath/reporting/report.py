@@ -1,14 +1,15 @@
 """The report of a family: one HTML file that needs no network, in light and dark."""
 
 import os
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from solpath.errors import ConfigError
+from solpath.errors import BudgetError, ConfigError
 from solpath.files import write_file
 from solpath.planning.path import SolutionPath
 from solpath.reporting.charts import LEVELS, Series, entry_chart, quality_chart
-from solpath.reporting.family import Family
+from solpath.reporting.family import Family, Member
 
 LABELS = {
     "spp": "solpath",
@@ -21,8 +22,25 @@ KINDS = {"qk": "query–key", "vo": "value–output", "mlp": "MLP", "experts": "
 """Kind of pair to the name that the report shows."""
 
 
-def write_report(folder: str | os.PathLike[str]) -> Path:
+COSTS = {
+    "sparsity": "removed weights",
+    "params": "parameters",
+    "macs": "multiply-accumulates",
+    "bytes": "size on disk",
+    "cache": "key-value cache",
+    "latency": "latency",
+}
+"""What quality is drawn against, with the name that the report shows."""
+
+
+def write_report(
+    folder: str | os.PathLike[str], *, beside: str | os.PathLike[str] | None = None
+) -> Path:
     """Build ``report.html`` from ``family.json`` and ``path/`` in the same folder.
+
+    Args:
+        folder: The folder.
+        beside: The folder of another path of the same model, to compare the path with.
 
     Returns:
         The file that was written.
@@ -30,14 +48,15 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     Raises:
         FileError: A file is missing or damaged, or the report cannot be written. The message names
             the file and the field.
-        ConfigError: jinja2 or matplotlib is not installed.
+        ConfigError: jinja2 or matplotlib is not installed, or `beside` is a path of other pairs.
     """
     check_installed()
     family = Family.read(Path(folder))
     path = SolutionPath.load(Path(folder) / "path")
     family.check_widths(Path(folder), path)
+    other = None if beside is None else SolutionPath.load(beside)
     target = Path(folder) / "report.html"
-    write_file(target, render(family, path).encode())
+    write_file(target, render(family, path, beside=other).encode())
     return target
 
 
@@ -53,12 +72,13 @@ def check_installed() -> None:
     del jinja2
 
 
-def render(family: Family, path: SolutionPath) -> str:
+def render(family: Family, path: SolutionPath, *, beside: SolutionPath | None = None) -> str:
     """Return the report as HTML.
 
     Args:
         family: What the report shows.
         path: The path that the family was cut from.
+        beside: Another path to compare it with.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -75,24 +95,27 @@ def render(family: Family, path: SolutionPath) -> str:
         "thousands": lambda value: f"{value:,.0f}".replace(",", "\u202f"),
         "millions": lambda value: f"{value / 1e6:.1f}",
         "fixed": lambda value, digits: f"{value:.{digits}f}",
-        "seconds": duration,
+        "figure": lambda value: f"{value:.3g}",
+        "seconds": lambda value: "–" if value is None else duration(value),
     }
     dense, *small = family.members
-    charts = {
-        f"{metric}_{size}": Markup(
-            quality_chart(_series(family, metric), name=f"{metric}-{size}", narrow=size == "narrow")
-        )
-        for metric in ("cosine", "retrieval")
-        for size in ("wide", "narrow")
-    }
+    costs = {name: title for name, title in COSTS.items() if name != "cache" or dense.cache}
+    shown = family.metrics[:2]
+    charts = {}
     for size in ("wide", "narrow"):
+        for metric, cost in product(shown, costs):
+            name = f"{metric.key}_{cost}_{size}"
+            series = _series(family, metric.key, cost)
+            charts[name] = Markup(quality_chart(series, name=name, narrow=size == "narrow"))
         chart = entry_chart(path, name=f"entry-{size}", narrow=size == "narrow", titles=KINDS)
         charts[f"entry_{size}"] = Markup(chart)
     return environment.get_template("report.html.j2").render(
         family=family,
         dense=dense,
         small=small,
-        lead=min(small, key=lambda member: abs(member.sparsity - 0.4)) if small else None,
+        lead=_lead(family),
+        costs=costs,
+        shown=shown,
         charts=charts,
         heat=heat_maps(family, path),
         kinds=KINDS,
@@ -100,6 +123,9 @@ def render(family: Family, path: SolutionPath) -> str:
         strong=family.search.method,
         levels=LEVELS,
         points=_point_table(family),
+        sizes=size_table(family, path),
+        overlap=None if beside is None else overlap(family, path, beside),
+        beside=beside,
     )
 
 
@@ -111,19 +137,123 @@ def duration(seconds: float) -> str:
     return f"{whole // 60}\u202fmin {whole % 60}\u202fs"
 
 
-def _series(family: Family, metric: str) -> list[Series]:
+def _lead(family: Family) -> Member | None:
+    """Return the member that the page begins with: the one of the promise, or near 40 %."""
+    aim = 0.4 if family.promise is None else family.promise.sparsity
+    small = family.members[1:]
+    return min(small, key=lambda member: abs(member.sparsity - aim)) if small else None
+
+
+def _series(family: Family, metric: str, cost: str) -> list[Series]:
+    """Return the lines of a chart: of all methods over what is removed, else of the members."""
+    if cost != "sparsity":
+        dense = family.members[0]
+        return [
+            Series(
+                label=LABELS.get(family.search.method, family.search.method),
+                x=[round(100 * _share(member, dense, cost), 1) for member in family.members],
+                y=[member.metrics[metric] for member in family.members],
+                strong=True,
+                ends=[member.intervals.get(metric) for member in family.members],
+            )
+        ]
     result = []
     for method in family.methods:
         points = sorted(method.points, key=lambda point: point.sparsity)
+        strong = method.name == family.search.method
+        ends = [member.intervals.get(metric) for member in family.members]
         result.append(
             Series(
                 label=LABELS.get(method.name, method.name),
                 x=[round(100 * point.sparsity, 1) for point in points],
-                y=[getattr(point, metric) for point in points],
-                strong=method.name == family.search.method,
+                y=[point.metrics[metric] for point in points],
+                strong=strong,
+                ends=ends if strong and len(ends) == len(points) else (),
             )
         )
     return result
+
+
+def _share(member: Member, dense: Member, cost: str) -> float:
+    name = "latency_ms" if cost == "latency" else cost
+    return float(getattr(member, name) / getattr(dense, name))
+
+
+def size_table(family: Family, path: SolutionPath) -> dict[str, Any]:
+    """Return what the page shows of every size that can be chosen on it, as plain values.
+
+    Returns:
+        Under ``"sizes"`` one entry per percent of sparsity that the path can reach: its costs, and
+        the share of units that is kept by kind. Under ``"members"`` what was measured of each.
+    """
+    widths = {kind: sum(p.units for p in path.pairs if p.kind == kind) for kind in KINDS}
+    sizes = []
+    for percent in range(100):
+        try:
+            plan = path.plan(sparsity=percent / 100)
+        except BudgetError:
+            break  # every layer that must keep something keeps just that
+        kept = dict.fromkeys(KINDS, 0)
+        for pair in path.pairs:
+            kept[pair.kind] += plan.kept[pair.name].numel()
+        size = plan.achieved
+        sizes.append(
+            {
+                "sparsity": percent / 100,
+                "params": size.params,
+                "macs": size.macs,
+                "bytes": size.bytes,
+                "cache": size.cache,
+                "kinds": [(KINDS[kind], kept[kind] / n) for kind, n in widths.items() if n],
+            }
+        )
+    return {
+        "sizes": sizes,
+        "members": [
+            {
+                "name": member.name,
+                "sparsity": member.sparsity,
+                "latency": member.latency_ms,
+                "metrics": dict(member.metrics),
+                "intervals": {name: list(ends) for name, ends in member.intervals.items()},
+            }
+            for member in family.members
+        ],
+        "metrics": [{"key": one.key, "title": one.title} for one in family.metrics],
+    }
+
+
+def overlap(family: Family, path: SolutionPath, beside: SolutionPath) -> list[dict[str, Any]]:
+    """Return how much two paths agree: of the units that one keeps, the share that both keep.
+
+    Args:
+        family: Its members give the sizes.
+        path: The path of the family.
+        beside: The other path.
+
+    Returns:
+        One ``{"name", "shares", "chance"}`` per member but the dense model: kind of pair to the
+        share, and the share that two random choices would have, which is what is kept of all.
+
+    Raises:
+        ConfigError: The paths are not of the same pairs.
+    """
+    shapes = [[(p.name, p.heads, p.width) for p in one.pairs] for one in (path, beside)]
+    if shapes[0] != shapes[1]:
+        raise ConfigError("beside has other pairs than the path of the family; compare two paths "
+                          "of one model.")  # fmt: skip
+    rows = []
+    for member in family.members[1:]:
+        masks = [one.plan(sparsity=member.sparsity).masks() for one in (path, beside)]
+        both, kept = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
+        for pair in path.pairs:
+            both[pair.kind] += float((masks[0][pair.name] * masks[1][pair.name]).sum())
+            kept[pair.kind] += float(masks[0][pair.name].sum())
+        total, units = sum(kept.values()), sum(pair.units for pair in path.pairs)
+        shares = {kind: both[kind] / kept[kind] for kind in KINDS if kept[kind]}
+        shares["all"] = sum(both.values()) / max(total, 1)
+        rows.append({"name": member.name, "shares": shares, "chance": total / units})
+    return rows
 
 
 def _point_table(family: Family) -> dict[str, Any]:

@@ -91,14 +91,22 @@ def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
     return (hidden * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
-def retrieval_accuracy(embed: Embed, pairs: Sequence[TextPair]) -> float:
-    """Return the share of first sentences whose own rest is the nearest of all rests, by cosine.
+def retrieval_hits(embed: Embed, pairs: Sequence[TextPair]) -> Tensor:
+    """Return of every first sentence whether its own rest is the nearest of all rests, by cosine.
 
     Args:
         embed: A function from texts to embeddings ``[texts, width]``, which may have any length.
-        pairs: Text pairs (first sentence, rest). Chance is 1 over their number.
+        pairs: Text pairs (first sentence, rest).
+
+    Returns:
+        bool ``[pairs]``. Chance is 1 over their number.
     """
     first = nn.functional.normalize(embed([pair[0] for pair in pairs]).double(), dim=-1)
     rest = nn.functional.normalize(embed([pair[1] for pair in pairs]).double(), dim=-1)
     nearest = (first @ rest.T).argmax(dim=1)
-    return (nearest == torch.arange(len(pairs), device=nearest.device)).double().mean().item()
+    return nearest == torch.arange(len(pairs), device=nearest.device)
+
+
+def retrieval_accuracy(embed: Embed, pairs: Sequence[TextPair]) -> float:
+    """Return the share of `retrieval_hits`."""
+    return retrieval_hits(embed, pairs).double().mean().item()

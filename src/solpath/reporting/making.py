@@ -1,0 +1,227 @@
+"""Make a family: cut a path at some sizes, judge and measure every member, and write a report."""
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from solpath.data.source import check_ends
+from solpath.errors import ConfigError
+from solpath.files import check_output
+from solpath.measuring.evaluation import Result, evaluate
+from solpath.measuring.measurement import Measurement, measure
+from solpath.model.extraction import extract
+from solpath.objective import Loss
+from solpath.planning.path import SolutionPath
+from solpath.refining.compensation import compensate
+from solpath.reporting.family import (
+    DenseModel,
+    Family,
+    Judged,
+    Member,
+    MethodRun,
+    Metric,
+    Point,
+    SearchRun,
+    Timing,
+)
+from solpath.reporting.report import check_installed, write_report
+from solpath.running.progress import progress_bar
+from solpath.running.provenance import provenance
+from solpath.storing.reading import load
+from solpath.storing.writing import save
+
+METRICS = (
+    Metric("loss", "Loss", lower=True),
+    Metric("task", "Task", lower=False),
+    Metric("kl", "KL from the dense model, nats", lower=True),
+    Metric("agreement", "Agreement with the dense model", lower=False),
+    Metric("cosine", "Cosine to the dense model", lower=False),
+    Metric("relative_error", "Squared error ÷ squared output", lower=True),
+)
+"""The metrics of `solpath.evaluate`, the one that people decide by first."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How good one model is.
+
+    Attributes:
+        metrics: Name of a metric to its value.
+        intervals: Name of a metric to the ends of its 95 % confidence interval, where it has one.
+    """
+
+    metrics: Mapping[str, float]
+    intervals: Mapping[str, Sequence[float]]
+
+
+def make_family(
+    model: nn.Module,
+    path: SolutionPath,
+    heldout: Iterable[Any],
+    out: str | os.PathLike[str],
+    *,
+    sizes: Sequence[float] = (0.2, 0.4, 0.6),
+    compensate_on: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    for_: str | None = None,
+    tokenizer: Any = None,
+    name: str | None = None,
+    repeats: int = 20,
+    progress: bool = True,
+) -> Family:
+    """Cut a path at some sizes, judge and measure every member, and write all of it with a report.
+
+    The folder gets the path, the members, ``family.json`` and ``report.html``, the page to choose a
+    size by. All members are in memory while they are judged and timed beside the dense model.
+
+    Args:
+        model: The dense model, which is left as it was found.
+        path: Its path.
+        heldout: Batches that neither the search nor the compensation has seen, on the device of the
+            model. Latency is that of the first one.
+        out: A folder that is new or empty.
+        sizes: The sparsity of every member, ascending.
+        compensate_on: Batches that every member is refitted on; None leaves the weights as cut.
+        loss: See `solpath.evaluate`.
+        for_: A target that all members are cut for, see `SolutionPath.plan`.
+        tokenizer: Tokenizer or processor to save with every member.
+        name: The name that the report shows; None takes that of the folder of the dense model.
+        repeats: Timed passes of each model.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        What is written to ``family.json`` and shown in the report.
+
+    Raises:
+        ConfigError: `sizes` is empty, not ascending or not within 0 and 1; or jinja2 or matplotlib
+            is not installed.
+        SolpathError: See `extract`, `compensate`, `save`, `evaluate` and `measure`.
+
+    Example:
+        >>> family = solpath.make_family(model, path, batches, "family", sizes=[0.5], repeats=1)
+        >>> [member.name for member in family.members], family.metrics[0].key
+        (['dense', 's50'], 'kl')
+        >>> low, high = family.members[1].intervals["kl"]
+    """
+    steps = [0.0, *sizes, 1.0]
+    if not sizes or any(a >= b for a, b in pairwise(steps)):
+        raise ConfigError(f"sizes must ascend between 0 and 1, got {list(sizes)}.")
+    check_installed()
+    check_ends(heldout)
+    heldout = list(heldout)
+    folder = Path(out)
+    check_output(folder)
+    named = {f"s{100 * size:g}": size for size in sizes}
+    path.save(folder / "path")
+    seconds = 0.0
+    with progress_bar("family", "{task.fields[name]}", len(named), 0, show=progress, name="") as at:
+        for member, size in named.items():
+            cut = extract(model, path.plan(sparsity=size, for_=for_))
+            if compensate_on is not None:
+                start = time.perf_counter()
+                cut = compensate(cut, model, compensate_on, progress=False)
+                seconds += time.perf_counter() - start
+            save(cut, folder / "models" / member, tokenizer=tokenizer)
+            at(name=member)
+    small = {member: load(folder / "models" / member) for member in named}
+    found = evaluate({"dense": model, **small}, model, heldout, loss=loss)
+    batch = heldout[0]
+    measured = measure({"dense": model, **small}, batch, repeats=repeats)
+    scores = {member: _scores(result) for member, result in found.items()}
+    points = [Point(0.0, scores["dense"].metrics)]
+    points += [Point(size, scores[member].metrics) for member, size in named.items()]
+    tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    fitted = None if compensate_on is None else seconds
+    family = Family(
+        model=DenseModel(
+            name=name or _name(model),
+            architecture=type(model).__name__,
+            sha256=None,
+            units=sum(pair.units for pair in path.pairs),
+            prunable=path.costs.prunable(path.pairs),
+        ),
+        search=SearchRun(
+            path.method, None, path.config.get("steps"), path.config.get("seed"), fitted, ""
+        ),
+        metrics=tuple(one for one in METRICS if one.key in scores["dense"].metrics),
+        judged=Judged("held-out samples", found["dense"].samples),
+        methods=(MethodRun(path.method, None, tuple(points)),),
+        members=members(path, named, scores, measured, for_=for_),
+        measured=Timing(
+            samples=measured["dense"].samples,
+            tokens=None if tokens is None else int(tokens.shape[-1]),
+            repeats=repeats,
+        ),
+        provenance=provenance(),
+    )
+    publish(family, folder)
+    return family
+
+
+def members(
+    path: SolutionPath,
+    sizes: Mapping[str, float],
+    scores: Mapping[str, Scores],
+    measured: Mapping[str, Measurement],
+    *,
+    for_: str | None = None,
+) -> tuple[Member, ...]:
+    """Return the dense model and every size with its cost, latency and quality.
+
+    Args:
+        path: The path that the family was cut from.
+        sizes: Name of a member to its sparsity, without the dense model.
+        scores: Name of a member to how good it is, the dense model as ``"dense"``.
+        measured: Name of a member to its measured cost, the dense model as ``"dense"``.
+        for_: The target that the members were cut for.
+    """
+    dense = measured["dense"]
+    rows = []
+    for name, cost in measured.items():
+        plan = (
+            path.plan(sparsity=sizes[name], for_=for_) if name in sizes else path.plan(sparsity=0)
+        )
+        rows.append(
+            Member(
+                name=name,
+                folder=f"models/{name}" if name in sizes else None,
+                sparsity=plan.achieved.sparsity,
+                params=cost.params,
+                params_share=cost.params / dense.params,
+                macs=cost.macs,
+                macs_share=cost.macs / dense.macs,
+                bytes=cost.bytes_on_disk,
+                cache=plan.achieved.cache,
+                latency_ms=cost.latency_ms,
+                latency_iqr_ms=cost.latency_iqr_ms,
+                metrics=scores[name].metrics,
+                intervals=scores[name].intervals,
+                widths=plan.widths,
+            )
+        )
+    return tuple(rows)
+
+
+def publish(family: Family, folder: Path) -> None:
+    """Write ``family.json`` and the report of it."""
+    family.write(folder)
+    write_report(folder)
+
+
+def _scores(result: Result) -> Scores:
+    known = {one.key for one in METRICS}
+    return Scores(
+        {name: value for name, value in result.metrics.items() if name in known},
+        {name: list(ends) for name, ends in result.intervals.items() if name in known},
+    )
+
+
+def _name(model: Any) -> str:
+    found = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return Path(found).name if found else type(model).__name__
