@@ -104,7 +104,9 @@ def make_family(
         SolpathError: See `extract`, `compensate`, `save`, `evaluate` and `measure`.
 
     Example:
-        >>> family = solpath.make_family(model, path, batches, "family", sizes=[0.5], repeats=1)
+        >>> family = solpath.make_family(
+        ...     model, path, batches, "family", sizes=[0.5], repeats=1, progress=False
+        ... )
         >>> [member.name for member in family.members], family.metrics[0].key
         (['dense', 's50'], 'kl')
         >>> low, high = family.members[1].intervals["kl"]
