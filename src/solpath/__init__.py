@@ -12,6 +12,7 @@ from solpath.errors import SolpathError
 
 if TYPE_CHECKING:
     from solpath import baselines
+    from solpath.choosing.choose import choose
     from solpath.config import InclusionConfig, SearchConfig, TuneConfig
     from solpath.data.images import image_batches, image_text_batches
     from solpath.data.text import text_batches
@@ -44,6 +45,7 @@ _HOME = {
     "TuneConfig": "config",
     "baselines": "",
     "check_table": "model.checking",
+    "choose": "choosing.choose",
     "compensate": "refining.compensation",
     "export": "exporting.export",
     "evaluate": "measuring.evaluation",
@@ -73,6 +75,7 @@ __all__ = [
     "TuneConfig",
     "baselines",
     "check_table",
+    "choose",
     "compensate",
     "evaluate",
     "export",
