@@ -20,13 +20,13 @@ from torch import nn
 from record import RESULTS, save, show
 from solpath.choosing.choose import SIZES, choose
 from solpath.choosing.losses import Metric, metric_for
+from solpath.config import SearchConfig
 from solpath.data.preparation import Preparation
 from solpath.measuring.evaluation import evaluate
 from solpath.model.extraction import extract
 from solpath.planning.path import SolutionPath
 from solpath.running.modes import inferring
 from solpath.searching.search import search
-from solpath.config import SearchConfig
 from workloads import workload
 
 LIMITS = {"accuracy": (0.01, 0.02), "divergence": (0.05, 0.1)}
