@@ -149,7 +149,7 @@ def mean_upper(values: Array, delta: float) -> Array:
 
     Example:
         >>> values = np.random.default_rng(0).beta(1, 99, 1000)
-        >>> bool(values.mean() < mean_upper(values, 0.05) < 0.0125)
+        >>> bool(values.mean() < mean_upper(values, 0.05) < 0.015)
         True
     """
     count = values.shape[-1]
