@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,30 @@ def test_search_plan_extract_eval_bench(path, texts, tmp_path, capsys):
     assert run([*arguments, "--json"]) == 0
     figures = out_of(capsys)["models"]
     assert figures[small]["params"] == made["params"] < figures[model]["params"]
+
+
+def test_choose(path, tmp_path, capsys):
+    model, file = str(installed_model()), tmp_path / "choice.json"
+    texts = tmp_path / "heldout.txt"
+    texts.write_text("\n".join(f"Line {i} of a held-out text, which is new." for i in range(40)))
+    arguments = ["choose", model, str(path), "--max-loss", "0.4", "--sizes", "0.1,0.8"]
+    arguments += ["--text", str(texts), "--multiple-of", "mlp=32", "--protect", "*layer.0.*"]
+    capsys.readouterr()
+    assert run([*arguments, "--out", str(file)]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(file.read_text())
+    assert found["samples"] == 40
+    assert found["sparsity"] == 0.1
+    assert [test["passed"] for test in found["tests"]] == [True, False]
+    line = printed.splitlines()[-1]
+    assert line.startswith(f"next: solpath extract {model} {path} --sparsity 0.1 --multiple-of")
+    _, *words = shlex.split(line.removeprefix("next: "))
+    small = str(tmp_path / "small")
+    assert run([*words[:-1], small]) == 0
+    params = sum(p.numel() for p in solpath.load(small).parameters())
+    assert params == found["tests"][0]["params"]
+    assert run([*arguments, "--json", "--metric", "accuracy"]) == 2
+    assert "needs labels" in capsys.readouterr().err
 
 
 def test_a_latency_is_measured_once_and_planned_again(tmp_path, monkeypatch, capsys):

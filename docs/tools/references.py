@@ -15,7 +15,7 @@ PAGES = Path(__file__).parents[1]
 ENTRY = re.compile(r"^::: ([\w.]+)", re.M)
 NAME = re.compile(r"(?<![`\w])`([A-Za-z_]\w*(?:\.\w+)*)`(?!`)")
 PAGE = re.compile(r"\bdocs/([a-z-]+)\.md\b")
-RESULTS = ("Achieved", "CurvePoint", "Measurement", "Pair", "Result")
+RESULTS = ("Achieved", "Choice", "CurvePoint", "Measurement", "Pair", "Result")
 """Classes that public functions return, wherever they are defined."""
 SEVERAL = re.compile(r"^(    )((?:\w+, )+\w+): ")
 

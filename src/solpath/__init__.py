@@ -12,6 +12,7 @@ from solpath.errors import SolpathError
 
 if TYPE_CHECKING:
     from solpath import baselines
+    from solpath.choosing.choose import choose
     from solpath.config import InclusionConfig, SearchConfig, TuneConfig
     from solpath.data.images import image_batches, image_text_batches
     from solpath.data.text import text_batches
@@ -45,6 +46,7 @@ _HOME = {
     "TuneConfig": "config",
     "baselines": "",
     "check_table": "model.checking",
+    "choose": "choosing.choose",
     "compensate": "refining.compensation",
     "export": "exporting.export",
     "evaluate": "measuring.evaluation",
@@ -75,6 +77,7 @@ __all__ = [
     "TuneConfig",
     "baselines",
     "check_table",
+    "choose",
     "compensate",
     "evaluate",
     "export",

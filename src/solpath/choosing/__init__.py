@@ -1,0 +1,1 @@
+"""Choose the smallest member whose loss against the dense model is bounded with confidence."""

@@ -1,0 +1,52 @@
+"""Tell whether two samples are the same, in any batch and under any padding."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solpath.data.source import batch_size
+
+_MASKS = ("attention_mask", "decoder_attention_mask")
+
+
+def sample_digests(batch: Any) -> list[bytes]:
+    """Return a digest of every sample of a batch: of its inputs, without labels and padding.
+
+    Samples with equal digests are equal inputs. Padding is what the attention mask of the batch
+    leaves out, so a text has the same digest in a batch of longer ones.
+
+    Args:
+        batch: A mapping of tensors, or a tensor. Tensors without a row for every sample, and what
+            is no tensor, do not count.
+
+    Example:
+        >>> short, long = {"input_ids": torch.tensor([[5, 6]])}, {
+        ...     "input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+        >>> sample_digests(short) == sample_digests(long)
+        True
+    """
+    size = batch_size(batch)
+    named = dict(batch) if isinstance(batch, Mapping) else {"input": batch}
+    rows = {
+        name: value.detach().cpu()
+        for name, value in sorted(named.items())
+        if isinstance(value, Tensor) and value.shape[:1] == (size,) and name != "labels"
+    }
+    masks = {name: rows.pop(name) for name in _MASKS if name in rows and rows[name].dim() == 2}
+    found = []
+    for i in range(size):
+        digest = hashlib.blake2b(digest_size=16)
+        for name, value in rows.items():
+            mask = masks.get("decoder_attention_mask" if "decoder" in name else "attention_mask")
+            row = value[i]
+            if mask is not None and value.shape[:2] == mask.shape:
+                row = row[mask[i] != 0]
+            if not row.is_floating_point():
+                row = row.long()
+            digest.update(repr((name, tuple(row.shape))).encode())
+            digest.update(row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.append(digest.digest())
+    return found

@@ -1,0 +1,312 @@
+"""The smallest member within a loss: its bounds hold, its samples are apart, its order is fixed."""
+
+import itertools
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import multinomial
+from transformers import BertConfig, BertForSequenceClassification
+
+import solpath
+from conftest import build, inputs, randomise_
+from solpath.choosing import choose as choosing
+from solpath.choosing.bounds import mean_upper, paired_upper
+from solpath.choosing.samples import sample_digests
+from solpath.errors import BatchError, ConfigError
+
+QUIET = {"progress": False}
+
+
+@pytest.fixture(scope="module")
+def bert():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BertConfig(vocab_size=60, intermediate_size=64, num_labels=3, **sizes)
+    torch.manual_seed(0)
+    model = randomise_(BertForSequenceClassification(config).eval())
+    with torch.no_grad():  # so that all classes are predicted
+        for name, value in model.named_parameters():
+            value *= 0 if name.endswith("bias") else 1
+        model.classifier.bias -= model(**inputs(model, samples=100)).logits.mean(0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def path(bert):
+    return solpath.baselines.magnitude(bert, heldout(bert, 2, seed=100))
+
+
+def heldout(model, count, *, samples=25, seed=0, labels=False):
+    """Different batches, labelled with what the dense model says."""
+    found = [inputs(model, samples=samples, seed=seed + i) for i in range(count)]
+    if labels:
+        with torch.no_grad():
+            found = [{**batch, "labels": model(**batch).logits.argmax(-1)} for batch in found]
+    return found
+
+
+WORLDS = [  # samples, probabilities of worse and of better: rare, equal, one-sided, half of all
+    (40, 0.05, 0.0), (25, 0.25, 0.25), (40, 0.1, 0.02), (40, 0.02, 0.1), (20, 0.6, 0.3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("samples", "worse", "better"), WORLDS)
+def test_the_exact_bound_is_too_low_no_more_often_than_it_may(samples, worse, better):
+    """Not by drawing: every outcome, with its probability."""
+    low, seen = 0.0, 0.0
+    for a, b in itertools.product(range(samples + 1), repeat=2):
+        if a + b > samples:
+            continue
+        chance = multinomial.pmf(
+            [a, b, samples - a - b], samples, [worse, better, 1 - worse - better]
+        )
+        if chance < 1e-5:  # too low, for all that is known
+            low += chance
+            continue
+        seen += chance
+        low += chance * (paired_upper(a, b, samples, 0.1) < worse - better)
+    assert seen > 0.995
+    assert low <= 0.1
+
+
+def test_the_exact_bound_is_near_the_normal_one():
+    """Within a tenth of its distance from the mean, where the normal one holds."""
+    for samples, worse, better in [(1350, 40, 30), (5000, 400, 380)]:
+        spread = worse + better - (worse - better) ** 2 / samples
+        normal = 1.6449 * math.sqrt(spread)
+        bound = samples * paired_upper(worse, better, samples, 0.05) - (worse - better)
+        assert normal < bound < 1.1 * normal
+
+
+def test_the_exact_bound_grows_with_what_is_worse_and_shrinks_with_what_is_better():
+    bounds = np.array([[paired_upper(a, b, 50, 0.05) for b in range(0, 20, 3)] for a in range(8)])
+    assert (np.diff(bounds, axis=0) > 0).all()
+    assert (np.diff(bounds, axis=1) < 0).all()
+    assert paired_upper(0, 0, 1, 0.05) >= 0.95
+    assert paired_upper(1, 0, 1, 0.05) == 1.0
+    assert paired_upper(0, 300, 300, 0.05) < -0.97
+
+
+DRAWS = {
+    "rare": (lambda rng, shape: (rng.random(shape) < 0.02).astype(float), 0.02),
+    "rarer than seen": (lambda rng, shape: (rng.random(shape) < 0.0015).astype(float), 0.0015),
+    "skew": (lambda rng, shape: rng.beta(0.1, 1.9, shape), 0.05),
+    "wide": (lambda rng, shape: rng.integers(0, 2, shape).astype(float), 0.5),
+    "narrow": (lambda rng, shape: rng.beta(50, 50, shape), 0.5),
+    "high": (lambda rng, shape: 1 - rng.beta(0.1, 1.9, shape), 0.95),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_the_bet_is_too_low_no_more_often_than_it_may(name):
+    draw, mean = DRAWS[name]
+    values = draw(np.random.default_rng(1), (2000, 300))
+    bounds = mean_upper(values, 0.1)
+    assert (bounds < mean).mean() <= 0.1
+    assert ((bounds >= 0) & (bounds <= 1)).all()
+    single = mean_upper(values[0], 0.1)
+    assert single == bounds[0]
+
+
+def test_the_promise_holds_at_the_boundary():
+    """2,000 draws from worlds in which each size loses a little more; the one in the middle, just
+    too much."""
+    rng, limit, delta = np.random.default_rng(0), 0.05, 0.1
+    means = [0.01, 0.02, limit + 1e-9, 0.07]
+    standing, broken = np.ones(2000, bool), np.zeros(2000, bool)
+    for mean in means:
+        values = rng.random((standing.sum(), 300)) < mean
+        standing[standing] = mean_upper(values.astype(float), delta) <= limit
+        broken |= standing & (mean > limit)
+    assert 0 < broken.mean() <= delta
+
+
+def test_a_sample_is_known_under_padding_and_other_labels():
+    short = {"input_ids": torch.tensor([[5, 6], [7, 8]]), "labels": torch.tensor([0, 1])}
+    padded = {
+        "input_ids": torch.tensor([[0, 5, 6], [9, 7, 8]], dtype=torch.int32),
+        "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]]),
+        "labels": torch.tensor([1, 1]),
+    }
+    one, other = sample_digests(short), sample_digests(padded)
+    assert one[0] == other[0]
+    assert one[1] != other[1]
+    images = torch.zeros(2, 1, 4, 4, dtype=torch.bfloat16)
+    assert len(set(sample_digests(images))) == 1
+
+
+def test_choosing_by_divergence(bert, path):
+    weights = {name: value.clone() for name, value in bert.state_dict().items()}
+    batches = heldout(bert, 8)
+    choice = solpath.choose(bert, path, batches, 0.2, sizes=[0.7, 0.1, 0.4, 0.2], **QUIET)
+    assert choice.metric == "divergence"
+    assert choice.samples == 200
+    asked = [test.sparsity for test in choice.tests]
+    assert asked == [0.1, 0.2, 0.4, 0.7][: len(asked)]
+    assert [test.passed for test in choice.tests[:-1]] == [True] * (len(asked) - 1)
+    last = choice.tests[-1]
+    small = solpath.extract(bert, path.plan(sparsity=last.sparsity))
+    expected = solpath.evaluate(small, bert, batches).metrics["kl"]
+    assert last.mean == pytest.approx(expected, rel=1e-4)
+    assert all(torch.equal(value, weights[name]) for name, value in bert.state_dict().items())
+
+
+def test_choosing_by_accuracy_stops_at_the_first_failure(bert, path, monkeypatch):
+    cut = []
+    real = choosing.extract
+    monkeypatch.setattr(
+        choosing, "extract", lambda m, plan, **o: cut.append(plan) or real(m, plan, **o)
+    )
+    batches = heldout(bert, 8, labels=True)
+    sizes = [0.02, 0.8, 0.9, 0.95]
+    choice = solpath.choose(bert, path, batches, 0.2, sizes=sizes, **QUIET)
+    assert choice.metric == "accuracy"
+    assert not choice.tests[-1].passed
+    assert len(cut) == len(choice.tests) < len(sizes)
+    assert choice.sparsity == choice.tests[-2].sparsity
+    assert choice.plan is cut[-2]
+    assert choice.model.solpath_plan is choice.plan
+    with torch.no_grad():
+        small = solpath.extract(bert, cut[-1])
+        right = [(small(**b).logits.argmax(-1) == b["labels"]).float() for b in batches]
+    assert choice.tests[-1].mean == pytest.approx(1 - torch.cat(right).mean().item())
+    value = json.loads(json.dumps(choice.to_dict()))
+    assert value["sparsity"] == choice.sparsity
+    assert value["tests"][-1]["passed"] is False
+    assert "failed" in repr(choice)
+
+
+def test_the_dense_model_is_returned_if_no_size_passes(bert, path):
+    batches = heldout(bert, 8, labels=True)
+    choice = solpath.choose(bert, path, batches, 0.05, sizes=[0.9, 0.95], **QUIET)
+    assert choice.plan is None
+    assert choice.model is bert
+    assert choice.sparsity == 0
+    assert choice.to_dict()["plan"] is None
+    assert len(choice.tests) == 1
+
+
+def test_samples_needed(bert, path):
+    choice = solpath.choose(bert, path, heldout(bert, 8), 0.2, sizes=[0.05, 0.1], **QUIET)
+    first = choice.tests[0]
+    assert choice.samples_needed(first.bound, sparsity=0.05) == pytest.approx(200, abs=1)
+    tight = (first.bound + first.mean) / 2
+    assert choice.samples_needed(tight, sparsity=0.05) == pytest.approx(800, abs=1)
+    with pytest.raises(ConfigError, match="no number"):
+        choice.samples_needed(first.mean, sparsity=0.05)
+    with pytest.raises(ConfigError, match="not tested"):
+        choice.samples_needed(0.1, sparsity=0.3)
+
+
+def test_constraints_are_those_of_a_plan(bert, path):
+    options = {"multiple_of": 4, "uniform": True, "sizes": [0.1]}
+    choice = solpath.choose(bert, path, heldout(bert, 8), 0.5, **options, **QUIET)
+    assert choice.plan.asked["multiple_of"] == 4
+    with pytest.raises(ConfigError, match="not params="):
+        solpath.choose(bert, path, heldout(bert, 8), 0.5, params=0.5, **QUIET)
+
+
+def test_compensated_members_are_fitted_on_other_samples(bert, path):
+    batches, apart = heldout(bert, 8), heldout(bert, 4, seed=50)
+    options = {"sizes": [0.4], **QUIET}
+    plain = solpath.choose(bert, path, batches, 0.9, **options)
+    fitted = solpath.choose(bert, path, batches, 0.9, compensate=apart, **options)
+    small = solpath.extract(bert, path.plan(sparsity=0.4))
+    small = solpath.compensate(small, bert, apart, **QUIET)
+    expected = solpath.evaluate(small, bert, batches).metrics["kl"]
+    assert fitted.tests[0].mean == pytest.approx(expected, rel=1e-4) != plain.tests[0].mean
+    assert any("compensated" in text for text in fitted.assumptions)
+    mixed = [*apart, {name: value[:2] for name, value in batches[3].items()}]
+    with pytest.raises(BatchError, match="row 0 of compensation batch 4 is also row 0 of batch 3"):
+        solpath.choose(bert, path, batches, 0.9, compensate=mixed, **options)
+
+
+def test_repeated_samples_count_once(bert, path):
+    batches = heldout(bert, 8)
+    once = solpath.choose(bert, path, batches, 0.5, sizes=[0.1], **QUIET)
+    again = [*batches, batches[2], {name: v[:3] for name, v in batches[4].items()}]
+    twice = solpath.choose(bert, path, again, 0.5, sizes=[0.1], **QUIET)
+    assert twice.tests == once.tests
+    assert any("28 samples that repeat" in text for text in twice.assumptions)
+
+
+def test_too_few_samples_are_refused_before_a_model_is_cut(bert, path, monkeypatch):
+    monkeypatch.setattr(choosing, "extract", None)
+    batches = heldout(bert, 2, labels=True)
+    with pytest.raises(BatchError, match=r"50 samples cannot show .* give 2\d\d or more"):
+        solpath.choose(bert, path, batches, 0.012, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"max_loss": 0}, "max_loss must lie between 0 and inf"),
+        ({"max_loss": 1.5}, "max_loss must be below 1"),
+        ({"confidence": 1.0}, "confidence must lie between 0 and 1"),
+        ({"clip": -1}, "clip must be a number"),
+        ({"sizes": []}, "sizes is empty"),
+        ({"metric": "loss"}, "metric must be"),
+    ],
+)
+def test_settings_out_of_range(bert, path, options, error):
+    options = {"max_loss": 0.5} | options | QUIET
+    with pytest.raises(ConfigError, match=error):
+        solpath.choose(bert, path, heldout(bert, 2), **options)
+
+
+class Shuffled(list):
+    """A sequence that gives other batches every time."""
+
+    def __getitem__(self, index):
+        self.reads = getattr(self, "reads", 0) + 1
+        return super().__getitem__((index + self.reads // (2 * len(self))) % len(self))
+
+
+def test_batches_must_be_the_same_when_read_again(bert, path):
+    with pytest.raises(BatchError, match="other samples"):
+        solpath.choose(bert, path, Shuffled(heldout(bert, 4)), 0.5, sizes=[0.1, 0.2], **QUIET)
+    with pytest.raises(BatchError, match="without a length"):
+        solpath.choose(bert, path, (b for b in heldout(bert, 4)), 0.5, **QUIET)
+
+
+def test_accuracy_needs_labels(bert, path):
+    batches = heldout(bert, 4, labels=True)
+    del batches[2]["labels"]
+    with pytest.raises(BatchError, match="batch 2 has no labels"):
+        solpath.choose(bert, path, batches, 0.5, **QUIET)
+    with pytest.raises(BatchError, match="metric='divergence'"):
+        solpath.choose(bert, path, heldout(bert, 4), 0.5, metric="accuracy", **QUIET)
+
+
+def test_the_accuracy_of_a_decoder_is_that_of_the_next_token():
+    model = build("llama")
+    batches = heldout(model, 8, samples=20)
+    path = solpath.baselines.magnitude(model, heldout(model, 2, seed=90))
+    for batch in batches:
+        ids, keep = batch["input_ids"], batch["attention_mask"]
+        with torch.no_grad():
+            guess = model(**batch).logits.argmax(-1)
+        batch["labels"] = torch.cat([ids[:, :1], guess[:, :-1]], 1).where(keep > 0, -100)
+    choice = solpath.choose(model, path, batches, 0.9, sizes=[0.3], **QUIET)
+    small = solpath.extract(model, path.plan(sparsity=0.3))
+    shares = []
+    for batch in batches:
+        with torch.no_grad():
+            guess = small(**batch).logits.argmax(-1)[:, :-1]
+        goal = batch["labels"][:, 1:]
+        shares.append(((guess == goal) & (goal >= 0)).sum(1) / (goal >= 0).sum(1))
+    assert choice.metric == "accuracy"
+    assert choice.tests[0].mean == pytest.approx(1 - torch.cat(shares).mean().item())
+
+
+def test_padding_is_left_out_with_one_warning(bert, path):
+    batches = heldout(bert, 8)
+    batches[1]["attention_mask"][3] = 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        choice = solpath.choose(bert, path, batches, 0.5, sizes=[0.1], **QUIET)
+    assert choice.samples == 199
+    assert sum("padding alone" in str(w.message) for w in caught) == 1
