@@ -353,7 +353,6 @@ FORMAT = Format(
     open=open_gguf,
     runtime=runtime,
     tolerance=5e-3,
-    whole_heads=True,
     tolerances={"f32": 1e-4, "q8_0": 1e-1, "q4_0": 5e-1},
     command=f"llama-cli -m {{folder}}/{FILE}",
 )

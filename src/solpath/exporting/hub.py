@@ -173,6 +173,5 @@ FORMAT = Format(
     open=open_folder,
     runtime=transformers_runtime,
     tolerance=1e-5,
-    whole_heads=True,
     command="transformers.AutoModel.from_pretrained({folder!r}, trust_remote_code=True)",
 )
