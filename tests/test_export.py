@@ -11,10 +11,10 @@ from solpath.errors import ConfigError, ModelInUseError
 from solpath.exporting.export import options_of
 
 
-def cut(label, target=None, whole_groups=False, **changes):
-    model = build(label, **changes)
+def cut(label, target=None, **constraints):
+    model = build(label)
     path = baselines.magnitude(model, [inputs(model)])
-    return solpath.extract(model, path.plan(sparsity=0.4, for_=target, whole_groups=whole_groups))
+    return solpath.extract(model, path.plan(sparsity=0.4, for_=target, **constraints))
 
 
 @pytest.mark.parametrize(
@@ -53,9 +53,13 @@ def test_a_plan_for_llama_cpp_goes_into_a_file(tmp_path):
 )  # fmt: skip
 def test_plans_of_whole_heads_go_into_every_format(tmp_path, label, target, format):
     pytest.importorskip("gguf")
-    wide = {"intermediate_size": 128, "sliding_window": None} if format == "gguf" else {}
-    small = cut(label, target, whole_groups=True, **wide)
-    assert small.solpath_plan.heads
+    grouped = label in ("llama", "qwen2", "mistral")
+    counts = {"num_attention_heads": 8, "num_key_value_heads": 4} if grouped else {}
+    model = build(label, **counts, **({"sliding_window": None} if format == "gguf" else {}))
+    path = baselines.magnitude(model, [inputs(model)])
+    plan = path.plan(sparsity=0.11, for_=target, whole_groups=True, protect=["*.mlp"])
+    assert plan.heads
+    small = solpath.extract(model, plan)
     options = {"quantization": "f32"} if format == "gguf" else {"batch": inputs(small)}
     made = solpath.export(small, tmp_path / "out", format, **options)
     assert max(row.difference for row in made.parity) < 1e-5

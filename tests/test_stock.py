@@ -128,7 +128,7 @@ def test_a_number_of_heads_that_llama_refuses_is_held_by_mistral(tmp_path):
 @pytest.mark.parametrize(
     ("label", "changes"),
     [("llama", {"attention_bias": True}), ("llama", {"mlp_bias": True}),
-     ("gemma3_text", COUNTS), ("eurobert", COUNTS)],
+     ("gemma3_text", COUNTS | {"hidden_size": 32}), ("eurobert", COUNTS)],
 )  # fmt: skip
 def test_a_number_of_heads_that_a_class_refuses_is_padded(label, changes, tmp_path):
     small = headless_of(label, (3,), **changes)
