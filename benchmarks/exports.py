@@ -1,12 +1,14 @@
 """What runs where: every family in every format, cut, beside the original in the format's runtime.
 
     python benchmarks/exports.py
-    python benchmarks/exports.py --only llama,bert  # adds to the file
+    python benchmarks/exports.py --only "llama,bert heads"  # adds to the file
 
 Tiny random models of the tests, in which pairs keep a half, a quarter and three quarters of their
 units in turn; for ``stock`` and ``gguf``, whose classes hold less, the plan for that target, by
-magnitude. The difference is the largest of any output over its largest value: on random inputs and
-on padded ones, in the formats that are traced also with other numbers of samples and tokens.
+magnitude. With "whole heads" attentions lose whole heads in place of units, and each layer keeps
+another number, which ``stock`` fills up with zeros. The difference is the largest of any output
+over its largest value: on random inputs and on padded ones, in the formats that are traced also
+with other numbers of samples and tokens.
 """
 
 import json
@@ -27,7 +29,7 @@ from workloads import quiet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from conftest import build, inputs
-from plans import random_plan
+from plans import heads_plan, random_plan
 
 FAMILIES = {
     "bert": "BERT",
@@ -43,6 +45,10 @@ FAMILIES = {
     "qwen3": "Qwen3",
     "gemma3_text": "Gemma 3",
 }
+WIDER = {"num_attention_heads": 8, "num_key_value_heads": 4}  # so that there are heads to drop
+GROUPED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+WHOLE = ("bert", "vit", "t5", "whisper", "gpt2", *GROUPED)
+FAMILIES |= {f"{label} heads": f"{FAMILIES[label]}, whole heads" for label in WHOLE}
 SHARES = (0.5, 0.25, 0.75)
 DECI = ("llama", "mistral", "qwen2")  # with MLPs of several blocks of 32
 
@@ -68,17 +74,21 @@ def main(
 
 def _export(label: str, name: str) -> dict[str, Any]:
     try:
-        wide = name == "gguf" and label in DECI
-        changes = {"intermediate_size": 128, "sliding_window": None} if wide else {}
+        label, whole, _ = label.partition(" heads")
+        changes: dict[str, Any] = WIDER if whole and label in GROUPED else {}
+        if name == "gguf" and label in DECI:
+            changes = changes | {"intermediate_size": 128, "sliding_window": None}
         model = build(label, **changes)
         batch = inputs(model)
-        if name in ("stock", "gguf"):
+        if whole:
+            plan = heads_plan(model, (1, 3, 2), (1.0, 0.5))
+        elif name in ("stock", "gguf"):
             path = baselines.magnitude(model, [batch])
             plan = path.plan(sparsity=0.2, for_=name)
         else:
             plan = random_plan(model, SHARES)
         small = solpath.extract(model, plan)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"pad": True} if whole and name == "stock" else {}
         if name == "gguf":  # which runs texts of one length
             batch, options = {"input_ids": batch["input_ids"]}, {"quantization": "f32"}
         with tempfile.TemporaryDirectory() as home:

@@ -9,6 +9,7 @@ from conftest import inputs
 from solpath.model.counting import count_costs
 from solpath.model.discovery import find_pairs
 from solpath.model.fingerprint import fingerprint
+from solpath.planning.constraints import Constraints, attention_of
 from solpath.planning.plan import Plan, best_units
 from solpath.running.forward import forward
 
@@ -41,6 +42,36 @@ def plan_of(model, widths, seed=0) -> Plan:
             gains[p.name].fill_(1)
     achieved = costs.achieved(pairs, widths)
     return Plan(pairs, kept, {}, achieved, fingerprint(model, pairs), gains)
+
+
+def heads_plan(model, left, mlps=(1.0,), seed=0) -> Plan:
+    """A plan in which attentions keep random key-value heads, whole.
+
+    Args:
+        left: How many each attention keeps, in turns, of those that it has.
+        mlps: The shares that the other pairs keep, in turns.
+    """
+    pairs, generator = find_pairs(model), torch.Generator().manual_seed(seed)
+    kept, heads, places = {}, {}, {}
+    for i, p in enumerate(pairs):
+        if p.kind not in ("qk", "vo"):
+            scores = torch.rand(p.heads, p.width, generator=generator)
+            kept[p.name] = best_units(scores, round(p.width * mlps[i % len(mlps)]))
+            continue
+        if (place := attention_of(p)) not in places:
+            count = min(left[len(places) % len(left)], p.heads)
+            places[place] = torch.randperm(p.heads, generator=generator)[:count].sort().values
+        if len(places[place]) < p.heads:
+            heads[p.name] = places[place]
+        kept[p.name] = torch.arange(p.width).repeat(len(places[place]), 1)
+    ranked = Constraints(whole_groups=True).ranked(pairs)
+    widths = {
+        p.name: len(kept[p.name]) if p.kind in ("qk", "vo") else kept[p.name].shape[1]
+        for p in pairs
+    }
+    achieved = count_costs(model, pairs, inputs(model, samples=1)).achieved(ranked, widths)
+    gains = {p.name: torch.ones(p.heads, p.left[0].repeat).double() for p in pairs if p.norms}
+    return Plan(pairs, kept, {}, achieved, fingerprint(model, pairs), gains, heads=heads)
 
 
 def both(model, plan, batch):

@@ -26,7 +26,7 @@ from solpath.planning.cost import CostTable
 from solpath.planning.path import SolutionPath
 from solpath.planning.plan import Plan
 from solpath.planning.removal import Team, removal_order
-from solpath.planning.targets import TARGETS, targets_of
+from solpath.planning.targets import TARGETS, drops_heads, targets_of
 from solpath.running.forward import forward
 
 
@@ -458,6 +458,18 @@ def test_targets_of_whole_heads():
     assert plan.asked["protect"] == []
     with pytest.raises(ConfigError, match=r"share one bias .* nearest possible is 'onnx'"):
         made_path(name="T5Model").plan(sparsity=0.3, for_="stock", whole_groups=True)
+    pairs = made_path().pairs
+    for name, held in {
+        "LlamaModel": True,
+        "ViTModel": True,
+        "Qwen3ForCausalLM": True,
+        "Gemma3ForCausalLM": False,
+        "BertModel": False,
+        "T5Model": False,
+    }.items():
+        assert drops_heads(targets_of(name, pairs, whole_groups=True)["stock"], pairs) == held
+    plan = made_path(name="Qwen3ForCausalLM").plan(sparsity=0.3, for_="stock", whole_groups=True)
+    assert len({len(heads) for heads in plan.heads.values()}) == 1
 
 
 def plan_whole(plan, pair):
@@ -534,6 +546,10 @@ def test_the_command_line(tmp_path, capsys):
     assert "of the score" in capsys.readouterr().out
     words = ["inspect", str(tmp_path / "model"), "--targets"]
     assert run([*words, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["stock"]["shared_couples"] is True
+    found = json.loads(capsys.readouterr().out)
+    assert found["stock"]["shared_couples"] is True
+    assert all(target["whole_heads"] for target in found.values())
     assert run(words) == 0
-    assert "shared_couples=True" in "".join(capsys.readouterr().out.split())
+    printed = "".join(capsys.readouterr().out.split())
+    assert "shared_couples=True" in printed
+    assert "wholeheads" in printed

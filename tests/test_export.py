@@ -7,8 +7,8 @@ import pytest
 import solpath
 from conftest import build, inputs
 from solpath import baselines
-from solpath.errors import ConfigError, ExportError, ModelInUseError
-from solpath.exporting.export import FORMATS, options_of
+from solpath.errors import ConfigError, ModelInUseError
+from solpath.exporting.export import options_of
 
 
 def cut(label, target=None, **constraints):
@@ -46,13 +46,23 @@ def test_a_plan_for_llama_cpp_goes_into_a_file(tmp_path):
     assert (tmp_path / "out" / "model.gguf").stat().st_size < made.bytes
 
 
-@pytest.mark.parametrize("format", [n for n, made in FORMATS.items() if not made.whole_heads])
-def test_formats_refuse_lost_heads_that_they_cannot_hold(tmp_path, format):
-    small = cut("llama", whole_groups=True)
-    assert small.solpath_plan.heads
-    with pytest.raises(ExportError, match="has lost whole heads"):
-        solpath.export(small, tmp_path / "out", format)
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("label", "target", "format"),
+    [("llama", "stock", "stock"), ("vit", "stock", "stock"), ("qwen2", "vllm", "hub"),
+     ("bert", None, "hub"), ("t5", None, "hub"), ("mistral", "gguf", "gguf")],
+)  # fmt: skip
+def test_plans_of_whole_heads_go_into_every_format(tmp_path, label, target, format):
+    pytest.importorskip("gguf")
+    grouped = label in ("llama", "qwen2", "mistral")
+    counts = {"num_attention_heads": 8, "num_key_value_heads": 4} if grouped else {}
+    model = build(label, **counts, **({"sliding_window": None} if format == "gguf" else {}))
+    path = baselines.magnitude(model, [inputs(model)])
+    plan = path.plan(sparsity=0.11, for_=target, whole_groups=True, protect=["*.mlp"])
+    assert plan.heads
+    small = solpath.extract(model, plan)
+    options = {"quantization": "f32"} if format == "gguf" else {"batch": inputs(small)}
+    made = solpath.export(small, tmp_path / "out", format, **options)
+    assert max(row.difference for row in made.parity) < 1e-5
 
 
 def test_lost_heads_are_traced(tmp_path):

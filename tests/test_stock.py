@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import solpath
 from conftest import build, inputs
-from plans import HEADS, plan_of, random_plan, stock_plan
+from plans import HEADS, heads_plan, plan_of, random_plan, stock_plan
 from solpath.errors import ConfigError, ExportError
 from solpath.exporting.card import Facts, model_card
 from solpath.exporting.export import export
@@ -56,6 +56,95 @@ def test_a_stock_class_holds_the_cut(label, tmp_path):
     assert "zeros" not in (tmp_path / "x" / "README.md").read_text()
     if label in GENERATE:
         check_generation(small, type(small).from_pretrained(tmp_path / "x"))
+
+
+COUNTS = {"num_key_value_heads": 4, "num_attention_heads": 8}
+ONE_NUMBER = {
+    "dinov2": {},
+    "gemma": {},
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+    "vit": {},
+}  # families whose class has a field for the number of heads
+ONE_NUMBER |= dict.fromkeys(("gemma", "llama", "mistral", "qwen2", "qwen3"), COUNTS)
+
+
+def headless_of(label, left, mlps=(1.0,), **changes):
+    """A model whose attentions keep some whole heads."""
+    model = build(label, **(ONE_NUMBER.get(label, {}) | changes))
+    plan = heads_plan(model, left, mlps)
+    assert plan.heads
+    return solpath.extract(model, plan)
+
+
+@pytest.mark.parametrize("label", ONE_NUMBER)
+def test_a_stock_class_holds_one_number_of_heads(label, tmp_path):
+    small = headless_of(label, (3,), (0.5,))
+    result = export(small, tmp_path / "x", "stock", batch=inputs(small))
+    assert max(row.difference for row in result.parity) <= 2e-6
+    state = {t.data_ptr() or name: t.numel() for name, t in small.state_dict().items()}
+    assert numbers(tmp_path / "x") == sum(state.values())
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    assert config["num_attention_heads"] == (6 if ONE_NUMBER[label] else 3)
+    assert "zeros" not in (tmp_path / "x" / "README.md").read_text()
+    if small.can_generate():
+        stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+        check_generation(small, stock)
+
+
+@pytest.mark.parametrize("label", [*ONE_NUMBER, "bert", "gemma3_text", "gpt2", "t5", "whisper"])
+def test_heads_that_differ_between_layers_are_padded_on_request_alone(label, tmp_path):
+    changes = COUNTS | {"num_attention_heads": 4} if label == "gemma3_text" else {}
+    small = headless_of(label, (1, 2, 3), (1.0, 0.5), **changes)
+    fields = label in ONE_NUMBER or label == "gemma3_text"
+    words = "plan with the constraint uniform" if fields else "plan without whole_groups"
+    with pytest.raises(ExportError, match=rf"{words}.* With pad=True .* pads [\d,]+ parameters"):
+        export(small, tmp_path / "x", "stock", batch=inputs(small))
+    assert not (tmp_path / "x").exists()
+    result = export(small, tmp_path / "x", "stock", batch=inputs(small), pad=True)
+    assert max(row.difference for row in result.parity) <= 2e-6
+    card = (tmp_path / "x" / "README.md").read_text()
+    [zeros] = [line for line in card.splitlines() if line.endswith("up to one width.")]
+    padded = int(zeros.split("here, ")[1].split(" parameters")[0].replace(",", ""))
+    state = {t.data_ptr() or name: t.numel() for name, t in small.state_dict().items()}
+    assert padded == numbers(tmp_path / "x") - sum(state.values()) > 0
+
+
+def test_a_number_of_heads_that_llama_refuses_is_held_by_mistral(tmp_path):
+    small = headless_of("llama", (3,), **COUNTS, sliding_window=None)
+    assert small.config.hidden_size % 6
+    export(small, tmp_path / "x", "stock", batch=inputs(small))
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    assert config["architectures"] == ["MistralForCausalLM"]
+    assert config["sliding_window"] is None
+    four = headless_of("llama", (2,), **COUNTS)
+    export(four, tmp_path / "four", "stock", batch=inputs(four))
+    config = json.loads((tmp_path / "four" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    ("label", "changes"),
+    [("llama", {"attention_bias": True}), ("llama", {"mlp_bias": True}),
+     ("gemma3_text", COUNTS | {"hidden_size": 32}), ("eurobert", COUNTS)],
+)  # fmt: skip
+def test_a_number_of_heads_that_a_class_refuses_is_padded(label, changes, tmp_path):
+    small = headless_of(label, (3,), **changes)
+    with pytest.raises(ExportError, match=r"must divide the hidden size of 32, .* 4 .* it keeps 3"):
+        export(small, tmp_path / "x", "stock", batch=inputs(small))
+    result = export(small, tmp_path / "x", "stock", batch=inputs(small), pad=True)
+    assert max(row.difference for row in result.parity) <= 2e-6
+
+
+def test_heads_may_be_fewer_and_narrower(tmp_path):
+    model = build("llama", **COUNTS)
+    narrow, few = stock_plan(model, "llama", "heads"), heads_plan(model, (2,))
+    kept = {n: index[: len(few.kept[n])] for n, index in narrow.kept.items()}
+    small = solpath.extract(model, replace(few, kept=kept))
+    result = export(small, tmp_path / "x", "stock", batch=inputs(small))
+    assert max(row.difference for row in result.parity) <= 2e-6
 
 
 def check_generation(small, stock):
@@ -148,8 +237,10 @@ def test_frequencies_agree_at_long_distances():
 
 def test_folders_load_where_solpath_is_absent(tmp_path):
     expected = {}
-    for label, cut in (("llama", "both"), ("vit", "heads"), ("t5", "both"), ("bert", "dropped")):
-        small, home = small_of(label, cut), tmp_path / label
+    for label, cut in (("llama", "both"), ("vit", "heads"), ("t5", "both"), ("bert", "dropped"),
+                       ("mistral", "count"), ("qwen2", "count")):  # fmt: skip
+        small = headless_of(label, (3,)) if cut == "count" else small_of(label, cut)
+        home = tmp_path / label
         home.mkdir()
         save_file(inputs(small), home / "inputs.safetensors")
         export(small, home / "x", "stock", batch=inputs(small))

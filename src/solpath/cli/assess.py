@@ -75,14 +75,15 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """List what can be pruned in a model, or for which runtimes."""
-    from solpath.model.discovery import find_pairs
+    from solpath.model.discovery import survey
     from solpath.pretrained import from_pretrained
 
     loaded = from_pretrained(model, device="meta")
     total = sum(parameter.numel() for parameter in loaded.parameters())
-    pairs = find_pairs(loaded)
+    pairs, sites = survey(loaded)
     if targets:
-        return _print_targets(type(loaded).__name__, pairs, as_json)
+        by_head = all(site.table.by_head for site in sites)
+        return _print_targets(type(loaded).__name__, pairs, by_head, as_json)
     found: list[dict[str, Any]] = [
         {
             "pair": pair.name,
@@ -105,23 +106,38 @@ def inspect(
     print(f"{prunable:,} of {total:,} parameters are prunable ({prunable / total:.1%}).")
 
 
-def _print_targets(architecture: str, pairs: Sequence[Any], as_json: bool) -> None:
-    """Print the constraints of every target for a model, or why it is not possible."""
-    from solpath.planning.targets import targets_of
+def _print_targets(architecture: str, pairs: Sequence[Any], by_head: bool, as_json: bool) -> None:
+    """Print the constraints of every target for a model, or why it is not possible.
+
+    Args:
+        architecture: Class name of the model.
+        pairs: Its pairs.
+        by_head: Whether its attentions can lose whole heads.
+        as_json: Whether to print JSON.
+    """
+    from solpath.planning.targets import drops_heads, targets_of
 
     found = targets_of(architecture, pairs)
+    whole = targets_of(architecture, pairs, whole_groups=True)
+    heads = {name: by_head and drops_heads(value, pairs) for name, value in whole.items()}
     if as_json:
         return print_json(
             {
-                name: {"impossible": value} if isinstance(value, str) else value.to_dict()
+                name: {"whole_heads": heads[name]}
+                | ({"impossible": value} if isinstance(value, str) else value.to_dict())
                 for name, value in found.items()
             }
         )
     rows = [
-        (name, "no" if isinstance(value, str) else "yes", str(value))
+        (
+            name,
+            "no" if isinstance(value, str) else "yes",
+            "yes" if heads[name] else "no",
+            str(value),
+        )
         for name, value in found.items()
     ]
-    print_table(("target", "possible", "constraints, or what is in the way"), rows)
+    print_table(("target", "possible", "whole heads", "constraints, or what is in the way"), rows)
 
 
 @app.command(name="eval")

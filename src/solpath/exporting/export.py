@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from solpath.errors import ConfigError, ExportError
+from solpath.errors import ConfigError
 from solpath.exporting import gguf, hub, onnx, openvino, stock
 from solpath.exporting.formats import Format
 from solpath.exporting.parity import Parity, check_parity, random_batch
@@ -100,7 +100,6 @@ def export(
         raise ConfigError(f"tokenizer has no save_pretrained: {tokenizer!r}.")
     chosen = FORMATS[format]
     check_output(folder, overwrite=overwrite, marks=(RECORD,))
-    _check_heads(model, chosen)
     chosen.check(model)
     batches = {"random": random_batch(model)} if batch is None else {}
     if batch is not None:
@@ -140,17 +139,6 @@ def options_of(format: str) -> tuple[str, ...]:
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
     return tuple(inspect.signature(FORMATS[format].write).parameters)[3:]
-
-
-def _check_heads(model: nn.Module, format: Format) -> None:
-    """Raise `ExportError` if a model has lost whole heads, and the format cannot say so."""
-    plan = plan_of(model)
-    if plan is not None and plan.heads and not format.whole_heads:
-        able = ", ".join(name for name, other in FORMATS.items() if other.whole_heads)
-        raise ExportError(
-            f"{next(iter(plan.heads))} has lost whole heads, which the format {format.name!r} does "
-            f"not hold yet; plan without whole_groups=True, or export to {able}."
-        )
 
 
 def _random_like(model: nn.Module, batch: Batch) -> Batch:

@@ -48,7 +48,6 @@ class Format:
             same with more inputs, and others beside.
         variants: Opens other files of the folder that hold the model too, such as one in int8. A
             name to what runs it, and to a tolerance of its own.
-        whole_heads: Whether it holds attentions that have lost whole heads.
         tolerances: Tolerances that the option ``quantization`` asks for, by its value.
     """
 
@@ -61,5 +60,4 @@ class Format:
     command: str
     batches: Callable[[nn.Module, Mapping[str, Batch]], Mapping[str, Batch]] = _as_they_are
     variants: Callable[[Path], Mapping[str, tuple[Runner, float]]] = _no_variants
-    whole_heads: bool = False
     tolerances: Mapping[str, float] = field(default_factory=dict)

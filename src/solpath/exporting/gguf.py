@@ -14,6 +14,7 @@ from solpath.exporting.formats import Format
 from solpath.exporting.gguf_reading import FILE, check_tokens, open_gguf, runtime
 from solpath.exporting.gguf_vocabulary import Vocabulary, read_vocabulary, write_vocabulary
 from solpath.exporting.widths import dense_width
+from solpath.nn.attention import heads_left
 from solpath.running.forward import Batch
 
 _CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")  # what deci can compute
@@ -112,8 +113,8 @@ def layers_of(model: nn.Module) -> list[Layer]:
 def _layer(model: nn.Module, index: int, block: Any) -> Layer:
     attention, mlp, head = block.self_attn, block.mlp, dense_width(_config(model))
     name = f"model.layers.{index}"
-    heads = _config(model).num_attention_heads
-    kv_heads = heads // attention.num_key_value_groups
+    groups = attention.num_key_value_groups
+    kv_heads = heads_left(attention, _config(model).num_attention_heads // groups)
     qk, vo = attention.k_proj.out_features / kv_heads, attention.v_proj.out_features / kv_heads
     if mlp.down_proj.in_features == 0:
         raise ExportError(
@@ -127,9 +128,9 @@ def _layer(model: nn.Module, index: int, block: Any) -> Layer:
             f"{name}.self_attn keeps {qk:g} of {head} channels of queries and keys and {vo:g} of "
             "values in each head. llama.cpp's deci wants all channels of a head, since it rotates "
             "whole heads and has one size for queries, keys and values; plan with "
-            "protect=('*.attention.*',)."
+            "protect=('*.attention.*',), or let whole heads leave with whole_groups=True."
         )
-    return Layer(heads, kv_heads, mlp.down_proj.in_features)
+    return Layer(kv_heads * groups, kv_heads, mlp.down_proj.in_features)
 
 
 def write(

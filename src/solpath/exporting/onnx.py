@@ -213,5 +213,4 @@ FORMAT = Format(
     command=f'onnxruntime.InferenceSession("{{folder}}/{FILE}").run(None, inputs)',
     batches=checked_batches,
     variants=_variants,
-    whole_heads=True,
 )

@@ -121,5 +121,4 @@ FORMAT = Format(
     command=f'openvino.Core().compile_model("{{folder}}/{FILE}", "CPU", '
     '{{"INFERENCE_PRECISION_HINT": "f32"}})(inputs)',
     batches=checked_batches,
-    whole_heads=True,
 )

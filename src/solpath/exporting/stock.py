@@ -1,7 +1,7 @@
 """Write a folder that plain transformers loads, without solpath.
 
-A stock class has one width of MLPs and one width of heads, as `stock_fields` says. What a plan
-keeps beside that is refused, or filled up with zeros if ``pad=True`` asks for it.
+A stock class has one width of MLPs, and one number and one width of heads, as `stock_fields` says.
+What a plan keeps beside that is refused, or filled up with zeros if ``pad=True`` asks for it.
 """
 
 from pathlib import Path

@@ -2,7 +2,8 @@
 
 A stock class builds all its layers from a few numbers. A `Field` names one of them and the pairs
 that it rules. `fit` gives every field the least value that holds what a plan keeps, and says where
-in the layers of that size every kept unit stands. The rest of such a layer is filled with zeros.
+in the layers of that size every kept head and unit stands. The rest of such a layer is filled with
+zeros: a head whose values and outputs are zero adds nothing.
 """
 
 import math
@@ -31,6 +32,8 @@ class Field:
         inside: A part of the paths of the layers that it rules. The first field that fits a layer
             rules it.
         part: The configuration inside the configuration that has the field; empty for itself.
+        count: For heads, the name of the field that sets the number of query heads; empty if no
+            field does while heads keep their width.
         value: Returns the least value of the field that gives these layers as many neurons at
             least, from the configuration and the pairs' dotted paths and widths. None if the field
             is the width itself.
@@ -40,6 +43,7 @@ class Field:
     name: str
     inside: str = ""
     part: str = ""
+    count: str = ""
     value: Callable[[Settings, Mapping[str, int]], float] | None = None
 
     def rules(self, pair: Pair) -> bool:
@@ -84,7 +88,7 @@ def _aligned(name: str) -> Callable[[Settings, Mapping[str, int]], int]:
 
 
 _MLP = Field("mlp", "intermediate_size")
-_HEADS = Field("heads", "head_dim")
+_HEADS = Field("heads", "head_dim", count="num_attention_heads")
 _TWO_SIDES = (
     Field("mlp", "encoder_ffn_dim", inside="encoder.layers"),
     Field("mlp", "decoder_ffn_dim", inside="decoder.layers"),
@@ -130,6 +134,10 @@ _FIELDS: dict[str, tuple[Field, ...]] = {
     "qwen2_vl_vision": (Field("mlp", "mlp_ratio", value=_vision_ratio),),
     "qwen3_moe": (_MLP, _EXPERTS, _HEADS),
 }  # fmt: skip
+
+DIVIDED = ("eurobert", "gemma3_text", "llama")
+"""Types whose number of heads must divide the hidden size, though heads have a width of their own.
+"""
 
 _POOLED = ("siglip_vision_model", "siglip2_vision_model")
 """Types whose one field also sets the width of a head that is not pruned, if they have one."""
@@ -177,11 +185,15 @@ class Place:
     Attributes:
         field: The field that sets the width there. None if none does, and the width is the dense
             one.
-        index: Index of every kept unit, int64 ``[heads, r]``.
+        index: Index of every kept unit, int64 ``[kept heads, r]``.
+        heads: Index of every kept head, int64 ``[kept heads]``.
+        count: The field that sets the number of heads there. None if they are the dense ones.
     """
 
     field: Field | None
     index: Tensor
+    heads: Tensor
+    count: Field | None = None
 
 
 @dataclass
@@ -204,40 +216,55 @@ def fit(
     settings: Settings,
     pairs: Sequence[Pair],
     kept: Mapping[str, Tensor],
+    heads: Mapping[str, Tensor],
     tables: Mapping[str, Table],
+    *,
+    any_count: bool = False,
 ) -> Fit:
     """Return the stock configuration that holds what a plan keeps.
 
-    Every head keeps as many units as all others. A plan that drops whole key-value heads would
-    shrink the number of heads here.
+    Every head keeps as many units as all others, and every attention as many heads.
 
     Args:
         settings: The dense configuration, which is left untouched.
         pairs: The pairs of the dense model.
-        kept: Pair name to the kept units of every head, int64 ``[heads, r]``.
+        kept: Pair name to the kept units of every kept head, int64 ``[kept heads, r]``.
+        heads: Pair name to the kept heads, int64 ``[kept heads]``; all, if it is not there.
         tables: From `read_tables`.
+        any_count: Whether the number of heads need not divide the hidden size, though the class of
+            the model wants that; see `DIVIDED`.
 
     Raises:
         ExportError: A rotary table changes with the length of the sequence.
     """
-    result = Fit(settings, {pair.name: Place(None, kept[pair.name]) for pair in pairs})
+    result = Fit(settings, {})
+    for pair in pairs:
+        own = heads.get(pair.name, torch.arange(pair.heads))
+        result.places[pair.name] = Place(None, kept[pair.name], own)
     left = list(pairs)
     for found in fields_of(settings):
         ruled = [pair for pair in left if found.rules(pair)]
         left = [pair for pair in left if pair not in ruled]
         part = {**(result.settings[found.part] if found.part else result.settings)}
-        if all(kept[pair.name].shape[1] == pair.width for pair in ruled):
-            continue
-        if found.kind == "heads":
-            if not _fit_heads(result, part, found, ruled, kept, tables):
-                continue
-        else:
+        narrow = any(kept[pair.name].shape[1] < pair.width for pair in ruled)
+        lost = found.count and any(pair.name in heads for pair in ruled)
+        if narrow and found.kind == "heads":
+            _fit_heads(result, part, found, ruled, kept, tables)
+        elif narrow:
             widths = {pair.right.module: kept[pair.name].shape[1] for pair in ruled}
             value = found.value or (lambda _, widths: max(*widths.values(), 1))
             part[found.name] = value(part, widths)
-            result.places |= {pair.name: Place(found, _first(kept[pair.name])) for pair in ruled}
+            for pair in ruled:
+                _place(result, pair, field=found, index=_first(kept[pair.name]))
+        if lost:
+            _fit_count(result, part, found, ruled, kept, any_count)
         result.settings = {**result.settings, found.part: part} if found.part else part
     return result
+
+
+def _place(result: Fit, pair: Pair, **changes: Any) -> None:
+    """Change where the units of a pair stand."""
+    result.places[pair.name] = replace(result.places[pair.name], **changes)
 
 
 def _first(kept: Tensor) -> Tensor:
@@ -252,15 +279,15 @@ def _fit_heads(
     pairs: Sequence[Pair],
     kept: Mapping[str, Tensor],
     tables: Mapping[str, Table],
-) -> bool:
+) -> None:
     """Set the width of heads and their rotary tables in `part`, and place the units of attentions.
 
-    Returns False, and changes nothing, if there are rotary couples and no tables for them.
+    Nothing changes if there are rotary couples and no tables for them.
     """
     rotary = [pair for pair in pairs if pair.channels > 1]
     plain = [pair for pair in pairs if pair.channels == 1]
     if any(pair.name not in tables for pair in rotary):
-        return False
+        return
     width = max(1, *(kept[pair.name].shape[1] for pair in plain))
     known = {tables[pair.name].name: tables[pair.name] for pair in rotary}
     couples = {
@@ -276,11 +303,33 @@ def _fit_heads(
             result.couples.update(couples)
     part[found.name] = width
     for pair in plain:
-        result.places[pair.name] = Place(found, _first(kept[pair.name]))
+        _place(result, pair, field=found, index=_first(kept[pair.name]))
     for pair in rotary:
         index = torch.searchsorted(couples[tables[pair.name].name], kept[pair.name].contiguous())
-        result.places[pair.name] = Place(found, index)
-    return True
+        _place(result, pair, field=found, index=index)
+
+
+def _fit_count(
+    result: Fit,
+    part: Settings,
+    found: Field,
+    pairs: Sequence[Pair],
+    kept: Mapping[str, Tensor],
+    any_count: bool,
+) -> None:
+    """Set the number of heads in `part`, and place those that are kept one after the other."""
+    count = max(len(kept[pair.name]) for pair in pairs if kept[pair.name].shape[1])
+    repeat = part[found.count] // pairs[0].heads
+    if part["model_type"] in DIVIDED and not any_count:
+        while part["hidden_size"] % (count * repeat):
+            count += 1
+    if not part.get(found.name):  # the width was implied by the number
+        part[found.name] = next(pair.width for pair in pairs if pair.kind == "vo")
+    part[found.count] = count * repeat
+    if "num_key_value_heads" in part:
+        part["num_key_value_heads"] = count
+    for pair in pairs:
+        _place(result, pair, count=found, heads=torch.arange(len(kept[pair.name])))
 
 
 def _union(kept: Sequence[Tensor]) -> Tensor:

@@ -29,13 +29,13 @@ class Padding:
     Attributes:
         units: Pair name to the units that every head has too many. Sublayers of which nothing
             stays are not among them.
-        dropped: The same of those sublayers.
+        heads: Pair name to the heads that are too many, in the same way.
         sizes: What was counted, to the number in the dense model and in the stock model.
         padded: What was counted, to how much of it is zero.
     """
 
     units: Mapping[str, int]
-    dropped: Mapping[str, int]
+    heads: Mapping[str, int]
     sizes: Mapping[str, tuple[int, int]]
     padded: Mapping[str, int]
 
@@ -62,13 +62,18 @@ def stock_model(model: Any, plan: Plan, batch: Batch, *, pad: bool) -> tuple[nn.
     for site in sites:
         if site.qk is not None and site.qk.norms:
             one_gain(model, site)
-    found = fit(settings, pairs, kept, tables)
-    target = _build(model, found.settings)
+    twin = _twin(model)
+    found = fit(settings, pairs, kept, plan.heads, tables, any_count=twin is not None)
+    if twin is not None and settings["hidden_size"] % found.settings["num_attention_heads"]:
+        target = _build(model, _as_mistral(found.settings), twin)
+    else:
+        target = _build(model, found.settings)
     others, other_sites = survey(target)
     padding = _padding(dense, target, (pairs, others), kept, batch)
-    if padding.units and not pad:
+    if (padding.units or padding.heads) and not pad:
         raise ExportError(_refusal(type(model).__name__, found, pairs, kept, padding))
-    state = stock_state(model, target, (sites, other_sites), (pairs, others), kept, found, tables)
+    both = (sites, other_sites), (pairs, others)
+    state = stock_state(model, target, *both, kept, plan.heads, found, tables)
     target.load_state_dict(state, strict=True, assign=True)
     target.tie_weights()
     if model.can_generate() and model.generation_config is not None:
@@ -76,11 +81,37 @@ def stock_model(model: Any, plan: Plan, batch: Batch, *, pad: bool) -> tuple[nn.
     return target.eval(), padding
 
 
-def _build(model: Any, settings: Mapping[str, Any]) -> Any:
-    """Return a model of the class of `model` without data, from a configuration as plain values."""
-    config = type(model.config).from_dict(copy.deepcopy(dict(settings)))
+def _twin(model: Any) -> Any:
+    """Return the class of Mistral that computes what a LLaMA does, or None if there is none.
+
+    It takes any number of heads, where LLaMA wants one that divides the hidden size.
+    """
+    import transformers
+
+    config = model.config
+    if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
+        return None
+    twin = getattr(transformers, type(model).__name__.replace("Llama", "Mistral"), None)
+    same = twin is not None and twin.base_model_prefix == type(model).base_model_prefix
+    return twin if same else None
+
+
+def _as_mistral(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a LLaMA without biases as one of Mistral."""
+    own = ("architectures", "attention_bias", "mlp_bias", "pretraining_tp")
+    others = {name: value for name, value in settings.items() if name not in own}
+    return others | {"model_type": "mistral", "sliding_window": None}
+
+
+def _build(model: Any, settings: Mapping[str, Any], twin: Any = None) -> Any:
+    """Return a model without data from a configuration as plain values, of the class of `model`.
+
+    Of `twin`, if one is given.
+    """
+    kind = twin or type(model)
+    config = kind.config_class.from_dict(copy.deepcopy(dict(settings)))
     with without_weights():
-        built = type(model)(config, **constructor_options(model))
+        built = kind(config, **constructor_options(model))
     drop_data_(built)
     built.tie_weights()
     return built
@@ -97,14 +128,12 @@ def _padding(
 
     Multiply-accumulates are left out of a model whose forward pass asks what its inputs are.
     """
-    more = {
-        pair.name: wide.width - kept[pair.name].shape[1] for pair, wide in zip(*pairs, strict=True)
-    }
-    units = {name: n for name, n in more.items() if n and kept[name].shape[1]}
-    dropped = {name: n for name, n in more.items() if n and not kept[name].shape[1]}
+    alive = [wide for wide in pairs[1] if kept[wide.name].shape[1]]
+    units = {p.name: p.width - kept[p.name].shape[1] for p in alive}
+    heads = {p.name: p.heads - len(kept[p.name]) for p in alive}
 
     def zeros(costs: Mapping[str, int]) -> int:
-        return sum(more[pair.name] * pair.heads * costs[pair.name] for pair in pairs[1])
+        return sum((p.units - kept[p.name].numel()) * costs[p.name] for p in pairs[1])
 
     numbers = [sum(p.numel() for p in built.parameters()) for built in (dense, target)]
     sizes = {"parameters": (numbers[0], numbers[1])}
@@ -114,7 +143,8 @@ def _padding(
         costs = [count_costs(m, p, sample) for m, p in zip((dense, target), pairs, strict=True)]
         sizes["multiply-accumulates"] = costs[0].dense["macs"], costs[1].dense["macs"]
         padded["multiply-accumulates"] = zeros(costs[1].unit["macs"])
-    return Padding(units, dropped, sizes, padded)
+    units, heads = ({name: n for name, n in found.items() if n} for found in (units, heads))
+    return Padding(units, heads, sizes, padded)
 
 
 def _refusal(
@@ -125,7 +155,7 @@ def _refusal(
     padding: Padding,
 ) -> str:
     """Say what a stock class cannot hold, what can be done, and what padding costs."""
-    reasons = []
+    reasons = [_reason_of_heads(found, kept, padding.heads)] if padding.heads else []
     for rule in dict.fromkeys(_group(found, pair) for pair in pairs if pair.name in padding.units):
         ruled = [pair for pair in pairs if _group(found, pair) == rule]
         reasons.append(_reason(rule, ruled, kept, {p.name for p in ruled} & {*padding.units}))
@@ -137,6 +167,29 @@ def _refusal(
     return (
         f"a stock {kind} cannot hold this plan: {'; '.join(reasons)}. With pad=True the rest is "
         f"filled with zeros, which is exact and pads {costs} back."
+    )
+
+
+def _reason_of_heads(found: Fit, kept: Mapping[str, Tensor], padded: Mapping[str, int]) -> str:
+    """Say why attentions that have lost heads do not fit, and what helps."""
+    first = next(iter(padded))
+    rule, most = found.places[first].count, len(kept[first]) + padded[first]
+    if rule is None:
+        return (
+            f"it has no field for the number of its heads alone, and {first} keeps "
+            f"{len(kept[first])} of {most}; plan without whole_groups"
+        )
+    counts = {n: len(kept[n]) for n, place in found.places.items() if place.count == rule}
+    low, high = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+    if counts[low] < counts[high]:
+        return (
+            f"its attentions keep {counts[low]} ({low}) to {counts[high]} ({high}) key-value "
+            f"heads, and the field {rule.count} is one number; plan with the constraint uniform"
+        )
+    part = found.settings[rule.part] if rule.part else found.settings
+    return (
+        f"its number of heads must divide the hidden size of {part['hidden_size']}, and of "
+        f"{most} key-value heads it keeps {counts[low]}; plan another size"
     )
 
 

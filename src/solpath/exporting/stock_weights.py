@@ -36,6 +36,7 @@ def stock_state(
     sites: tuple[Sequence[Site], Sequence[Site]],
     pairs: tuple[Sequence[Pair], Sequence[Pair]],
     kept: Mapping[str, Tensor],
+    heads: Mapping[str, Tensor],
     fit: Fit,
     tables: Mapping[str, Table],
 ) -> dict[str, Tensor]:
@@ -46,7 +47,8 @@ def stock_state(
         target: The stock model, which may be on the meta device. It is only looked at.
         sites: The attentions of the dense model and those of `target`.
         pairs: The pairs of the dense model and those of `target`.
-        kept: Pair name to the kept units of every head, int64 ``[heads, r]``.
+        kept: Pair name to the kept units of every kept head, int64 ``[kept heads, r]``.
+        heads: Pair name to the kept heads, int64 ``[kept heads]``; all, if it is not there.
         fit: Where they stand in `target`.
         tables: The rotary tables of the dense model.
 
@@ -58,7 +60,7 @@ def stock_state(
     """
     names = {id(parameter): name for name, parameter in target.named_parameters()}
     changed = {}
-    channels = channels_kept(pairs[0], kept, {})
+    channels = channels_kept(pairs[0], kept, heads)
     factors = _factors(small, target, *sites)
     for path, parts in _layers(*pairs).items():
         source, wanted = linear_map(small, path), linear_map(target, path)
@@ -68,7 +70,7 @@ def stock_state(
                 continue
             old = source.read(source.parameters()[leaf])
             value = _laid_out(_rows(source, old, parts[0][1].axis), parameter, wanted, parts, order,
-                              kept, fit, factors)  # fmt: skip
+                              kept, heads, fit, factors)  # fmt: skip
             changed[names[id(parameter)]] = value
     for site in sites[0]:
         changed |= _norms(small, target, site, fit, tables)
@@ -99,6 +101,7 @@ def _laid_out(
     parts: Sequence[_Part],
     order: Tensor | None,
     kept: Mapping[str, Tensor],
+    heads: Mapping[str, Tensor],
     fit: Fit,
     factors: Mapping[tuple[str, str], float],
 ) -> Tensor:
@@ -108,17 +111,17 @@ def _laid_out(
     new = _rows(wanted, result, axis)
     flat = new.clone()
     for pair, side, other, place in parts:
-        index = pair.channel_index(side, kept[pair.name])
+        index = pair.channel_index(side, kept[pair.name], heads.get(pair.name))
         if order is not None:  # channels of the extracted layer, in ascending order
             index = torch.searchsorted(order, index)
-        units = fit.places[pair.name].index
-        if units.numel() and int(units.max()) >= other.width:
+        units, slots = fit.places[pair.name].index, fit.places[pair.name].heads
+        if units.numel() and (int(units.max()) >= other.width or int(slots.max()) >= other.heads):
             raise ExportError(f"{place.module} of the stock model is too narrow for {pair.name}.")
         factor = factors.get((pair.name, side.module), 1.0)
         values = rows[index]
         if factor != 1.0:
             values = (values.double() * factor).to(values.dtype)
-        flat[other.channel_index(place, units)] = values
+        flat[other.channel_index(place, units, slots)] = values
     if wanted.neurons is None:
         return flat.movedim(0, wanted.dim(axis)) if flat.dim() > 1 else flat
     flat = flat.view(result.shape[0], -1, *flat.shape[1:])

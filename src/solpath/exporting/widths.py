@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from solpath.arch import Attention, lookup
 from solpath.model.linear import linear_map
+from solpath.nn.attention import heads_left
+from solpath.nn.slim import KEPT_HEADS
 
 Layers = dict[int, dict[str, Any]]
 """Index of a layer to its entries in `per_layer_config`."""
@@ -53,8 +55,7 @@ def _stack(model: Any, tensors: Tensors, multiple_of: int) -> tuple[Layers, Tens
             path = f"{prefix}{stack.blocks}.{index}.{table.module}"
             couples = attention._buffers.get("couples")
             if couples is None:
-                kv_heads = attrgetter(table.kv_heads)(attention)
-                couples = torch.arange(width // 2).expand(kv_heads, -1)
+                couples = torch.arange(width // 2).expand(head_counts(attention, table)[1], -1)
             tensors[f"{path}.couples"] = couples.contiguous()
             tensors |= _norms(attention, couples, width, path) if table.norms else {}
     return layers, tensors
@@ -79,19 +80,39 @@ def _stacks(model: Any, multiple_of: int) -> dict[str, list[dict[str, Any]]]:
             for table in stack.attentions:
                 part = table.module.rpartition(".")[2]
                 entry[part] = _sizes(block, table, multiple_of)
+                kept = block.get_submodule(table.module)._buffers.get(KEPT_HEADS)
+                if kept is not None:  # all layers of a stack share one bias for every dense head
+                    entry[part]["kept_heads"] = kept.tolist()
             right = linear_map(block, stack.mlps[0].right)
             result[name].append(entry | {"intermediate_size": right.in_features})
     return result
 
 
-def _sizes(block: nn.Module, table: Attention, multiple_of: int) -> dict[str, int]:
-    heads = attrgetter(table.heads)(block.get_submodule(table.module))
+def head_counts(attention: nn.Module, table: Attention) -> tuple[int, int]:
+    """Return how many query heads and how many key-value heads an attention has left.
+
+    Args:
+        attention: The attention of an extracted or dense model.
+        table: Its table.
+    """
+    heads = attrgetter(table.heads)(attention)
+    dense = attrgetter(table.kv_heads)(attention) if table.kv_heads else heads
+    left = heads_left(attention, dense)
+    return left * (heads // dense), left
+
+
+def _sizes(block: nn.Module, table: Attention, multiple_of: int) -> dict[str, Any]:
+    heads, kv_heads = head_counts(block.get_submodule(table.module), table)
     value = linear_map(block, table.output).in_features // heads
     query_key = linear_map(block, table.query).out_features // heads
     if table.query == table.value:  # one layer for queries, keys and values
         query_key = (query_key - value) // 2
     head = -(-max(query_key, value, 1) // multiple_of) * multiple_of
-    return {"query_key_dim": query_key, "value_dim": value, "head_dim": head}
+    sizes = {"query_key_dim": query_key, "value_dim": value, "head_dim": head}
+    counts = {"num_attention_heads": heads} | (
+        {"num_key_value_heads": kv_heads} if table.kv_heads else {}
+    )
+    return sizes | counts
 
 
 def _norms(attention: Any, couples: Tensor, width: int, path: str) -> Tensors:

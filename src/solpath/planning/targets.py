@@ -9,7 +9,8 @@ pairs, and some models cannot be cut for some targets:
   heads in multiples of 8.
 - ``"stock"``: what the classes of transformers hold exactly, with a changed configuration and
   nothing else: one width of MLPs; and where the class has a `head_dim`, one width of heads, which
-  for rotary queries and keys also needs the same couples in all of them.
+  for rotary queries and keys also needs the same couples in all of them, or, if `whole_groups` is
+  asked for, one number of whole heads.
 - ``"gguf"``: llama.cpp's architecture ``deci``: MLPs of their own width in every layer, in
   multiples of 32; attention stays whole, or loses whole heads if `whole_groups` is asked for.
 """
@@ -56,6 +57,8 @@ def _stock(architecture: str, pairs: Sequence[Pair], whole: bool) -> Constraints
     family = _family(architecture)
     if family == "T5" and whole:
         return "all layers of T5 share one bias for every head, so they cannot lose heads apart"
+    if family == "Qwen3" and whole:  # that of Gemma 3 must divide the hidden size
+        return Constraints(uniform=True, min_width=1)
     if family in _ROTARY:
         return Constraints(uniform=True, tied_widths=True, shared_couples=True, min_width=1)
     if family in _RATIO:
@@ -108,6 +111,17 @@ def targets_of(
         name: _checked(make(architecture, pairs, whole_groups), pairs, unreached)
         for name, make in _TARGETS.items()
     }
+
+
+def drops_heads(found: Constraints | str, pairs: Sequence[Pair]) -> bool:
+    """Return whether attentions lose whole heads under a target.
+
+    Args:
+        found: What `targets_of` says of the target, asked with `whole_groups`.
+        pairs: The pairs of the model.
+    """
+    attentions = [pair for pair in pairs if pair.kind in ("qk", "vo")]
+    return isinstance(found, Constraints) and not all(map(found.protects, attentions))
 
 
 def constraints_for(

@@ -7,6 +7,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import configuration_bert, modeling_bert
 
 from solpath.exporting.modeling.common import (
+    CutConfig,
     CutModel,
     by_head,
     check_whole,
@@ -16,7 +17,7 @@ from solpath.exporting.modeling.common import (
 )
 
 
-class SolpathBertConfig(configuration_bert.BertConfig):
+class SolpathBertConfig(CutConfig, configuration_bert.BertConfig):
     """The configuration of BERT, whose `per_layer_config` has the widths of every layer."""
 
     model_type = "solpath_bert"
@@ -34,7 +35,7 @@ class SolpathBertSelfAttention(modeling_bert.BertSelfAttention):
         with dense_sizes(config):
             super().__init__(config, is_causal=config.is_decoder, layer_idx=layer_idx)
         layer, hidden = config.per_layer_config[layer_idx], config.hidden_size
-        self.heads, self.head_dim = config.num_attention_heads, layer.head_dim
+        self.heads, self.head_dim = layer.num_attention_heads, layer.head_dim
         self.query_key_dim, self.value_dim = layer.query_key_dim, layer.value_dim
         resize(self, "query", hidden, self.heads * self.query_key_dim)
         resize(self, "key", hidden, self.heads * self.query_key_dim)
@@ -80,11 +81,12 @@ class CutBert(CutModel):
 
     def cut_layers(self: Any, config: Any) -> None:
         """Exchange the attentions and resize the layers around them."""
-        hidden, heads = config.hidden_size, config.num_attention_heads
+        hidden = config.hidden_size
         for index, block in enumerate(self.base_model.encoder.layer):
             layer = config.per_layer_config[index]
             block.attention.self = SolpathBertSelfAttention(config, index)
-            resize(block.attention.output, "dense", heads * layer.value_dim, hidden)
+            channels = layer.num_attention_heads * layer.value_dim
+            resize(block.attention.output, "dense", channels, hidden)
             resize(block.intermediate, "dense", hidden, layer.intermediate_size)
             resize(block.output, "dense", layer.intermediate_size, hidden)
 

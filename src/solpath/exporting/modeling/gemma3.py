@@ -4,10 +4,11 @@ from typing import Any, ClassVar
 
 from transformers.models.gemma3 import configuration_gemma3, modeling_gemma3
 
+from solpath.exporting.modeling.common import CutConfig
 from solpath.exporting.modeling.rotary import CutDecoder, CutNormedAttention
 
 
-class SolpathGemma3TextConfig(configuration_gemma3.Gemma3TextConfig):
+class SolpathGemma3TextConfig(CutConfig, configuration_gemma3.Gemma3TextConfig):
     """The configuration of Gemma 3, whose `per_layer_config` has the widths of every layer."""
 
     model_type = "solpath_gemma3_text"

@@ -8,6 +8,7 @@ from transformers.models.gpt2 import configuration_gpt2, modeling_gpt2
 from transformers.pytorch_utils import Conv1D
 
 from solpath.exporting.modeling.common import (
+    CutConfig,
     CutModel,
     by_head,
     check_whole,
@@ -17,7 +18,7 @@ from solpath.exporting.modeling.common import (
 )
 
 
-class SolpathGPT2Config(configuration_gpt2.GPT2Config):
+class SolpathGPT2Config(CutConfig, configuration_gpt2.GPT2Config):
     """The configuration of GPT-2, whose `per_layer_config` has the widths of every layer."""
 
     model_type = "solpath_gpt2"
@@ -35,7 +36,7 @@ class SolpathGPT2Attention(modeling_gpt2.GPT2Attention):
         with dense_sizes(config):
             super().__init__(config, layer_idx=layer_idx)
         layer, hidden = config.per_layer_config[layer_idx], config.hidden_size
-        self.heads, self.head_dim = config.num_attention_heads, layer.head_dim
+        self.heads, self.head_dim = layer.num_attention_heads, layer.head_dim
         self.query_key_dim, self.value_dim = layer.query_key_dim, layer.value_dim
         channels = 2 * self.query_key_dim + self.value_dim
         resize(self, "c_attn", hidden, self.heads * channels, transposed)

@@ -4,10 +4,11 @@ from typing import Any, ClassVar
 
 from transformers.models.llama import configuration_llama, modeling_llama
 
+from solpath.exporting.modeling.common import CutConfig
 from solpath.exporting.modeling.rotary import CutDecoder, CutRotaryAttention
 
 
-class SolpathLlamaConfig(configuration_llama.LlamaConfig):
+class SolpathLlamaConfig(CutConfig, configuration_llama.LlamaConfig):
     """The configuration of LLaMA, whose `per_layer_config` has the widths of every layer."""
 
     model_type = "solpath_llama"

@@ -4,10 +4,11 @@ from typing import Any, ClassVar
 
 from transformers.models.mistral import configuration_mistral, modeling_mistral
 
+from solpath.exporting.modeling.common import CutConfig
 from solpath.exporting.modeling.rotary import CutDecoder, CutRotaryAttention
 
 
-class SolpathMistralConfig(configuration_mistral.MistralConfig):
+class SolpathMistralConfig(CutConfig, configuration_mistral.MistralConfig):
     """The configuration of Mistral, whose `per_layer_config` has the widths of every layer."""
 
     model_type = "solpath_mistral"

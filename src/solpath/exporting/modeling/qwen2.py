@@ -4,10 +4,11 @@ from typing import Any, ClassVar
 
 from transformers.models.qwen2 import configuration_qwen2, modeling_qwen2
 
+from solpath.exporting.modeling.common import CutConfig
 from solpath.exporting.modeling.rotary import CutDecoder, CutRotaryAttention
 
 
-class SolpathQwen2Config(configuration_qwen2.Qwen2Config):
+class SolpathQwen2Config(CutConfig, configuration_qwen2.Qwen2Config):
     """The configuration of Qwen2, whose `per_layer_config` has the widths of every layer."""
 
     model_type = "solpath_qwen2"

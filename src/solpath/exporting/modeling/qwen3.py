@@ -4,10 +4,11 @@ from typing import Any, ClassVar
 
 from transformers.models.qwen3 import configuration_qwen3, modeling_qwen3
 
+from solpath.exporting.modeling.common import CutConfig
 from solpath.exporting.modeling.rotary import CutDecoder, CutNormedAttention
 
 
-class SolpathQwen3Config(configuration_qwen3.Qwen3Config):
+class SolpathQwen3Config(CutConfig, configuration_qwen3.Qwen3Config):
     """The configuration of Qwen3, whose `per_layer_config` has the widths of every layer."""
 
     model_type = "solpath_qwen3"

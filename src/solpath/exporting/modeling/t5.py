@@ -28,11 +28,12 @@ class SolpathT5Attention(modeling_t5.T5Attention):
     def __init__(self: Any, config: Any, sizes: dict[str, int], **settings: Any) -> None:
         super().__init__(config, **settings)
         self.query_key_dim, self.value_dim = sizes["query_key_dim"], sizes["value_dim"]
-        self.head_dim = sizes["head_dim"]
-        resize(self, "q", self.d_model, self.n_heads * self.query_key_dim)
-        resize(self, "k", self.d_model, self.n_heads * self.query_key_dim)
-        resize(self, "v", self.d_model, self.n_heads * self.value_dim)
-        resize(self, "o", self.n_heads * self.value_dim, self.d_model)
+        self.heads, self.head_dim = sizes["num_attention_heads"], sizes["head_dim"]
+        self.kept_heads = sizes.get("kept_heads")
+        resize(self, "q", self.d_model, self.heads * self.query_key_dim)
+        resize(self, "k", self.d_model, self.heads * self.query_key_dim)
+        resize(self, "v", self.d_model, self.heads * self.value_dim)
+        resize(self, "o", self.heads * self.value_dim, self.d_model)
 
     def forward(
         self: Any,
@@ -47,7 +48,7 @@ class SolpathT5Attention(modeling_t5.T5Attention):
         cache = kwargs.pop("past_key_values", cache)  # its name before transformers 5.24
         past = cache.get_seq_length(self.layer_idx) if cache is not None else 0
         past = past.clone() if isinstance(past, Tensor) else past
-        query = by_head(self.q(hidden_states), self.n_heads, self.query_key_dim)
+        query = by_head(self.q(hidden_states), self.heads, self.query_key_dim)
         key, value = self.keys_and_values(hidden_states, key_value_states, cache)
         if position_bias is None:
             tokens, keys = hidden_states.shape[1], key.shape[-2]
@@ -58,6 +59,8 @@ class SolpathT5Attention(modeling_t5.T5Attention):
             else:
                 shape = (1, self.n_heads, tokens, keys)
                 position_bias = torch.zeros(shape, device=query.device, dtype=query.dtype)
+        # All layers share the bias of the first, which has all heads of the dense model.
+        own_bias = position_bias if self.kept_heads is None else position_bias[:, self.kept_heads]
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, modeling_t5.eager_attention_forward
         )
@@ -69,10 +72,10 @@ class SolpathT5Attention(modeling_t5.T5Attention):
             mask,
             dropout=self.dropout if self.training else 0.0,
             scaling=self.scaling,
-            position_bias=position_bias,
+            position_bias=own_bias,
             **kwargs,
         )
-        output = output.reshape(*hidden_states.shape[:-1], self.n_heads, self.head_dim)
+        output = output.reshape(*hidden_states.shape[:-1], self.heads, self.head_dim)
         return self.o(output[..., : self.value_dim].flatten(-2)), position_bias, weights
 
     def keys_and_values(
@@ -88,8 +91,8 @@ class SolpathT5Attention(modeling_t5.T5Attention):
             if cross:
                 both.is_updated[index] = True
         source = hidden_states if encoded is None else encoded
-        key = by_head(self.k(source), self.n_heads, self.query_key_dim)
-        value = by_head(self.v(source), self.n_heads, self.value_dim)
+        key = by_head(self.k(source), self.heads, self.query_key_dim)
+        value = by_head(self.v(source), self.heads, self.value_dim)
         if cache is not None:  # which takes keys without channels for an empty sequence
             key, value = cache.update(padded(key, max(self.query_key_dim, 1)), value, index)
         return key, value

@@ -6,10 +6,17 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.vit import configuration_vit, modeling_vit
 
-from solpath.exporting.modeling.common import CutModel, by_head, dense_sizes, padded, resize
+from solpath.exporting.modeling.common import (
+    CutConfig,
+    CutModel,
+    by_head,
+    dense_sizes,
+    padded,
+    resize,
+)
 
 
-class SolpathViTConfig(configuration_vit.ViTConfig):
+class SolpathViTConfig(CutConfig, configuration_vit.ViTConfig):
     """The configuration of ViT, whose `per_layer_config` has the widths of every layer."""
 
     model_type = "solpath_vit"
@@ -28,7 +35,7 @@ class SolpathViTAttention(modeling_vit.ViTAttention):
             super().__init__(config)
         layer, hidden = config.per_layer_config[layer_idx], config.hidden_size
         self.layer_idx, self.head_dim = layer_idx, layer.head_dim
-        self.heads = config.num_attention_heads
+        self.heads = layer.num_attention_heads
         self.query_key_dim, self.value_dim = layer.query_key_dim, layer.value_dim
         resize(self, "q_proj", hidden, self.heads * self.query_key_dim)
         resize(self, "k_proj", hidden, self.heads * self.query_key_dim)
