@@ -92,6 +92,7 @@ def _cached(name: str, file: str) -> str | None:
 
 def _card(file: Path | str | None) -> Mapping[str, Any]:
     """Return the metadata of a card; none if there is no card, or it cannot be read."""
+    import yaml
     from huggingface_hub import ModelCard
 
     if file is None or not os.path.isfile(file):
@@ -99,7 +100,7 @@ def _card(file: Path | str | None) -> Mapping[str, Any]:
     try:
         text = Path(file).read_text(encoding="utf-8")
         return dict(vars(ModelCard(text, ignore_metadata_errors=True).data))
-    except (ValueError, OSError):  # no metadata, or none that can be read
+    except (ValueError, OSError, yaml.YAMLError):  # no metadata, or none that can be read
         return {}
 
 
