@@ -78,8 +78,8 @@ def table(name: str) -> str:
     ``latency_budget`` one per asked latency, ``gpu`` one per model, ``decoding`` one per member of
     a decoder, ``exports`` one per family, ``real_exports`` one per checkpoint, ``runtimes`` one per
     member, ``constraint_cost`` one per constraint. Those of large models are in scale_page.py,
-    those of a real decoder, ``language...``, in language_page.py. ``tutorial`` is what the tutorial prints
-    about its sizes, as text.
+    those of a real decoder, ``language...``, in language_page.py. ``tutorial`` is what the tutorial
+    prints about its sizes, as text.
     """
     if name == "tutorial":
         lines = [line for line in _results("tutorial") if "parameters" in line]

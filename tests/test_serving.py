@@ -26,7 +26,11 @@ def tokenizer():
     made = Tokenizer(models.WordLevel(known, "[UNK]"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32
+        tokenizer_object=made,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        model_max_length=32,
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 
@@ -36,10 +40,10 @@ def decoder():
     return solpath.extract(model, stock_plan(model, "llama", "both"))
 
 
-def text_of(model):
-    """What a model writes after the words, and with them."""
-    batch = tokenizer()(WORDS, return_tensors="pt", return_token_type_ids=False)
-    return tokenizer().decode(model.generate(**batch, **OPTIONS)[0])
+def words_of(model):
+    """What a model writes after the words."""
+    batch = tokenizer()(WORDS, return_tensors="pt")
+    return tokenizer().decode(model.generate(**batch, **OPTIONS)[0]).split()[3:]
 
 
 def folder_of(model, folder, format):
@@ -61,28 +65,26 @@ def test_a_pipeline_writes_the_text_of_the_model(tmp_path, format):
     trust = format == "hub"
     writer = transformers.pipeline("text-generation", str(folder), trust_remote_code=trust)
     [found] = writer(WORDS, **OPTIONS)
-    assert found["generated_text"] == text_of(small)
+    assert found["generated_text"].removeprefix(WORDS).split() == words_of(small)
 
 
-@pytest.mark.parametrize("format", ["stock", "hub"])
-def test_transformers_serve_answers(tmp_path, format):
+def test_transformers_serve_answers(tmp_path):
     for package in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(package)
     from transformers.cli.serve import Serve
 
     small = decoder()
-    folder = folder_of(small, tmp_path / "out", format)
+    folder = str(folder_of(small, tmp_path / "out", "stock"))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    options = {"device": "cpu", "port": port, "trust_remote_code": format == "hub"}
-    server = Serve(force_model=str(folder), non_blocking=True, **options)
+    server = Serve(force_model=folder, non_blocking=True, device="cpu", port=port)
     try:
-        asked = {"model": str(folder), "prompt": WORDS, "max_tokens": 5, "temperature": 0}
+        asked = {"model": folder, "prompt": WORDS, "max_tokens": 5, "temperature": 0}
         found = post(f"http://localhost:{port}/v1/completions", asked)
     finally:
         server.kill_server()
-    assert WORDS + " " + found["choices"][0]["text"].strip() == text_of(small)
+    assert found["choices"][0]["text"].split() == words_of(small)
 
 
 def post(url, body):
@@ -109,7 +111,7 @@ def test_sentence_transformers_embeds_by_a_stock_folder(tmp_path):
     solpath.export(small, tmp_path / "out", "stock", tokenizer=tokenizer())
     texts = [WORDS, "green"]
     found = sentences.SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(texts)
-    batch = tokenizer()(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    batch = tokenizer()(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         states = small(**batch).last_hidden_state
     mask = batch["attention_mask"].unsqueeze(-1)
