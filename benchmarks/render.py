@@ -76,10 +76,10 @@ def table(name: str) -> str:
     that is switched off, ``speed_<model>`` one per member that was timed, ``tuning`` one per member
     that was tuned, ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision,
     ``latency_budget`` one per asked latency, ``gpu`` one per model, ``decoding`` one per member of
-    a decoder, ``exports`` one per family, ``runtimes`` one per member, ``constraint_cost`` one per
-    constraint. Those of large models are in scale_page.py, those of a
-    real decoder, ``language...``, in language_page.py. ``tutorial`` is what the tutorial prints
-    about its sizes, as text.
+    a decoder, ``exports`` one per family, ``real_exports`` one per checkpoint, ``runtimes`` one per
+    member, ``constraint_cost`` one per constraint. Those of large models are in scale_page.py,
+    those of a real decoder, ``language...``, in language_page.py. ``tutorial`` is what the tutorial
+    prints about its sizes, as text.
     """
     if name == "tutorial":
         lines = [line for line in _results("tutorial") if "parameters" in line]
@@ -103,6 +103,8 @@ def table(name: str) -> str:
         return _markdown([*runtimes()])
     if name == "exports":
         return _markdown([*exports()])
+    if name == "real_exports":
+        return _markdown([*real_exports()])
     if name == "decoding":
         return _markdown([*decoding()])
     if name == "exactness":
@@ -174,6 +176,23 @@ def exports() -> Iterator[Sequence[str]]:
     for label, row in found.items():
         cells = [row.get(name, {}).get("difference") for name in formats]
         yield label, *("—" if cell is None else f"{cell:.0e}" for cell in cells)
+
+
+def real_exports() -> Iterator[Sequence[str]]:
+    """The largest difference of every checkpoint in every format, and the size of all files."""
+    found = _results("real_exports")
+    formats = list(dict.fromkeys(name for row in found.values() for name in row["formats"]))
+    yield "model", "weights", "dense, MB", *(f"`{name}`" for name in formats)
+    for label, row in found.items():
+        cells = [row["formats"].get(name, {}) for name in formats]
+        yield (
+            label, row["weights"], f"{row['dense_bytes'] / 1e6:.1f}",
+            *(
+                "—" if "refused" in cell or not cell
+                else f"{cell['difference']:.0e}, {cell['bytes'] / 1e6:.1f} MB"
+                for cell in cells
+            ),
+        )  # fmt: skip
 
 
 def runtimes() -> Iterator[Sequence[str]]:

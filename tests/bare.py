@@ -38,7 +38,8 @@ def main(folders):
 
 
 def run(folder):
-    [code] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    card = (folder / "README.md").read_text()
+    code, *_ = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     names = {"folder": folder}
     exec(code, names)
     with torch.no_grad():

@@ -21,6 +21,8 @@ from plans import HEADS, heads_plan, plan_of, random_plan, stock_plan
 from solpath.errors import ConfigError, ExportError
 from solpath.exporting.card import Facts, model_card
 from solpath.exporting.export import export
+from solpath.exporting.formats import Load
+from solpath.exporting.origin import Origin
 from solpath.exporting.stock import open_folder
 from solpath.exporting.stock_rotary import longrope_factors
 from solpath.model.discovery import find_pairs
@@ -319,9 +321,13 @@ def test_the_card_says_what_is_known(tmp_path):
 
 
 def test_a_card_of_plain_facts():
-    card = model_card(Facts("BertModel", "ONNX", "onnx run", language="bash"))
-    assert card.startswith("---\ntags:\n- pruned\n---\n\n# BertModel\n")
+    load = Load("onnxruntime", "onnx run", "bash")
+    card = model_card(Facts("BertModel", "ONNX", [load], sizes={"parameters": (200, 150)}))
+    title = "# BertModel with 75.0 % of its parameters\n"
+    assert card.startswith(f"---\ntags:\n- pruned\n---\n\n{title}")
     assert "```bash\nonnx run\n```" in card
-    base = model_card(Facts("BertModel", "ONNX", "…", base="google/bert", library="onnx"))
-    assert "base_model: google/bert" in base
-    assert "library_name: onnx" in base
+    origin = Origin("google/bert", (), {"license": "mit"})
+    base = model_card(Facts("BertModel", "ONNX", origin=origin, library="onnx"))
+    for line in ("base_model: google/bert", "library_name: onnx", "license: mit"):
+        assert f"{line}\n" in base
+    assert "pruned" not in base  # it is dense

@@ -10,7 +10,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,6 +60,7 @@ class GgufFile:
         settings: Settings of the architecture by name, without the architecture before it.
         shapes: Name to shape of every tensor.
         factors: What the wavelengths of rotary positions are multiplied by, in Llama 3; else empty.
+        general: What the file says of itself, such as its licence, without ``general.`` before it.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class GgufFile:
     settings: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     factors: tuple[float, ...] = ()
+    general: dict[str, Any] = field(default_factory=dict)
 
 
 def is_gguf(name: object) -> bool:
@@ -170,9 +172,11 @@ def _header(path: Path, cursor: _Cursor) -> GgufFile:
     if _LLAMA3 in shapes:
         cursor.skip(first + starts[_LLAMA3] - cursor.place)
         factors = tuple(cursor.number("f") for _ in range(math.prod(shapes[_LLAMA3])))
-    prefix = f"{architecture}."
-    own = {key.removeprefix(prefix): v for key, v in found.items() if key.startswith(prefix)}
-    return GgufFile(path, architecture, own, shapes, factors)
+    own, general = (
+        {key.removeprefix(start): v for key, v in found.items() if key.startswith(start)}
+        for start in (f"{architecture}.", "general.")
+    )
+    return GgufFile(path, architecture, own, shapes, factors, general)
 
 
 @contextlib.contextmanager

@@ -12,9 +12,13 @@ from torch import nn
 
 from solpath.errors import ConfigError
 from solpath.exporting import gguf, hub, onnx, openvino, stock
+from solpath.exporting.card import model_card
+from solpath.exporting.facts import check_evaluation, facts_of
 from solpath.exporting.formats import Format
+from solpath.exporting.origin import origin_of
 from solpath.exporting.parity import Parity, check_parity, random_batch
 from solpath.files import check_output, json_bytes, new_folder
+from solpath.measuring.evaluation import Result
 from solpath.planning.plan import plan_of
 from solpath.running.claims import claimed
 from solpath.running.forward import Batch
@@ -57,13 +61,15 @@ def export(
     format: str,
     *,
     batch: Batch | None = None,
+    evaluation: Result | None = None,
     overwrite: bool = False,
     **options: Any,
 ) -> Exported:
     """Write a model for another runtime. The folder appears whole or not at all.
 
     The exported model is run beside `model`, on random inputs and on `batch`, before the folder
-    appears.
+    appears. A model card in it says what was cut, how it is loaded, how near it was, and what is
+    known of the dense model: its name on the Hub and its licence.
 
     Args:
         model: A model from `extract`, or a dense one, in float32 on the CPU. It is left untouched.
@@ -71,6 +77,7 @@ def export(
             wrote, all of which is replaced.
         format: The name of a format in `FORMATS`.
         batch: A real batch: keyword arguments of the model. None checks on random inputs alone.
+        evaluation: What `evaluate` found of `model`, for the model card.
         overwrite: Whether to replace the folder. If the export fails, the folder is left untouched.
         options: What the format takes beside; see docs/runtimes.md.
 
@@ -78,7 +85,8 @@ def export(
         What was written, and how near it is.
 
     Raises:
-        ConfigError: The format or an option is unknown, or the runtime is not installed.
+        ConfigError: The format or an option is unknown, the runtime is not installed, or
+            `evaluation` is of another model.
         ExportError: The format cannot hold the model, or the exported model gives other outputs.
         FileError: The folder is not empty, was not written by solpath or cannot be written.
         BatchError: There is no `batch`, and what the model takes is not known.
@@ -99,6 +107,7 @@ def export(
     if tokenizer is not None and not callable(getattr(tokenizer, "save_pretrained", None)):
         raise ConfigError(f"tokenizer has no save_pretrained: {tokenizer!r}.")
     chosen = FORMATS[format]
+    check_evaluation(model, evaluation)
     check_output(folder, overwrite=overwrite, marks=(RECORD,))
     chosen.check(model)
     batches = {"random": random_batch(model)} if batch is None else {}
@@ -109,7 +118,7 @@ def export(
         evaluating(model),
         new_folder(folder, overwrite=overwrite, marks=(RECORD,)) as temporary,
     ):
-        chosen.write(model, temporary, batches["random"], **options)
+        counted = chosen.write(model, temporary, batches["random"], **options)
         runs = chosen.batches(model, batches)
         tolerance = chosen.tolerances.get(options.get("quantization", ""), chosen.tolerance)
         parity = check_parity(model, chosen.open(temporary), runs, tolerance)
@@ -117,7 +126,12 @@ def export(
             rows = check_parity(model, runner, runs, allowed)
             parity += [replace(row, inputs=f"{row.inputs}, {name}") for row in rows]
         command = chosen.command.format(folder=os.fspath(folder))
+        origin = origin_of(model)
+        facts = facts_of(model, chosen, temporary, origin, parity, counted, evaluation)
+        (temporary / "README.md").write_text(model_card(facts), encoding="utf-8")
         record = _record(model, chosen, parity, options, command)
+        record["origin"] = asdict(origin)
+        record["evaluation"] = None if evaluation is None else evaluation.to_dict()
         (temporary / RECORD).write_bytes(json_bytes(record))
         size = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
     return Exported(Path(folder), format, tuple(parity), size, command)

@@ -10,8 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from solpath.errors import ConfigError, ExportError
-from solpath.exporting.formats import Format
-from solpath.exporting.gguf_reading import FILE, check_tokens, open_gguf, runtime
+from solpath.exporting.formats import Format, Load
+from solpath.exporting.gguf_origin import write_origin
+from solpath.exporting.gguf_reading import (
+    FILE,
+    check_tokens,
+    has_vocabulary,
+    open_gguf,
+    runtime,
+)
 from solpath.exporting.gguf_vocabulary import Vocabulary, read_vocabulary, write_vocabulary
 from solpath.exporting.widths import dense_width
 from solpath.nn.attention import heads_left
@@ -214,8 +221,7 @@ def _write_settings(
     import gguf
 
     config, layers, head = _config(model), layers_of(model), dense_width(_config(model))
-    writer.add_name(f"{type(model).__name__} cut by solpath")
-    # What the model card says of the licence and the dense model: writer.add_license(...).
+    write_origin(writer, model)
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[quantization]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(_rows(model))
@@ -346,8 +352,22 @@ def _rows(model: nn.Module) -> int:
     return int(_inner(model).embed_tokens.weight.shape[0])
 
 
+def _loads(model: nn.Module, folder: Path) -> list[Load]:
+    code = f"""import llama_cpp
+
+model = llama_cpp.Llama(f"{{folder}}/{FILE}")"""
+    found = [Load("llama-cpp-python", code)]
+    if has_vocabulary(folder):
+        cli = f'llama-cli -m {FILE} -p "Once upon a time"'
+        found.insert(0, Load("llama.cpp", cli, "bash"))
+    return found
+
+
 FORMAT = Format(
     name="gguf",
+    title="llama.cpp, as GGUF",
+    library="gguf",
+    loads=_loads,
     check=check,
     write=write,
     open=open_gguf,

@@ -50,6 +50,18 @@ def open_gguf(folder: Path) -> Runner:
     return lambda batch: {"logits": torch.stack([rows(ids) for ids in _ids(batch)])}
 
 
+def has_vocabulary(folder: Path) -> bool:
+    """Return whether the file of a folder can read a prompt.
+
+    Args:
+        folder: A folder that holds ``model.gguf``.
+    """
+    import gguf
+
+    kind = gguf.GGUFReader(folder / FILE).get_field("tokenizer.ggml.model")
+    return kind is not None and kind.contents() != "no_vocab"
+
+
 def check_tokens(folder: Path, tokenizer: Any) -> None:
     """Compare the tokens of llama.cpp, where it is installed, with those of the tokenizer.
 

@@ -18,7 +18,7 @@ from solpath.arch.building import without_weights
 from solpath.arch.table import is_foreign
 from solpath.errors import ConfigError, ExportError
 from solpath.exporting.families import FAMILIES, Family, written_out
-from solpath.exporting.formats import Format, Runner
+from solpath.exporting.formats import Format, Load, Runner
 from solpath.exporting.parity import runner_of, transformers_runtime
 from solpath.exporting.widths import read_widths
 from solpath.files import json_bytes
@@ -141,6 +141,19 @@ def _check_tensors(name: str, family: Family, config: Any, tensors: dict[str, Te
             )
 
 
+def loads(model: nn.Module, folder: Path) -> list[Load]:
+    """Say how transformers and vLLM load a folder."""
+    auto = FAMILIES[model.config.model_type].classes[type(model).__name__]  # type: ignore[union-attr, index]
+    code = (
+        f"from transformers import {auto}\n\n"
+        f"model = {auto}.from_pretrained(folder, trust_remote_code=True)"
+    )
+    found = [Load("transformers, with the classes in the folder", code)]
+    if auto == "AutoModelForCausalLM":
+        found.append(Load("vLLM", "vllm serve . --trust-remote-code", "bash"))
+    return found
+
+
 def open_folder(folder: Path) -> Runner:
     """Load a written folder with the classes that are in it, and return what runs it."""
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -168,6 +181,9 @@ def _module_from(file: Path) -> Any:
 
 FORMAT = Format(
     name="hub",
+    title="transformers and vLLM, with classes of its own",
+    library="transformers",
+    loads=loads,
     check=check,
     write=write,
     open=open_folder,

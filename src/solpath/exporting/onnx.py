@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from solpath.errors import ExportError
-from solpath.exporting.formats import Format, Outputs, Runner
-from solpath.exporting.sentences import write_sentences
+from solpath.exporting.formats import Format, Load, Outputs, Runner
+from solpath.exporting.sentences import MODULES, write_sentences
 from solpath.exporting.tracing import check_traceable, checked_batches, completed, quiet, trace
 from solpath.running.forward import Batch
 
@@ -190,6 +190,27 @@ def in_two_steps(graph: Any, full: Batch) -> Outputs:
     return {name: torch.cat([before[name], after[name]], 1) for name in before}
 
 
+def _loads(model: nn.Module, folder: Path) -> list[Load]:
+    graph = Graph(folder / FILE, threads=1)
+    takes = ", ".join(graph.inputs) + (", and the cache" if graph.cached else "")
+    code = f"""import onnxruntime
+
+session = onnxruntime.InferenceSession(f"{{folder}}/{FILE}")
+outputs = session.run(None, inputs)  # arrays by name: {takes}"""
+    found = [Load("onnxruntime", code)]
+    if graph.cached:
+        code = """from solpath.exporting.decoder import OnnxDecoder
+
+tokens = OnnxDecoder(folder).generate(input_ids, max_new_tokens=16)"""
+        found.append(Load("onnxruntime, by transformers' generate", code))
+    if (folder / MODULES).exists():
+        code = """from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer(str(folder), backend="onnx")"""
+        found.append(Load("sentence-transformers, with optimum-onnx and transformers < 4.58", code))
+    return found
+
+
 def _open(folder: Path) -> Runner:
     return runner(folder / FILE)
 
@@ -205,6 +226,9 @@ def _runtime() -> str:
 
 FORMAT = Format(
     name="onnx",
+    title="onnxruntime and all else that reads ONNX",
+    library="onnx",
+    loads=_loads,
     check=check,
     write=write,
     open=_open,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from solpath.exporting.formats import Format, Outputs, Runner
+from solpath.exporting.formats import Format, Load, Outputs, Runner
 from solpath.exporting.onnx import in_two_steps
 from solpath.exporting.tracing import check_traceable, checked_batches, completed, trace
 from solpath.running.forward import Batch
@@ -97,6 +97,16 @@ class Graph:
         return {name: value for name, value in tensors.items() if "." not in name}, {}
 
 
+def _loads(model: nn.Module, folder: Path) -> list[Load]:
+    takes = ", ".join(Graph(folder / FILE, threads=1).inputs)
+    code = f"""import openvino
+
+settings = {_FLOAT32}
+model = openvino.Core().compile_model(f"{{folder}}/{FILE}", "CPU", settings)
+outputs = model(inputs)  # arrays by name: {takes}"""
+    return [Load("OpenVINO", code.replace("'", '"'))]
+
+
 def _open(folder: Path) -> Runner:
     graph = Graph(folder / FILE)
 
@@ -113,6 +123,9 @@ def _runtime() -> str:
 
 FORMAT = Format(
     name="openvino",
+    title="OpenVINO",
+    library="openvino",
+    loads=_loads,
     check=check,
     write=write,
     open=_open,

@@ -7,7 +7,10 @@ from typing import Any
 from solpath.errors import ConfigError
 
 _POOLINGS = {"mean": "mean_tokens", "cls": "cls_token"}
-_MODULES = "sentence_transformers.models"
+_TYPES = "sentence_transformers.models"
+
+MODULES = "modules.json"
+"""File of a folder that sentence-transformers reads first."""
 
 
 def write_sentences(folder: Path, config: Any, pooling: str, normalize: bool) -> None:
@@ -30,8 +33,8 @@ def write_sentences(folder: Path, config: Any, pooling: str, normalize: bool) ->
         (folder / path).mkdir()
     modes = {f"pooling_mode_{mode}": key == pooling for key, mode in _POOLINGS.items()}
     files = {
-        "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": f"{_MODULES}.{name}"}
+        MODULES: [
+            {"idx": i, "name": str(i), "path": path, "type": f"{_TYPES}.{name}"}
             for i, (path, name) in enumerate(modules)
         ],
         "1_Pooling/config.json": {"word_embedding_dimension": config.hidden_size, **modes},

@@ -11,15 +11,14 @@ import torch
 from torch import nn
 
 from solpath.errors import ExportError
-from solpath.exporting.card import Facts, model_card
-from solpath.exporting.formats import Format, Runner
-from solpath.exporting.origin import base_of, license_of
+from solpath.exporting.formats import Counted, Format, Load, Runner
 from solpath.exporting.parity import runner_of, transformers_runtime
-from solpath.exporting.stock_model import Padding, stock_model
-from solpath.planning.plan import Plan, plan_of
+from solpath.exporting.stock_model import stock_model
+from solpath.planning.plan import plan_of
 from solpath.running.forward import Batch
 
-_KINDS = {"qk": "query and key", "vo": "value and output", "mlp": "MLP", "experts": "experts"}
+TOKENIZER = "tokenizer_config.json"
+"""File of every tokenizer of transformers."""
 
 
 def check(model: nn.Module) -> None:
@@ -50,7 +49,7 @@ def check(model: nn.Module) -> None:
 
 def write(
     model: nn.Module, folder: Path, batch: Batch, *, pad: bool = False, tokenizer: Any = None
-) -> None:
+) -> Counted | None:
     """Write the folder of a stock class.
 
     Args:
@@ -59,6 +58,9 @@ def write(
         batch: Inputs, whose first sample multiply-accumulates are counted on.
         pad: Whether layers may be filled up with zeros to one width.
         tokenizer: A tokenizer or processor whose files are added.
+
+    Returns:
+        Sizes with what was filled up; None for a dense model.
 
     Raises:
         ExportError: A stock class cannot hold the model, or only with `pad`.
@@ -70,31 +72,17 @@ def write(
     stock.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
-    card = model_card(_facts(model, plan, padding, auto_class(type(stock))))
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    return None if padding is None else Counted(padding.sizes, padding.padded)
 
 
-def _facts(model: nn.Module, plan: Plan | None, padding: Padding | None, auto: str) -> Facts:
-    return Facts(
-        model=type(model).__name__,
-        format="plain transformers",
-        load=f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained(folder)",
-        library="transformers",
-        base=base_of(model),
-        license=license_of(model),
-        sizes=padding.sizes if padding else {},
-        cut=_widths(plan) if plan else (),
-        padded=padding.padded if padding else {},
-    )
-
-
-def _widths(plan: Plan) -> list[tuple[str, int, int, int]]:
-    """Return what is kept of the pairs of every kind and width: the least and the most."""
-    groups: dict[tuple[str, int], list[int]] = {}
-    for pair in plan.pairs:
-        key = _KINDS[pair.kind], pair.width * pair.channels
-        groups.setdefault(key, []).append(plan.widths[pair.name] * pair.channels)
-    return [(kind, min(kept), max(kept), whole) for (kind, whole), kept in groups.items()]
+def loads(model: nn.Module, folder: Path) -> list[Load]:
+    """Say how transformers, and what is built on it, loads a folder."""
+    auto = auto_class(type(model))
+    code = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained(folder)"
+    found = [Load("transformers", code)]
+    if (folder / TOKENIZER).exists() and auto == "AutoModelForCausalLM":
+        found.append(Load("transformers serve", "transformers serve .", "bash"))
+    return found
 
 
 def auto_class(kind: Any) -> str:
@@ -142,6 +130,9 @@ def open_folder(folder: Path) -> Runner:
 
 FORMAT = Format(
     name="stock",
+    title="plain transformers",
+    library="transformers",
+    loads=loads,
     check=check,
     write=write,
     open=open_folder,
