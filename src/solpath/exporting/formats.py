@@ -49,6 +49,7 @@ class Format:
         variants: Opens other files of the folder that hold the model too, such as one in int8. A
             name to what runs it, and to a tolerance of its own.
         whole_heads: Whether it holds attentions that have lost whole heads.
+        quantised: Whether it holds weights that torchao has quantised, as numbers of few bits.
         tolerances: Tolerances that the option ``quantization`` asks for, by its value.
     """
 
@@ -62,4 +63,5 @@ class Format:
     batches: Callable[[nn.Module, Mapping[str, Batch]], Mapping[str, Batch]] = _as_they_are
     variants: Callable[[Path], Mapping[str, tuple[Runner, float]]] = _no_variants
     whole_heads: bool = False
+    quantised: bool = False
     tolerances: Mapping[str, float] = field(default_factory=dict)

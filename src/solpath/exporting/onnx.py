@@ -214,4 +214,5 @@ FORMAT = Format(
     batches=checked_batches,
     variants=_variants,
     whole_heads=True,
+    quantised=True,
 )
