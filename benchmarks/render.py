@@ -77,9 +77,9 @@ def table(name: str) -> str:
     that was tuned, ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision,
     ``latency_budget`` one per asked latency, ``gpu`` one per model, ``decoding`` one per member of
     a decoder, ``exports`` one per family, ``runtimes`` one per member, ``constraint_cost`` one per
-    constraint, ``quantized`` one per kind of numbers. Those of large models are in scale_page.py, those of a
-    real decoder, ``language...``, in language_page.py. ``tutorial`` is what the tutorial prints
-    about its sizes, as text.
+    constraint, ``quantized`` one per kind of numbers. Those of large models are in scale_page.py,
+    those of a real decoder, ``language...``, in language_page.py. ``tutorial`` is what the tutorial
+    prints about its sizes, as text.
     """
     if name == "tutorial":
         lines = [line for line in _results("tutorial") if "parameters" in line]
@@ -211,9 +211,12 @@ def quantized() -> Iterator[Sequence[str]]:
     yield "cosine; ms; MB", *found
     for kind in next(iter(found.values())):
         rows = (member[kind] for member in found.values())
-        yield kind, *(
-            f"{row['metrics']['cosine']:.3f}; {row['ms']:.0f}; {row['bytes'] / 1e6:.0f}"
-            for row in rows
+        yield (
+            kind,
+            *(
+                f"{row['metrics']['cosine']:.3f}; {row['ms']:.0f}; {row['bytes'] / 1e6:.0f}"
+                for row in rows
+            ),
         )
 
 
