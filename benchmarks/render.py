@@ -77,9 +77,9 @@ def table(name: str) -> str:
     that was tuned, ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision,
     ``latency_budget`` one per asked latency, ``gpu`` one per model, ``decoding`` one per member of
     a decoder, ``exports`` one per family, ``real_exports`` one per checkpoint, ``runtimes`` one per
-    member, ``constraint_cost`` one per constraint. Those of large models are in scale_page.py,
-    those of a real decoder, ``language...``, in language_page.py. ``tutorial`` is what the tutorial
-    prints about its sizes, as text.
+    member, ``constraint_cost`` one per constraint, ``quantized`` one per kind of numbers. Those of
+    large models are in scale_page.py, those of a real decoder, ``language...``, in
+    language_page.py. ``tutorial`` is what the tutorial prints about its sizes, as text.
     """
     if name == "tutorial":
         lines = [line for line in _results("tutorial") if "parameters" in line]
@@ -101,6 +101,8 @@ def table(name: str) -> str:
         return _markdown([*constraint_cost()])
     if name == "runtimes":
         return _markdown([*runtimes()])
+    if name == "quantized":
+        return _markdown([*quantized()])
     if name == "exports":
         return _markdown([*exports()])
     if name == "real_exports":
@@ -220,6 +222,21 @@ def constraint_cost() -> Iterator[Sequence[str]]:
             value = "—" if "metrics" not in row[keep] else f"{row[keep]['metrics']['cosine']:.3f}"
             cells.append(value if kept is None else f"{value} ({kept:.0%})")
         yield name, *cells
+
+
+def quantized() -> Iterator[Sequence[str]]:
+    """Quality, time and size of members in numbers of few bits."""
+    found = _results("quantized")
+    yield "cosine; ms; MB", *found
+    for kind in next(iter(found.values())):
+        rows = (member[kind] for member in found.values())
+        yield (
+            kind,
+            *(
+                f"{row['metrics']['cosine']:.3f}; {row['ms']:.0f}; {row['bytes'] / 1e6:.0f}"
+                for row in rows
+            ),
+        )
 
 
 def costs() -> Iterator[tuple[str, str, str, str, str]]:

@@ -96,17 +96,53 @@ def test_sentence_transformers_finds_its_files(bert):
     assert pooling["word_embedding_dimension"] == 32
 
 
+@pytest.fixture(scope="module")
+def openvino_llama(tmp_path_factory):
+    pytest.importorskip("openvino")
+    small = cut("llama", num_hidden_layers=1)
+    folder = tmp_path_factory.mktemp("openvino_llama") / "out"
+    return small, solpath.export(small, folder, "openvino")
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
-def test_decoders_generate_the_same_tokens(llama, options):
+@pytest.mark.parametrize("runtime", ["llama", "openvino_llama"])
+def test_decoders_generate_the_same_tokens(runtime, options, request):
+    from solpath.exporting.decoder import OnnxDecoder, OpenVinoDecoder
+
+    small, exported = request.getfixturevalue(runtime)
+    kind = OnnxDecoder if runtime == "llama" else OpenVinoDecoder
+    decoder = kind(exported.folder, threads=1)
+    for samples in (3, 2):  # the second text starts anew
+        ids, mask = ragged(samples, 7)
+        batch = {"input_ids": ids.flip(1), "attention_mask": mask.flip(1), **options}
+        batch |= {"do_sample": False, "max_new_tokens": 16, "min_new_tokens": 16}
+        found = decoder.generate(**batch)
+        assert found.shape == (samples, 7 + 16)
+        assert torch.equal(found, small.generate(**batch))
+
+
+def test_a_cache_that_the_graph_keeps_is_not_mistaken_for_another(openvino_llama):
+    from solpath.exporting.decoder import OpenVinoDecoder
+
+    small, exported = openvino_llama
+    decoder, (ids, _) = OpenVinoDecoder(exported.folder, threads=1), ragged(3, 13)
+    first = decoder(ids[:, :8])
+    rest = decoder(ids[:, 8:], cache=first.cache)
+    with torch.no_grad():
+        expected = small(ids).logits
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), expected)
+    decoder(ids)
+    with pytest.raises(ConfigError, match="keeps one cache, and it is not this one"):
+        decoder(ids[:, 8:], cache=rest.cache)
+    with pytest.raises(ConfigError, match="no token can be taken back"):
+        rest.cache.crop(3)
+
+
+def test_a_folder_without_a_cache_is_no_decoder(bert):
     from solpath.exporting.decoder import OnnxDecoder
 
-    small, exported = llama
-    ids, mask = ragged(3, 7)
-    batch = {"input_ids": ids.flip(1), "attention_mask": mask.flip(1), **options}
-    batch |= {"do_sample": False, "max_new_tokens": 16, "min_new_tokens": 16}
-    found = OnnxDecoder(exported.folder, threads=1).generate(**batch)
-    assert found.shape == (3, 7 + 16)
-    assert torch.equal(found, small.generate(**batch))
+    with pytest.raises(ConfigError, match="holds no decoder"):
+        OnnxDecoder(bert[1].folder)
 
 
 @pytest.mark.parametrize("label", ["bert", "llama"])

@@ -1,4 +1,4 @@
-"""Generate text with a decoder that was exported to ONNX, by transformers' own `generate`."""
+"""Generate text with a decoder in ONNX or OpenVINO, by transformers' own `generate`."""
 
 import os
 from pathlib import Path
@@ -9,25 +9,29 @@ from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from solpath.exporting.onnx import FILE, Graph
+from solpath.errors import ConfigError
+from solpath.exporting import onnx, openvino
+from solpath.exporting.formats import Outputs
 from solpath.exporting.tracing import completed
+from solpath.running.forward import Batch
 
 
-class OnnxDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
-    """A decoder of text in onnxruntime, with all that ``generate`` of transformers can do.
-
-    ``OnnxDecoder(folder).generate(input_ids, attention_mask=mask, max_new_tokens=16)``
+class _Decoder(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+    """A decoder of text whose graph another runtime runs.
 
     Args:
         folder: A folder that `export` wrote from a decoder.
-        threads: Threads that it runs on; 0 lets onnxruntime choose.
+        graph: The graph in it.
     """
 
     main_input_name = "input_ids"
+    new_cache: type[DynamicCache] = DynamicCache
 
-    def __init__(self, folder: str | os.PathLike[str], threads: int = 0) -> None:
+    def __init__(self, folder: str | os.PathLike[str], graph: Any) -> None:
         super().__init__(AutoConfig.from_pretrained(folder))
-        self._graph = Graph(Path(folder) / FILE, threads)
+        if not graph.cached:
+            raise ConfigError(f"{folder} holds no decoder: its graph takes no cache.")
+        self._graph = graph
         self.anchor = nn.Parameter(torch.empty(0), requires_grad=False)  # says which device
 
     def forward(
@@ -35,14 +39,49 @@ class OnnxDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: DynamicCache | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return the logits of ids ``[batch, tokens]``, and the cache, which they are added to."""
-        given = {"attention_mask": attention_mask, "position_ids": position_ids}
-        given = {name: value for name, value in given.items() if value is not None}
-        batch = completed(self._graph.inputs, {"input_ids": input_ids, **given})
-        cache = DynamicCache() if cache is None else cache
+        cache = self.new_cache() if cache is None else cache
+        tokens = input_ids.shape[1]
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(len(input_ids), cache.get_seq_length() + tokens)
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        batch = completed(["position_ids"], given)
+        batch["position_ids"] = batch["position_ids"][:, -tokens:]
+        if position_ids is not None:
+            batch["position_ids"] = position_ids
+        outputs = self._run(batch, cache)
+        return CausalLMOutputWithPast(logits=outputs["logits"], cache=cache)
+
+    def _run(self, batch: Batch, cache: Any) -> Outputs:
+        """Run the graph after what is in the cache, and add its tokens to it."""
+        raise NotImplementedError
+
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """Generate as ``generate`` of transformers does, with a cache that keeps all tokens."""
+        kwargs.setdefault("cache", self.new_cache())  # windows are in the graph's mask
+        return super().generate(inputs, **kwargs)
+
+
+class OnnxDecoder(_Decoder):
+    """A decoder of text in onnxruntime, with all that ``generate`` of transformers can do.
+
+    ``OnnxDecoder(folder).generate(input_ids, attention_mask=mask, max_new_tokens=16)``
+
+    Args:
+        folder: A folder that `export` wrote from a decoder.
+        threads: Threads that it runs on; 0 lets onnxruntime choose.
+
+    Raises:
+        ConfigError: The folder holds no decoder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], threads: int = 0) -> None:
+        super().__init__(folder, onnx.Graph(Path(folder) / onnx.FILE, threads))
+
+    def _run(self, batch: Batch, cache: Any) -> Outputs:
         known = cache.get_seq_length()
         past = {
             f"cache.layers.{i}.{kind}": getattr(layer, kind)
@@ -53,9 +92,71 @@ class OnnxDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-
         new = {name: states[:, :, known:] for name, states in whole.items()}
         for i in range(len(new) // 2):
             cache.update(new[f"cache.layers.{i}.keys"], new[f"cache.layers.{i}.values"], i)
-        return CausalLMOutputWithPast(logits=outputs["logits"], cache=cache)
+        found: Outputs = outputs
+        return found
 
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """Generate as ``generate`` of transformers does, with a cache that keeps all tokens."""
-        kwargs.setdefault("cache", DynamicCache())  # windows are in the graph's mask
-        return super().generate(inputs, **kwargs)
+
+class KeptCache(DynamicCache):
+    """What ``generate`` sees of a cache that a graph keeps to itself: its length and its order.
+
+    It can only grow and be reordered, so ways to generate that take tokens back raise an error.
+
+    Attributes:
+        tokens: Number of tokens in it.
+        order: Which sample each one goes on from, ``[batch]``; None if each goes on from itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = 0
+        self.order: Tensor | None = None
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of tokens."""
+        return self.tokens
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let samples go on from others."""
+        self.order = beam_idx if self.order is None else self.order[beam_idx]
+
+    def _refused(self, *args: Any, **kwargs: Any) -> Any:
+        raise ConfigError(
+            "the graph of OpenVINO keeps its cache, from which no token can be taken back; "
+            "generate greedily, by sampling or by beams, or export to onnx."
+        )
+
+    crop = batch_repeat_interleave = batch_select_indices = _refused
+
+
+class OpenVinoDecoder(_Decoder):
+    """A decoder of text in OpenVINO, which generates greedily, by sampling and by beams.
+
+    ``OpenVinoDecoder(folder).generate(input_ids, attention_mask=mask, max_new_tokens=16)``
+
+    The graph holds one cache: what it generated for one call cannot go on after another one.
+
+    Args:
+        folder: A folder that `export` wrote from a decoder.
+        threads: Threads that it runs on; 0 lets OpenVINO choose.
+
+    Raises:
+        ConfigError: The folder holds no decoder.
+    """
+
+    new_cache = KeptCache
+
+    def __init__(self, folder: str | os.PathLike[str], threads: int = 0) -> None:
+        super().__init__(folder, openvino.Graph(Path(folder) / openvino.FILE, threads))
+        self._last: KeptCache | None = None
+
+    def _run(self, batch: Batch, cache: Any) -> Outputs:
+        if not isinstance(cache, KeptCache) or (cache.tokens and cache is not self._last):
+            raise ConfigError(
+                "the graph of OpenVINO keeps one cache, and it is not this one; start anew, "
+                "without cache=."
+            )
+        outputs, _ = self._graph(batch, {} if cache.tokens else None, cache.order)
+        cache.tokens += batch["input_ids"].shape[1]
+        cache.order, self._last = None, cache
+        found: Outputs = outputs
+        return found

@@ -19,6 +19,7 @@ from solpath.exporting.origin import origin_of
 from solpath.exporting.parity import Parity, check_parity, random_batch
 from solpath.files import check_output, json_bytes, new_folder
 from solpath.measuring.evaluation import Result
+from solpath.model.plain import check_floats
 from solpath.planning.plan import plan_of
 from solpath.running.claims import claimed
 from solpath.running.forward import Batch
@@ -89,6 +90,7 @@ def export(
             `evaluation` is of another model.
         ExportError: The format cannot hold the model, or the exported model gives other outputs.
         FileError: The folder is not empty, was not written by solpath or cannot be written.
+        UnsupportedModelError: The model is quantised, and the format does not hold that.
         BatchError: There is no `batch`, and what the model takes is not known.
         ModelInUseError: The model is masked or searched, or another thread works on it.
 
@@ -109,6 +111,9 @@ def export(
     chosen = FORMATS[format]
     check_evaluation(model, evaluation)
     check_output(folder, overwrite=overwrite, marks=(RECORD,))
+    if not chosen.quantised:
+        able = ", ".join(name for name, other in FORMATS.items() if other.quantised)
+        check_floats(model, f"export to {chosen.name} before quantising, or to {able}")
     chosen.check(model)
     batches = {"random": random_batch(model)} if batch is None else {}
     if batch is not None:

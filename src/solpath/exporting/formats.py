@@ -80,6 +80,7 @@ class Format:
             same with more inputs, and others beside.
         variants: Opens other files of the folder that hold the model too, such as one in int8. A
             name to what runs it, and to a tolerance of its own.
+        quantised: Whether it holds weights that torchao has quantised, as numbers of few bits.
         tolerances: Tolerances that the option ``quantization`` asks for, by its value.
     """
 
@@ -95,4 +96,5 @@ class Format:
     loads: Callable[[nn.Module, Path], Sequence[Load]]
     batches: Callable[[nn.Module, Mapping[str, Batch]], Mapping[str, Batch]] = _as_they_are
     variants: Callable[[Path], Mapping[str, tuple[Runner, float]]] = _no_variants
+    quantised: bool = False
     tolerances: Mapping[str, float] = field(default_factory=dict)

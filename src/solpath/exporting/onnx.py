@@ -237,4 +237,5 @@ FORMAT = Format(
     command=f'onnxruntime.InferenceSession("{{folder}}/{FILE}").run(None, inputs)',
     batches=checked_batches,
     variants=_variants,
+    quantised=True,
 )

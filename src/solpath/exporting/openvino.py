@@ -75,13 +75,18 @@ class Graph:
         self.cached = _BEAMS in self.inputs
 
     def __call__(
-        self, batch: Batch, past: Mapping[str, Tensor] | None = None
+        self,
+        batch: Batch,
+        past: Mapping[str, Tensor] | None = None,
+        order: Tensor | None = None,
     ) -> tuple[Outputs, dict[str, Tensor] | None]:
         """Run the graph.
 
         Args:
             batch: Its inputs; those that it does not take are left out.
             past: None starts anew; anything else goes on where the last call ended.
+            order: Which sample of the last call each one goes on from, ``[batch]``. None lets each
+                go on from itself.
 
         Returns:
             The outputs by name, and what `past` is to go on.
@@ -90,8 +95,8 @@ class Graph:
             self._request.reset_state()
         feed = {n: v.detach().numpy() for n, v in batch.items() if n in self.inputs}
         if self.cached:
-            size = len(next(iter(feed.values())))
-            feed[_BEAMS] = torch.arange(size, dtype=torch.int32).numpy()
+            order = torch.arange(len(next(iter(feed.values())))) if order is None else order
+            feed[_BEAMS] = order.int().numpy()
         found = self._request.infer(feed).to_dict()
         tensors = {port.get_any_name(): torch.from_numpy(v.copy()) for port, v in found.items()}
         return {name: value for name, value in tensors.items() if "." not in name}, {}

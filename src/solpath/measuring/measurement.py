@@ -15,6 +15,7 @@ from solpath.measuring.generation import Generation, check_generates, generation
 from solpath.measuring.memory import bytes_on_disk
 from solpath.measuring.timing import interquartile_range, latencies
 from solpath.model.counting import count_macs
+from solpath.model.plain import check_countable
 from solpath.running.claims import claimed
 from solpath.running.forward import device_of, run
 from solpath.running.memory import peak_memory, resident_bytes
@@ -89,7 +90,7 @@ def measure(
             nothing in it to generate after.
         UnsupportedModelError: A model cannot generate text, or does so without a key-value cache.
             Or accelerate off-loads a model or spreads it over devices; moving its weights would be
-            measured.
+            measured. Or weights are packed in a way that hides how many there are.
         ModelInUseError: A model is masked or searched, or another thread works on it.
 
     Example:
@@ -105,6 +106,7 @@ def measure(
     for model in models.values():
         check_takes_batches(model)
         check_whole(model, "measured")
+        check_countable(model)
     if generate is not None:
         check_count("generate", generate, 2)
         for name, model in models.items():

@@ -23,6 +23,7 @@ from solpath.pair import Pair, Side
 from solpath.planning.cost import CostTable
 from solpath.running.forward import Batch, device_of, run
 from solpath.running.hooks import Hook, hooked
+from solpath.running.memory import parts_of
 from solpath.running.modes import differentiating, entered, undoing
 
 _KERNELS = [kernel for name, kernel in SDPBackend.__members__.items() if name != "ERROR"]
@@ -163,29 +164,30 @@ def count_macs(model: nn.Module, batch: Batch) -> int:
     # What is known of fused kernels fails on grouped heads, and is counted by shapes anyway.
     counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(_FUSED, _nothing))
     # The counter fails on a slice of a whole parameter (DeBERTa's positions) unless that is frozen.
-    attention = _AttentionCounter(counter)
+    shapes = _ShapeCounter(counter)
     plain = torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _counted_experts(model)
-    with differentiating(model), entered(*plain, counter, attention):
+    with differentiating(model), entered(*plain, counter, shapes):
         run(model, batch, labels=False)
-    return int(counter.get_total_flops()) // 2 + attention.missed
+    return int(counter.get_total_flops()) // 2 + shapes.missed
 
 
 def _nothing(*args: Any, **kwargs: Any) -> int:
     return 0
 
 
-class _AttentionCounter(TorchFunctionMode):
-    """Counts attention by its shapes, while any kernel runs it.
+class _ShapeCounter(TorchFunctionMode):
+    """Counts attention and linear layers by their shapes, while any kernel runs them.
 
     The counter knows no formula for some fused kernels, and others pad their inputs. The plain
     kernel, which it can count, takes memory for every query, key and head. It still runs the
-    attention inside `nn.MultiheadAttention`, which cannot be seen from here.
+    attention inside `nn.MultiheadAttention`, which cannot be seen from here. Nor does it know
+    products of whole numbers, in which layers run whose weights and inputs torchao quantises.
 
     Args:
         counter: Counts everything else.
 
     Attributes:
-        missed: Multiply-accumulates of attention that the counter has not seen.
+        missed: Multiply-accumulates of these that the counter has not seen.
     """
 
     def __init__(self, counter: FlopCounterMode) -> None:
@@ -196,8 +198,15 @@ class _AttentionCounter(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run one function, and count it if it is attention."""
+        """Run one function, and count it if it is attention or a linear layer."""
         kwargs = kwargs or {}
+        if func is functional.linear:
+            before = self._counter.get_total_flops()
+            output = func(*args, **kwargs)
+            seen = int(self._counter.get_total_flops() - before) // 2
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            self.missed += output.numel() * weight.shape[-1] - seen
+            return output
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         before = self._counter.get_total_flops()
@@ -227,14 +236,18 @@ def _counted_experts(model: nn.Module) -> Iterator[None]:
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and saved buffers of a model, each once, under its first name."""
+    """Return the parameters and saved buffers of a model, each once, under its first name.
+
+    Of those that torchao has quantised, the parts are returned; see `parts_of`.
+    """
     distinct: dict[object, tuple[str, Tensor]] = {}
     tied = tied_names(model)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        key: object = tied.get(name, name) if tied else id(tensor)
-        if not tied and tensor.numel() and not tensor.is_meta:  # one view of memory is one tensor
-            key = tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape
-        distinct.setdefault(key, (name, tensor))
+    for name, whole in model.state_dict(keep_vars=True).items():
+        for part, tensor in parts_of(whole).items():
+            key: object = tied.get(name, name) + part if tied else id(tensor)
+            if not tied and tensor.numel() and not tensor.is_meta:  # one view of memory is one
+                key = tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape
+            distinct.setdefault(key, (name + part, tensor))
     return dict(distinct.values())
 
 

@@ -19,17 +19,38 @@ from solpath.pair import Pair
 from solpath.running.placement import offloads, other_hook, own_forward, placing_hooks
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_BEFORE = (
+    "prune before quantising or sharding: call model.dequantize(), or load the checkpoint that it "
+    "was quantised from"
+)
 _LEAVES_ITS_OWN = "transformers."  # its hooks only look on, and come back when a model is loaded
 
 
-def check_floats(model: nn.Module) -> None:
+def check_countable(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` if weights are packed so that they cannot be counted.
+
+    Those of torchao can: their tensors have the shape of what they stand for.
+
+    Args:
+        model: The model, which is only looked at.
+    """
+    way = "what it holds cannot be counted; measure the model before quantising, or use torchao"
+    _check_modules(model, way)
+    for name, parameter in model.named_parameters():
+        if not parameter.dtype.is_floating_point:
+            raise UnsupportedModelError(f"{name} is of {parameter.dtype}: {way}.")
+
+
+def check_floats(model: nn.Module, way: str = _BEFORE) -> None:
     """Raise `UnsupportedModelError` if a parameter is packed: quantised, or a part of a tensor.
 
     Layers that stay whole count, too: no gradient passes them, or they cannot be saved.
 
     Args:
         model: The model, which is only looked at.
+        way: The way out, for the message.
     """
+    _check_modules(model, way)
     for name, parameter in model.named_parameters():
         if type(parameter) is not nn.Parameter or parameter.dtype not in _FLOATS:
             settings: Any = getattr(getattr(model, "config", None), "quantization_config", None)
@@ -37,9 +58,16 @@ def check_floats(model: nn.Module) -> None:
             by = f" (quantised by {getattr(method, 'value', method)})" if method else ""
             raise UnsupportedModelError(
                 f"{name} is a {type(parameter).__name__} of {parameter.dtype}{by}, not a plain "
-                "parameter of floats; prune before quantising or sharding: call "
-                "model.dequantize(), or load the checkpoint that it was quantised from."
+                f"parameter of floats; {way}."
             )
+
+
+def _check_modules(model: nn.Module, way: str) -> None:
+    """Raise `UnsupportedModelError` if a module is one of torch.ao, which have no parameters."""
+    for name, module in model.named_modules():
+        if hasattr(module, "_packed_params"):
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            raise UnsupportedModelError(f"{name} is a {kind}, whose weights are packed; {way}.")
 
 
 def check_plain(model: nn.Module, pairs: Sequence[Pair]) -> None:

@@ -15,6 +15,7 @@ from solpath.data.source import batch_size, check_ends, slice_samples
 from solpath.errors import BatchError, ConfigError, NonFiniteLossError, UnsupportedModelError
 from solpath.model.extraction import copy_extracted
 from solpath.model.linear import linear_map
+from solpath.model.plain import check_floats
 from solpath.objective import Loss, Objective
 from solpath.pair import Pair
 from solpath.planning.plan import plan_of
@@ -103,8 +104,8 @@ def compensate(
         models if a sequence was given.
 
     Raises:
-        UnsupportedModelError: `small` was not extracted, or accelerate runs `dense` on several
-            devices.
+        UnsupportedModelError: `small` was not extracted or was quantised, or accelerate runs
+            `dense` on several devices.
         ConfigError: `ridge` is not positive.
         BatchError: There are fewer than four batches, or fewer than processes; a batch is on
             another device; or two batches run layers in different orders or on other inputs.
@@ -121,6 +122,8 @@ def compensate(
     if not models:
         return []
     pairs = [_pairs_of(model) for model in models]
+    for model in models:
+        check_floats(model, "compensate before quantising")
     dense = unwrapped(dense, hooks=True)
     if not ridge > 0:
         raise ConfigError(f"ridge must be positive, got {ridge!r}.")

@@ -17,6 +17,7 @@ from solpath.data.source import BatchSource, check_ends, derive_seed
 from solpath.errors import BatchError, UnsupportedModelError
 from solpath.model.extraction import copy_extracted
 from solpath.model.fingerprint import weights_digest
+from solpath.model.plain import check_floats
 from solpath.objective import Loss
 from solpath.refining.adapters import add_adapters_, merge_adapters_
 from solpath.refining.distillation import Distillation
@@ -100,8 +101,9 @@ def tune(
         ConfigError: `lora_rank` is set and peft is not installed, `checkpoint_every` is below 1, or
             ``accelerate`` is set up in a way that does not fit.
         FileError: A checkpoint is damaged or cannot be written.
-        UnsupportedModelError: No parameter can be trained, or one that is to be trained is in half
-            precision and `lora_rank` is None. Adapters are trained in float32 and merged once.
+        UnsupportedModelError: No parameter can be trained, one is quantised, or one that is to be
+            trained is in half precision and `lora_rank` is None. Adapters are trained in float32
+            and merged once.
         NonFiniteLossError: The loss became NaN or infinite; the message names batch and row. The
             last checkpoint is kept.
         FingerprintError: The checkpoint belongs to other models or other settings.
@@ -248,6 +250,7 @@ def _split(
 
 def _check_model(model: nn.Module, config: TuneConfig) -> torch.device:
     """Return the device of the model; raise `UnsupportedModelError` if it cannot be trained."""
+    check_floats(model, "tune before quantising")
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise UnsupportedModelError(

@@ -8,7 +8,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from solpath.running.modes import entered
@@ -96,12 +96,32 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    leaves = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return (part for leaf in leaves for part in parts_of(leaf).values())
+
+
+def parts_of(tensor: Tensor) -> dict[str, Tensor]:
+    """Return the tensors that hold the data of a tensor, by what their names add to its own.
+
+    Args:
+        tensor: Any tensor. One that torchao has quantised consists of numbers of few bits, scales
+            and zero points, which have names such as ``".scale"``; any other is its only part.
+
+    Example:
+        >>> list(parts_of(torch.ones(2)))
+        ['']
+    """
+    packed: Any = tensor
+    if not is_traceable_wrapper_subclass(packed):
+        return {"": tensor}
+    names, _ = packed.__tensor_flatten__()
+    inner = {name: parts_of(getattr(packed, name)) for name in names}
+    return {f".{name}{rest}": part for name, parts in inner.items() for rest, part in parts.items()}
 
 
 def resident_bytes(model: nn.Module) -> int:
     """Return the bytes of the parameters and buffers of a model in memory, each storage once."""
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if not t.is_meta]
+    tensors = [t for t in _tensors([*model.parameters(), *model.buffers()]) if not t.is_meta]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 

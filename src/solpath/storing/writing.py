@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from solpath.errors import ConfigError, SolpathError
 from solpath.files import check_output, json_bytes, new_folder
+from solpath.model.plain import check_floats
 from solpath.model.weights import weight_reader
 from solpath.planning.plan import Plan, plan_of
 from solpath.reading import dtype_name, sealed
@@ -46,6 +47,12 @@ from solpath.storing.skeleton import (
     state_of,
 )
 from solpath.wrapping import unwrapped
+
+_QUANTISED = (
+    "save the model before quantising it, and quantise what load returns, which gives the same "
+    "weights; or export it as 'stock' or 'hub', which from_pretrained quantises by "
+    "quantization_config= of TorchAoConfig, and whose save_pretrained then keeps it so"
+)
 
 
 class Tokenizer(Protocol):
@@ -76,7 +83,7 @@ def save(
             Larger weights are split into several files.
 
     Raises:
-        SolpathError: The model was not extracted, or `load` could not rebuild it.
+        SolpathError: The model was not extracted, `load` could not rebuild it, or it was quantised.
         ConfigError: `max_shard_size` cannot be understood, or `tokenizer` has no `save_pretrained`.
         FileError: The folder is not empty, appeared meanwhile, was not written by solpath or cannot
             be written, or the model has a dtype that cannot be stored.
@@ -243,6 +250,8 @@ def contents_of(model: nn.Module, read: Callable[[str], Tensor] | None = None) -
             "to rebuild it from. Wrap a timm model in TimmWrapperForImageClassification or "
             "TimmWrapperModel before the search; or keep state_dict() and extract again."
         )
+    if read is None:
+        check_floats(model, _QUANTISED)
     return Contents(model, plan, read or weight_reader(model))
 
 
