@@ -65,7 +65,7 @@ class _Decoder(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-cal
         return super().generate(inputs, **kwargs)
 
 
-class OnnxDecoder(_Decoder):
+class OnnxDecoder(_Decoder):  # type: ignore[no-untyped-call]
     """A decoder of text in onnxruntime, with all that ``generate`` of transformers can do.
 
     ``OnnxDecoder(folder).generate(input_ids, attention_mask=mask, max_new_tokens=16)``
@@ -128,7 +128,7 @@ class KeptCache(DynamicCache):
     crop = batch_repeat_interleave = batch_select_indices = _refused
 
 
-class OpenVinoDecoder(_Decoder):
+class OpenVinoDecoder(_Decoder):  # type: ignore[no-untyped-call]
     """A decoder of text in OpenVINO, which generates greedily, by sampling and by beams.
 
     ``OpenVinoDecoder(folder).generate(input_ids, attention_mask=mask, max_new_tokens=16)``
