@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from choose_page import TABLES as CHOOSE
 from language_page import language_table
 from quality_runs import (
     ABLATION,
@@ -38,7 +39,7 @@ from solpath.reporting.charts import spread
 from zoo_page import compensated_table, zoo_page, zoo_table
 
 ROOT = RESULTS.parents[1]
-DOCS = ("index", "first-family", "benchmarks", "runtimes", "zoo")
+DOCS = ("index", "first-family", "choosing-a-size", "benchmarks", "runtimes", "zoo")
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in DOCS)]
 STRONG = {"color": "#0b6e99", "linewidth": 2.6, "markersize": 5}
 WEAK = {"color": "#68727b", "linewidth": 1.2, "markersize": 3}
@@ -91,8 +92,9 @@ def table(name: str) -> str:
         return _markdown([("what", "measured", "against", "aim", "script"), *costs()])
     if name == "checkpoints":
         return _markdown([*checkpoints()])
-    if name in SCALE:
-        return _markdown([*SCALE[name]()])
+    tables = {**SCALE, **CHOOSE}
+    if name in tables:
+        return _markdown([*tables[name]()])
     if name == "gpu":
         return _markdown([*gpu()])
     if name == "latency_budget":

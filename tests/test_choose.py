@@ -302,6 +302,16 @@ def test_the_accuracy_of_a_decoder_is_that_of_the_next_token():
     assert choice.tests[0].mean == pytest.approx(1 - torch.cat(shares).mean().item())
 
 
+def test_the_divergence_of_a_decoder_is_compared_without_its_logits():
+    model = build("llama")
+    batches = [{"input_ids": inputs(model, samples=30, seed=i)["input_ids"]} for i in range(3)]
+    path = solpath.baselines.magnitude(model, batches[:1])
+    choice = solpath.choose(model, path, batches[1:], 0.99, sizes=[0.3], clip=10.0, **QUIET)
+    small = solpath.extract(model, path.plan(sparsity=0.3))
+    expected = solpath.evaluate(small, model, batches[1:]).metrics["kl"]
+    assert choice.tests[0].mean == pytest.approx(expected, rel=1e-3)
+
+
 def test_padding_is_left_out_with_one_warning(bert, path):
     batches = heldout(bert, 8)
     batches[1]["attention_mask"][3] = 0

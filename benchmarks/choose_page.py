@@ -1,0 +1,50 @@
+"""Tables about choosing a size: how often the bounds are too low, and what samples they need."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from record import RESULTS
+
+Rows = Iterator[tuple[str, ...]]
+SHOWN = {"exact": "exact", "betting": "betting", "bernstein": "empirical Bernstein"}
+
+
+def bounds() -> Rows:
+    """The most that a bound was too low, and its mean distance over that of the normal one."""
+    yield "bound at 95 %", "too low, at most", "above the truth ÷ normal approximation"
+    rows = _results()["coverage"]
+    base = {(row["values"], row["samples"]): row["above"] for row in rows if _is(row, "normal")}
+    for name, words in (SHOWN | {"normal": "normal approximation"}).items():
+        own = [row for row in rows if _is(row, name)]
+        ratios = [row["above"] / base[row["values"], row["samples"]] for row in own]
+        yield (
+            words,
+            f"{max(row['too_low'] for row in own):.1%}",
+            f"{min(ratios):.2f} to {max(ratios):.2f}",
+        )
+
+
+def needed() -> Rows:
+    """Samples for every second choice to pass."""
+    yield "true loss (points)", "`max_loss` (points)", *SHOWN.values(), "normal approximation"
+    found: dict[tuple[float, float], dict[str, int]] = {}
+    for row in _results()["needed"]:
+        cells = found.setdefault((row["loss"], row["max_loss"]), {})
+        cells |= {row["bound"]: row["samples"], "normal": row["approximation"]}
+    for (loss, limit), cells in found.items():
+        counts = (f"{cells[name]:,}" for name in (*SHOWN, "normal"))
+        yield f"{100 * loss:g}", f"{100 * limit:g}", *counts
+
+
+TABLES: Mapping[str, Callable[[], Rows]] = {"choose_bounds": bounds, "choose_needed": needed}
+"""Name to the rows of a table, its header first."""
+
+
+def _is(row: dict[str, Any], bound: str) -> bool:
+    return bool(row["bound"] == bound)
+
+
+def _results() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / "choose_coverage.json").read_text())["results"]
+    return found
