@@ -128,7 +128,9 @@ def test_an_evaluation_is_shown_and_must_be_of_this_model(tmp_path):
     found = solpath.evaluate({"small": small, "other": other}, model, [inputs(model)])
     solpath.export(small, tmp_path / "out", "hub", evaluation=found["small"])
     text = (tmp_path / "out" / "README.md").read_text()
-    assert f"| cosine | {found['small'].metrics['cosine']:.4g} |" in text
+    low, high = found["small"].intervals["cosine"]
+    shown = f"| cosine | {found['small'].metrics['cosine']:.4g} | {low:.4g} to {high:.4g} |"
+    assert shown in text
     assert f"on {found['small'].samples} held-out samples" in text
     assert "not measured" not in text
     record = json.loads((tmp_path / "out" / RECORD).read_text())

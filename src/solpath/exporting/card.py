@@ -27,6 +27,7 @@ class Facts:
         file_bytes: Size of all files but the card and the record; 0 says nothing of it.
         asked: What the plan was asked for.
         metrics: Metrics of an evaluation of the model; empty if there was none.
+        intervals: Name of a metric to the ends of its confidence interval, where it is known.
         samples: The number of samples of that evaluation.
         parity: How far the exported model was from the model that it was made from.
         runtime: What it ran in.
@@ -44,6 +45,7 @@ class Facts:
     file_bytes: int = 0
     asked: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     samples: int = 0
     parity: Sequence[Parity] = ()
     runtime: str = ""
@@ -105,13 +107,16 @@ def _size(facts: Facts) -> list[str]:
 def _quality(facts: Facts) -> list[str]:
     parts = []
     if facts.metrics:
-        rows = [[name, f"{value:.4g}"] for name, value in facts.metrics.items()]
+        rows = []
+        for name, value in facts.metrics.items():
+            ends = facts.intervals.get(name)
+            between = "not known" if ends is None else "{:.4g} to {:.4g}".format(*ends)
+            rows.append([name, f"{value:.4g}", between])
         parts.append(
             f"Of the model in torch, on {facts.samples:,} held-out samples; `kl`, `agreement`, "
-            "`cosine` and `relative_error` are beside the dense model. They are means, whose "
-            "intervals are not known."
+            "`cosine` and `relative_error` are beside the dense model. Intervals are over samples."
         )
-        parts.append(_table(("metric", "mean"), rows))
+        parts.append(_table(("metric", "mean", "95 % confidence"), rows))
     else:
         parts.append("How well it does on a task was not measured when this was written.")
     for variant in dict.fromkeys(row.inputs.partition(", ")[2] for row in facts.parity):

@@ -74,6 +74,7 @@ def facts_of(
         file_bytes=sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
         asked={} if plan is None else {n: v for n, v in plan.asked.items() if v is not None},
         metrics={} if evaluation is None else evaluation.metrics,
+        intervals={} if evaluation is None else evaluation.intervals,
         samples=0 if evaluation is None else evaluation.samples,
         parity=parity,
         runtime=format.runtime(),
