@@ -8,8 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from solpath.cli.app import app
-from solpath.cli.arguments import Dtype, Images, Json, ModelName, Precision, Samples, Text, Tokens
-from solpath.cli.inputs import batches_for, load_any, random_tokens, rows_of, takes
+from solpath.cli.arguments import (
+    Data,
+    Json,
+    Loss,
+    ModelName,
+    Placement,
+    Samples,
+    Tokens,
+    takes_data,
+    takes_placement,
+)
+from solpath.cli.inputs import device_for, load_any, loss_of
 from solpath.cli.terminal import print_json, print_table, say
 from solpath.errors import ConfigError
 
@@ -116,33 +126,40 @@ def _print_targets(architecture: str, pairs: Sequence[Any], as_json: bool) -> No
 
 
 @app.command(name="eval")
+@takes_data
+@takes_placement
 def evaluate_(
     model: Annotated[str, typer.Argument(help="Folder of an extracted or dense model.")],
     reference: Annotated[str, typer.Option(help="Folder or hub id of the dense model.")],
-    text: Text = None,
-    images: Images = None,
-    dtype: Dtype = Precision.AUTO,
+    data: Data,
+    place: Placement,
+    loss: Loss = None,
     as_json: Json = False,
 ) -> None:
     """Compare a model with the dense one on held-out text or images."""
+    from solpath.cli.batches import batches_for, docstring_batches
     from solpath.data.docstrings import read_corpus, texts_of
+    from solpath.data.feeding import takes
     from solpath.measuring.evaluation import evaluate
     from solpath.pretrained import load_processor
     from solpath.reporting.retrieval import embedder, retrieval_accuracy
 
-    small, dense = load_any(model, dtype), load_any(reference, dtype)
-    if text is None and images is None and takes(dense) == {"text"}:
+    own, device = loss_of(loss), device_for(place)
+    small, dense = load_any(model, place), load_any(reference, place)
+    if not data.named and takes(dense) == {"text"}:
         tokenizer = load_processor(reference)
         pairs = read_corpus(search=0, calibration=0).test
-        batches = rows_of(dense, tokenizer, texts_of(pairs))
+        batches = docstring_batches(dense, tokenizer, texts_of(pairs), data, device).batches
 
         def retrieval(model: Any) -> float:
             return retrieval_accuracy(embedder(model, tokenizer), pairs)
 
         task = None if tokenizer.pad_token_id is None else retrieval  # it needs padded texts
-        result = evaluate(small, dense, batches, task=task)
+        result = evaluate(small, dense, batches, task=task, loss=own)
     else:
-        result = evaluate(small, dense, batches_for(reference, dense, text, images, 0))
+        labels = None if own is not None else False
+        found = batches_for(reference, dense, data, 0, labels=labels, device=device)
+        result = evaluate(small, dense, found.batches, loss=own)
     if as_json:
         return print_json(result.to_dict())
     names = {"task": "retrieval accuracy@1"}
@@ -153,23 +170,25 @@ def evaluate_(
 
 
 @app.command()
+@takes_placement
 def bench(
     dense: ModelName,
     small: Annotated[list[str], typer.Argument(help="Folders of extracted models.")],
+    place: Placement,
     samples: Samples = 8,
     tokens: Tokens = 128,
     repeats: Annotated[int, typer.Option(help="Timed passes of each model.", min=1)] = 20,
     generate: Annotated[
         int | None, typer.Option(help="New tokens per text, for decoders; default: none.", min=2)
     ] = None,
-    dtype: Dtype = Precision.AUTO,
     as_json: Json = False,
 ) -> None:
     """Measure size, memory and latency of several models in one run, and how fast they generate."""
+    from solpath.cli.batches import random_tokens
     from solpath.measuring.measurement import measure
     from solpath.running.provenance import provenance
 
-    models = {name: load_any(name, dtype) for name in dict.fromkeys([dense, *small])}
+    models = {name: load_any(name, place) for name in dict.fromkeys([dense, *small])}
     batch = random_tokens(models[dense], samples, tokens, new=generate or 0)
     found = measure(models, batch, repeats=repeats, generate=generate)
     if as_json:
@@ -227,8 +246,9 @@ def _go_on(folder: Path, prompts: Path, dense: str) -> None:
     from solpath.reporting.family import Family
 
     family = Family.read(folder)
-    models = {"dense": load_any(dense)}
-    models |= {m.name: load_any(str(folder / m.folder)) for m in family.members if m.folder}
+    place = Placement()
+    models = {"dense": load_any(dense, place)}
+    models |= {m.name: load_any(str(folder / m.folder), place) for m in family.members if m.folder}
     lines = [line for line in read_lines(prompts, Broken("raise")) if line]
     found = continuations(models, load_processor(dense), lines)
     replace(family, continuations=found).write(folder)

@@ -68,7 +68,7 @@ def feed(
     length: int | None = None,
     limit: int | None = None,
     batches: int | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
     device: str | torch.device = "cpu",
 ) -> Feed:
     """Return batches of what a model takes, from the columns that `find_columns` finds.
@@ -87,7 +87,7 @@ def feed(
             less; with images it takes all that the tokenizer allows.
         limit: The largest number of rows that are read.
         batches: The largest number of batches.
-        seed: Seeds the order of the rows.
+        seed: Seeds the order of the rows. None keeps the order of every table.
         device: The device of the batches.
 
     Raises:
