@@ -39,6 +39,14 @@ class Attention(StrEnum):
     FLASH = "flash_attention_2"
 
 
+class Task(StrEnum):
+    """Tasks that `eval` scores models at."""
+
+    CLASSIFICATION = "classification"
+    LANGUAGE_MODELING = "language-modeling"
+    RETRIEVAL = "retrieval"
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where and how models run.

@@ -1,9 +1,9 @@
 """Commands that examine models and families, and the demo."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from solpath.cli.arguments import (
     ModelName,
     Placement,
     Samples,
+    Task,
     Tokens,
     takes_data,
     takes_placement,
@@ -22,6 +23,9 @@ from solpath.cli.arguments import (
 from solpath.cli.inputs import device_for, load_any, loss_of
 from solpath.cli.terminal import print_json, print_table, say
 from solpath.errors import ConfigError
+
+if TYPE_CHECKING:
+    from solpath.data.feeding import Feed
 
 
 @app.command()
@@ -133,10 +137,13 @@ def evaluate_(
     reference: Annotated[str, typer.Option(help="Folder or hub id of the dense model.")],
     data: Data,
     place: Placement,
+    task: Annotated[
+        Task | None, typer.Option(help="Score both models at a task, too, on labels or pairs.")
+    ] = None,
     loss: Loss = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a model with the dense one on held-out text or images."""
+    """Compare a model with the dense one on held-out text or images, and at a task."""
     from solpath.cli.batches import batches_for, docstring_batches
     from solpath.data.docstrings import read_corpus, texts_of
     from solpath.data.feeding import takes
@@ -146,27 +153,79 @@ def evaluate_(
 
     own, device = loss_of(loss), device_for(place)
     small, dense = load_any(model, place), load_any(reference, place)
-    if not data.named and takes(dense) == {"text"}:
+    pairs: Sequence[Any] = ()
+    scored: Any = None
+    if not data.named and task != Task.CLASSIFICATION and takes(dense) == {"text"}:
         tokenizer = load_processor(reference)
         pairs = read_corpus(search=0, calibration=0).test
-        batches = docstring_batches(dense, tokenizer, texts_of(pairs), data, device).batches
+        found = docstring_batches(dense, tokenizer, texts_of(pairs), data, device)
+        if task is None and tokenizer.pad_token_id is not None:  # it needs padded texts
 
-        def retrieval(model: Any) -> float:
-            return retrieval_accuracy(embedder(model, tokenizer), pairs)
-
-        task = None if tokenizer.pad_token_id is None else retrieval  # it needs padded texts
-        result = evaluate(small, dense, batches, task=task, loss=own)
+            def scored(model: Any) -> float:
+                return retrieval_accuracy(embedder(model, tokenizer), pairs)
     else:
-        labels = None if own is not None else False
+        labels = True if task == Task.CLASSIFICATION else None if own is not None else False
         found = batches_for(reference, dense, data, 0, labels=labels, device=device)
-        result = evaluate(small, dense, found.batches, loss=own)
+    result = evaluate(small, dense, found.batches, task=scored, loss=own)
+    length = data.length or (128 if data.named else 32)
+    scores = _scores(task, {"model": small, "dense": dense}, found, pairs, reference, length)
     if as_json:
-        return print_json(result.to_dict())
+        at_task = {} if task is None else {"task": {"name": task.value, **scores}}
+        return print_json(result.to_dict() | at_task)
     names = {"task": "retrieval accuracy@1"}
     print_table(
-        ("metric", "value"),
+        ("distance to the dense model", "value"),
         [(names.get(name, name), f"{value:.4f}") for name, value in result.metrics.items()],
     )
+    if task is not None:
+        of_small, of_dense = scores["model"], scores["dense"]
+        rows = [(name, f"{of_small[name]:.4f}", f"{of_dense[name]:.4f}") for name in of_small]
+        print_table((task.value, "model", "dense"), rows)
+
+
+def _scores(
+    task: Task | None,
+    models: Mapping[str, Any],
+    found: "Feed",
+    pairs: Sequence[Any],
+    reference: str,
+    length: int,
+) -> dict[str, dict[str, float]]:
+    """Return the scores of every model at a task; without a task none."""
+    from solpath.data.feeding import longest_text, takes
+    from solpath.pretrained import load_processor
+    from solpath.reporting import tasks
+    from solpath.reporting.retrieval import embedder
+
+    dense = models["dense"]
+    if task is None:
+        return {}
+    if task == Task.CLASSIFICATION:
+        return {name: tasks.classification(m, found.batches) for name, m in models.items()}
+    if task == Task.LANGUAGE_MODELING:
+        if not dense.can_generate():
+            raise ConfigError(f"{type(dense).__name__} does not predict the next token.")
+        return {name: tasks.language_modeling(m, found.batches) for name, m in models.items()}
+    if takes(dense) == {"text", "image"}:
+        return {name: tasks.image_retrieval(m, found.batches) for name, m in models.items()}
+    texts = [row["text"] for row in found.rows]
+    if not pairs and found.paired:
+        pairs = [
+            pair
+            for pair in zip(texts[::2], texts[1::2], strict=True)
+            if all(text.strip() for text in pair)
+        ]
+    if not pairs:
+        raise ConfigError(
+            "retrieval needs pairs of texts, or of images and texts; for texts give "
+            "--column text=COLUMN --column pair=COLUMN."
+        )
+    tokenizer = load_processor(reference)
+    longest = longest_text(dense, tokenizer) or length
+    embed = {
+        name: embedder(m, tokenizer, length=min(length, longest)) for name, m in models.items()
+    }
+    return {name: tasks.text_retrieval(one, pairs) for name, one in embed.items()}
 
 
 @app.command()

@@ -34,7 +34,7 @@ from solpath.cli.inputs import (
     path_of,
     table_of,
 )
-from solpath.cli.terminal import print_json, print_table, say
+from solpath.cli.terminal import print_json, print_table, say, say_next
 from solpath.errors import BudgetError, ConfigError, FileError
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ def search(
         for reason, count in fixed.items():
             if reason is not None:
                 print(f"{count} of {len(path.pairs)} pairs keep their axes: {reason}")
+    say_next("extract", model, out, "--sparsity", "0.3", "--out", "small")
 
 
 @app.command()
@@ -209,6 +210,7 @@ def extract(
         asked = {"out": str(out), "asked": summary["asked"]}
         return print_json({**asked, **summary["achieved"], **found_ms})
     print(f"{made!r}\nwritten to {out}")
+    say_next("compensate", out, model, "--out", "better")
 
 
 @app.command()

@@ -19,7 +19,7 @@ from solpath.cli.arguments import (
     takes_placement,
 )
 from solpath.cli.inputs import device_for, load_any, load_small, loss_of
-from solpath.cli.terminal import print_json, print_table
+from solpath.cli.terminal import print_json, print_table, say_next
 from solpath.errors import ConfigError
 
 _BATCHES = 128  # that compensate fits on, if no number is given
@@ -140,3 +140,4 @@ def _improve(
     rows = [(name, f"{before[name]:.4f}", f"{after[name]:.4f}") for name in before]
     print_table(("held-out metric", "before", "after"), rows)
     print(f"written to {out}")
+    say_next("eval", out, "--reference", dense)

@@ -24,11 +24,15 @@ class Feed(NamedTuple):
     Attributes:
         batches: The batches.
         said: What was read, a line for every source.
+        rows: The rows that they are made of, as mappings from role to value.
+        paired: Whether the rows are both texts of pairs in turn.
         labels: What their ``labels`` mean; None if they have none.
     """
 
     batches: Batches
     said: list[str]
+    rows: Mixture
+    paired: bool
     labels: Labels | None
 
 
@@ -121,15 +125,16 @@ def feed(
     pack = model.can_generate()
     together = is_classifier(model)
     paired = {"pair" in found for _, found in parts}
-    if together and len(paired) == 2:
+    if len(paired) == 2:
         raise ConfigError("some sources have pairs of texts and others single ones; use one kind.")
+    apart = not together and paired == {True}
     rows = Mixture(
         parts,
         [weight for _, weight in tables],
         limit=limit,
         seed=seed,
         labels=known,
-        apart=not together and True in paired,
+        apart=apart,
     )
     size = batch_size or (32 if "image" in kinds else 16)
     common: dict[str, Any] = {"batch_size": size, "seed": None, "device": device}
@@ -154,7 +159,7 @@ def feed(
     ]
     if known is not None and known.note:
         said.append(known.note)
-    return Feed(made, said, known)
+    return Feed(made, said, rows, apart, known)
 
 
 def _has_label(table: Table) -> bool:
