@@ -19,6 +19,7 @@ config = CLIPConfig(
     | {"vocab_size": len(WORDS), "max_position_embeddings": 16, "eos_token_id": 2},
     vision_config=tower | {"image_size": 16, "patch_size": 8},
     projection_dim=16,
+    initializer_factor=9.0,
 )
 CLIPModel(config).save_pretrained(model)
 images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})

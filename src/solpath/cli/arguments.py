@@ -82,6 +82,16 @@ class Data:
         """Whether the user named any data."""
         return bool(self.text or self.images or self.data)
 
+    @property
+    def words(self) -> list[str]:
+        """The options that name data and columns, as they are typed."""
+        found = []
+        for option in ("text", "images", "data", "config", "split", "column"):
+            value = getattr(self, option)
+            values = value if isinstance(value, list | tuple) else [value]
+            found += [word for one in values if one for word in (f"--{option}", str(one))]
+        return found
+
 
 ModelName = Annotated[
     str, typer.Argument(help="Folder or hub id of a dense model, or a GGUF file.")

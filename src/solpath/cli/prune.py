@@ -210,7 +210,7 @@ def extract(
         asked = {"out": str(out), "asked": summary["asked"]}
         return print_json({**asked, **summary["achieved"], **found_ms})
     print(f"{made!r}\nwritten to {out}")
-    say_next("compensate", out, model, "--out", "better")
+    say_next("compensate", out, model, "--data", "DATA", "--out", "better")
 
 
 @app.command()

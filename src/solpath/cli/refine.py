@@ -140,4 +140,4 @@ def _improve(
     rows = [(name, f"{before[name]:.4f}", f"{after[name]:.4f}") for name in before]
     print_table(("held-out metric", "before", "after"), rows)
     print(f"written to {out}")
-    say_next("eval", out, "--reference", dense)
+    say_next("eval", out, "--reference", dense, *data.words)
