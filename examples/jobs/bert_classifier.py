@@ -8,9 +8,9 @@ from transformers import BertConfig, BertForSequenceClassification
 folder = home()
 model, data = folder / "model", folder / "reviews.csv"
 config = BertConfig(
-    vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, initializer_range=0.5, num_attention_heads=2,
+    vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
     intermediate_size=64, max_position_embeddings=16, id2label={0: "negative", 1: "positive"},
-    label2id={"negative": 0, "positive": 1},
+    label2id={"negative": 0, "positive": 1}, initializer_range=0.5,
 )  # fmt: skip
 BertForSequenceClassification(config).save_pretrained(model)
 tokenizer().save_pretrained(model)

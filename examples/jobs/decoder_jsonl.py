@@ -8,9 +8,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 folder = home()
 model, mixed = folder / "model", []
 config = LlamaConfig(
-    vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, initializer_range=0.5, num_attention_heads=2,
+    vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, intermediate_size=64, max_position_embeddings=64,
-    pad_token_id=0, eos_token_id=2, bos_token_id=2,
+    pad_token_id=0, eos_token_id=2, bos_token_id=2, initializer_range=0.5,
 )  # fmt: skip
 LlamaForCausalLM(config).save_pretrained(model)
 tokenizer().save_pretrained(model)

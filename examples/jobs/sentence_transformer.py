@@ -8,8 +8,8 @@ from transformers import BertConfig, BertModel
 folder = home()
 model, data = folder / "model", folder / "pairs.jsonl"
 config = BertConfig(
-    vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, initializer_range=0.5, num_attention_heads=2,
-    intermediate_size=64, max_position_embeddings=16,
+    vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+    intermediate_size=64, max_position_embeddings=16, initializer_range=0.5,
 )  # fmt: skip
 BertModel(config).save_pretrained(model)  # the folder of a SentenceTransformer holds this, too
 tokenizer().save_pretrained(model)

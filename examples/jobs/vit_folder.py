@@ -7,8 +7,8 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 folder = home()
 model, data = folder / "model", folder / "photos"
 config = ViTConfig(
-    hidden_size=32, num_hidden_layers=2, initializer_range=0.5, num_attention_heads=2, intermediate_size=64,
-    image_size=16, patch_size=8, num_labels=2,
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+    image_size=16, patch_size=8, num_labels=2, initializer_range=0.5,
 )  # fmt: skip
 ViTForImageClassification(config).save_pretrained(model)
 ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(model)
