@@ -197,7 +197,7 @@ def test_samples_in_turn_give_the_same_path(label, given):
 
 def test_a_batch_that_does_not_fit_is_computed_again(monkeypatch):
     model = build("llama")
-    monkeypatch.setattr(probing, "_LARGE", 0)
+    monkeypatch.setattr(probing, "LARGE", 0)
     for free, expected in ((10**12, False), (10**3, True)):
         monkeypatch.setattr("solpath.running.memory.free_memory", lambda device, free=free: free)
         with open_engine(model, batches(model), loss=None, seed=0) as engine:

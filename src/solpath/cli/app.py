@@ -1,10 +1,13 @@
 """The application that commands register with, and what a command tells the code around it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from solpath.cli.settings import with_settings
 
 
 @dataclass
@@ -21,7 +24,21 @@ class State:
     checkpoint: Path | None = None
 
 
-app = typer.Typer(
+class _App(typer.Typer):
+    """Gives every command the option ``--settings``."""
+
+    def command(self, *args: Any, **options: Any) -> Callable[[Any], Any]:
+        """Return a decorator that registers a command. The function itself stays as it is."""
+        register = super().command(*args, **options)
+
+        def registered(function: Any) -> Any:
+            register(with_settings(function))
+            return function
+
+        return registered
+
+
+app = _App(
     help="Prune a pretrained transformer once, hand it out at any size.",
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,12 +31,70 @@ class Precision(StrEnum):
         return None if self is Precision.AUTO else getattr(torch, self.value)
 
 
+class Attention(StrEnum):
+    """Implementations of attention in transformers."""
+
+    EAGER = "eager"
+    SDPA = "sdpa"
+    FLASH = "flash_attention_2"
+
+
+class Task(StrEnum):
+    """Tasks that `eval` scores models at."""
+
+    CLASSIFICATION = "classification"
+    LANGUAGE_MODELING = "language-modeling"
+    RETRIEVAL = "retrieval"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how models run.
+
+    Attributes:
+        device: A device of torch; ``"auto"`` is the first GPU, or the CPU if there is none.
+        dtype: The dtype of the weights.
+        attention: The implementation of attention; None keeps that of transformers.
+    """
+
+    device: str = "cpu"
+    dtype: Precision = Precision.AUTO
+    attention: Attention | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data that a command reads, as its options say; see `DATA`."""
+
+    text: Path | None = None
+    images: Path | None = None
+    data: Sequence[str] | None = None
+    config: Sequence[str] | None = None
+    split: Sequence[str] | None = None
+    column: Sequence[str] | None = None
+    limit: int | None = None
+    batch_size: int | None = None
+    length: int | None = None
+    batches: int | None = None
+
+    @property
+    def named(self) -> bool:
+        """Whether the user named any data."""
+        return bool(self.text or self.images or self.data)
+
+    @property
+    def words(self) -> list[str]:
+        """The options that name data and columns, as they are typed."""
+        found = []
+        for option in ("text", "images", "data", "config", "split", "column"):
+            value = getattr(self, option)
+            values = value if isinstance(value, list | tuple) else [value]
+            found += [word for one in values if one for word in (f"--{option}", str(one))]
+        return found
+
+
 ModelName = Annotated[
     str, typer.Argument(help="Folder or hub id of a dense model, or a GGUF file.")
-]
-Dtype = Annotated[
-    Precision,
-    typer.Option("--dtype", help="Dtype of the weights; auto: as stored, GGUF as float32."),
 ]
 SmallName = Annotated[str, typer.Argument(help="Folder of an extracted model.")]
 PathFolder = Annotated[Path, typer.Argument(help="Folder of a path, written by search.")]
@@ -68,12 +127,82 @@ Protect = Annotated[
 ]
 Samples = Annotated[int, typer.Option(help="Texts in the batch that is timed.", min=1)]
 Tokens = Annotated[int, typer.Option(help="Tokens per text in that batch.", min=1)]
-Text = Annotated[
-    Path | None, typer.Option(help="File with one text per line; default: installed docstrings.")
+Loss = Annotated[
+    str | None,
+    typer.Option(
+        help="Loss of yours, module:function of a file here; it gets the outputs and the batch."
+    ),
 ]
-Images = Annotated[
-    Path | None, typer.Option(help="Folder of images, for a model that takes images.")
-]
+
+PLACEMENT: dict[str, tuple[Any, Any]] = {
+    "device": (
+        Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one.")],
+        "auto",
+    ),
+    "dtype": (
+        Annotated[
+            Precision, typer.Option(help="Dtype of the weights; auto: as stored, GGUF as float32.")
+        ],
+        Precision.AUTO,
+    ),
+    "attention": (
+        Annotated[Attention | None, typer.Option(help="Attention kernel; default: the model's.")],
+        None,
+    ),
+}
+"""Field of `Placement` to its option and the default of that."""
+
+DATA: dict[str, tuple[Any, Any]] = {
+    "text": (Annotated[Path | None, typer.Option(help="File with one text per line.")], None),
+    "images": (Annotated[Path | None, typer.Option(help="Folder of images.")], None),
+    "data": (
+        Annotated[
+            list[str] | None,
+            typer.Option(
+                help="Data set: .jsonl, .json, .csv, .parquet or .txt file, folder, or name on the "
+                "Hub; repeatable, NAME:2 counts twice as much as NAME:1. "
+                "Default for text: installed docstrings, to try things out."
+            ),
+        ],
+        None,
+    ),
+    "config": (
+        Annotated[
+            list[str] | None,
+            typer.Option(help="Configuration of the data set; once, or once per --data."),
+        ],
+        None,
+    ),
+    "split": (
+        Annotated[
+            list[str] | None, typer.Option(help="Split of the data set; once, or once per --data.")
+        ],
+        None,
+    ),
+    "column": (
+        Annotated[
+            list[str] | None,
+            typer.Option(
+                help="Column to read, or ROLE=COLUMN with text, pair, image or label; repeatable. "
+                "Default: found by its name."
+            ),
+        ],
+        None,
+    ),
+    "limit": (Annotated[int | None, typer.Option(help="Most rows to read.", min=1)], None),
+    "batch_size": (
+        Annotated[
+            int | None, typer.Option(help="Samples per batch; default 16 texts, 32 images.", min=1)
+        ],
+        None,
+    ),
+    "length": (
+        Annotated[int | None, typer.Option(help="Tokens per text; default 128.", min=1)],
+        None,
+    ),
+    "batches": (Annotated[int | None, typer.Option(help="Most batches to use.", min=1)], None),
+}
+"""Field of `Data` to its option and the default of that."""
 
 BUDGETS = {
     "sparsity": "Share of the prunable parameters to remove, in [0, 1).",
@@ -108,6 +237,30 @@ def takes_budget(command: Callable[..., None]) -> Callable[..., None]:
 
     options = {name: (_budget_option(help), None) for name, help in BUDGETS.items()}
     return _with_parameters(command, with_options, "budget", options)
+
+
+def takes_data(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each of `DATA`; its argument ``data`` gets a `Data`."""
+    return _takes(command, "data", DATA, Data)
+
+
+def takes_placement(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each of `PLACEMENT`; ``place`` gets a `Placement`."""
+    return _takes(command, "place", PLACEMENT, Placement)
+
+
+def _takes(
+    command: Callable[..., None],
+    name: str,
+    options: Mapping[str, tuple[Any, Any]],
+    kind: Callable[..., Any],
+) -> Callable[..., None]:
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        made = kind(**{option: given.pop(option) for option in options})
+        command(**given, **{name: made})
+
+    return _with_parameters(command, with_options, name, options)
 
 
 def _with_parameters(

@@ -1,202 +1,152 @@
-"""Commands that examine models and families, and the demo."""
+"""Commands that measure models."""
 
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from solpath.cli.app import app
-from solpath.cli.arguments import Dtype, Images, Json, ModelName, Precision, Samples, Text, Tokens
-from solpath.cli.inputs import batches_for, load_any, random_tokens, rows_of, takes
-from solpath.cli.terminal import print_json, print_table, say
+from solpath.cli.arguments import (
+    Data,
+    Json,
+    Loss,
+    ModelName,
+    Placement,
+    Samples,
+    Task,
+    Tokens,
+    takes_data,
+    takes_placement,
+)
+from solpath.cli.inputs import device_for, load_any, loss_of
+from solpath.cli.terminal import print_json, print_table
 from solpath.errors import ConfigError
 
 if TYPE_CHECKING:
-    from solpath.reporting.family import Family
-
-
-@app.command()
-def demo(
-    context: typer.Context,
-    quick: Annotated[bool, typer.Option("--quick", help="Less of everything.")] = False,
-    rivals: Annotated[
-        bool, typer.Option("--rivals", help="Compare with slower methods, too.")
-    ] = False,
-    out: Annotated[Path, typer.Option(help="Folder to write, new or empty.")] = Path("out"),
-    model: Annotated[
-        str | None, typer.Option(help="Folder or hub id; default: the installed MiniLM.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
-    steps: Annotated[
-        int | None, typer.Option(help="Steps of the search; default 200, quick 40.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Make a family of smaller models of a real one, measure, report, compare."""
-    from solpath.reporting.demo import CHECKPOINT, run_demo
-
-    context.obj.checkpoint = out / CHECKPOINT
-    family = run_demo(
-        out,
-        quick=quick,
-        rivals=rivals,
-        model=model,
-        seed=seed,
-        steps=steps,
-        progress=not as_json,
-        say=say,
-    )
-    if as_json:
-        return print_json(family.to_dict())
-    _print_family(family)
-    stages = family.stages or ()
-    say(f"took {sum(s.seconds for s in stages):.0f} s; report: {out / 'report.html'}")
-
-
-def _print_family(family: "Family") -> None:
-    """Print what every member costs and how good it is."""
-    shown = family.metrics[:2]
-    rows = [
-        (m.name, f"{m.params / 1e6:.1f} M", f"{m.macs_share:.0%}", f"{m.latency_ms:.1f} ms",
-         *(f"{m.metrics[one.key]:.4g}" for one in shown))
-        for m in family.members
-    ]  # fmt: skip
-    print_table(("model", "parameters", "MACs", "latency", *(one.key for one in shown)), rows)
-
-
-@app.command()
-def inspect(
-    model: ModelName,
-    targets: Annotated[
-        bool, typer.Option("--targets", help="List the runtimes that plan --for takes instead.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """List what can be pruned in a model, or for which runtimes."""
-    from solpath.model.discovery import survey
-    from solpath.pretrained import from_pretrained
-
-    loaded = from_pretrained(model, device="meta")
-    total = sum(parameter.numel() for parameter in loaded.parameters())
-    pairs, sites = survey(loaded)
-    if targets:
-        by_head = all(site.table.by_head for site in sites)
-        return _print_targets(type(loaded).__name__, pairs, by_head, as_json)
-    found: list[dict[str, Any]] = [
-        {
-            "pair": pair.name,
-            "kind": pair.kind,
-            "heads": pair.heads,
-            "width": pair.width,
-            "cost": pair.cost,
-            "share": pair.units * pair.cost / total,
-        }
-        for pair in pairs
-    ]
-    prunable = sum(pair.units * pair.cost for pair in pairs)
-    if as_json:
-        return print_json({"params": total, "prunable": prunable, "pairs": found})
-    rows = [
-        (p["pair"], f"{p['heads']} × {p['width']}", f"{p['cost']:,}", f"{p['share']:.2%}")
-        for p in found
-    ]
-    print_table(("pair", "heads × width", "cost per unit", "share of parameters"), rows)
-    print(f"{prunable:,} of {total:,} parameters are prunable ({prunable / total:.1%}).")
-
-
-def _print_targets(architecture: str, pairs: Sequence[Any], by_head: bool, as_json: bool) -> None:
-    """Print the constraints of every target for a model, or why it is not possible.
-
-    Args:
-        architecture: Class name of the model.
-        pairs: Its pairs.
-        by_head: Whether its attentions can lose whole heads.
-        as_json: Whether to print JSON.
-    """
-    from solpath.planning.targets import drops_heads, targets_of
-
-    found = targets_of(architecture, pairs)
-    whole = targets_of(architecture, pairs, whole_groups=True)
-    heads = {name: by_head and drops_heads(value, pairs) for name, value in whole.items()}
-    if as_json:
-        return print_json(
-            {
-                name: {"whole_heads": heads[name]}
-                | ({"impossible": value} if isinstance(value, str) else value.to_dict())
-                for name, value in found.items()
-            }
-        )
-    rows = [
-        (
-            name,
-            "no" if isinstance(value, str) else "yes",
-            "yes" if heads[name] else "no",
-            str(value),
-        )
-        for name, value in found.items()
-    ]
-    print_table(("target", "possible", "whole heads", "constraints, or what is in the way"), rows)
+    from solpath.data.feeding import Feed
 
 
 @app.command(name="eval")
+@takes_data
+@takes_placement
 def evaluate_(
     model: Annotated[str, typer.Argument(help="Folder of an extracted or dense model.")],
     reference: Annotated[str, typer.Option(help="Folder or hub id of the dense model.")],
-    text: Text = None,
-    images: Images = None,
-    dtype: Dtype = Precision.AUTO,
+    data: Data,
+    place: Placement,
+    task: Annotated[
+        Task | None, typer.Option(help="Score both models at a task, too, on labels or pairs.")
+    ] = None,
+    loss: Loss = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a model with the dense one on held-out text or images."""
+    """Compare a model with the dense one on held-out text or images, and at a task."""
+    from solpath.cli.batches import batches_for, docstring_batches
     from solpath.data.docstrings import read_corpus, texts_of
+    from solpath.data.feeding import takes
     from solpath.measuring.evaluation import evaluate
     from solpath.pretrained import load_processor
     from solpath.reporting.retrieval import embedder, retrieval_accuracy
 
-    small, dense = load_any(model, dtype), load_any(reference, dtype)
-    if text is None and images is None and takes(dense) == {"text"}:
+    own, device = loss_of(loss), device_for(place)
+    small, dense = load_any(model, place), load_any(reference, place)
+    pairs: Sequence[Any] = ()
+    scored: Any = None
+    if not data.named and task != Task.CLASSIFICATION and takes(dense) == {"text"}:
         tokenizer = load_processor(reference)
         pairs = read_corpus(search=0, calibration=0).test
-        batches = rows_of(dense, tokenizer, texts_of(pairs))
+        found = docstring_batches(dense, tokenizer, texts_of(pairs), data, device)
+        if task is None and tokenizer.pad_token_id is not None:  # it needs padded texts
 
-        def retrieval(model: Any) -> float:
-            return retrieval_accuracy(embedder(model, tokenizer), pairs)
-
-        task = None if tokenizer.pad_token_id is None else retrieval  # it needs padded texts
-        result = evaluate(small, dense, batches, task=task)
+            def scored(model: Any) -> float:
+                return retrieval_accuracy(embedder(model, tokenizer), pairs)
     else:
-        result = evaluate(small, dense, batches_for(reference, dense, text, images, 0))
+        labels = True if task == Task.CLASSIFICATION else None if own is not None else False
+        found = batches_for(reference, dense, data, 0, labels=labels, device=device)
+    result = evaluate(small, dense, found.batches, task=scored, loss=own)
+    length = data.length or (128 if data.named else 32)
+    scores = _scores(task, {"model": small, "dense": dense}, found, pairs, reference, length)
     if as_json:
-        return print_json(result.to_dict())
+        at_task = {} if task is None else {"task": {"name": task.value, **scores}}
+        return print_json(result.to_dict() | at_task)
     names = {"task": "retrieval accuracy@1"}
     rows = []
     for name, value in result.metrics.items():
         ends = result.intervals.get(name)
         between = "" if ends is None else "{:.4f} to {:.4f}".format(*ends)
         rows.append((names.get(name, name), f"{value:.4f}", between))
-    print_table(("metric", "value", "95 % confidence"), rows)
+    print_table(("distance to the dense model", "value", "95 % confidence"), rows)
+    if task is not None:
+        of_small, of_dense = scores["model"], scores["dense"]
+        rows = [(name, f"{of_small[name]:.4f}", f"{of_dense[name]:.4f}") for name in of_small]
+        print_table((task.value, "model", "dense"), rows)
+
+
+def _scores(
+    task: Task | None,
+    models: Mapping[str, Any],
+    found: "Feed",
+    pairs: Sequence[Any],
+    reference: str,
+    length: int,
+) -> dict[str, dict[str, float]]:
+    """Return the scores of every model at a task; without a task none."""
+    from solpath.data.feeding import longest_text, takes
+    from solpath.pretrained import load_processor
+    from solpath.reporting import tasks
+    from solpath.reporting.retrieval import embedder
+
+    dense = models["dense"]
+    if task is None:
+        return {}
+    if task == Task.CLASSIFICATION:
+        return {name: tasks.classification(m, found.batches) for name, m in models.items()}
+    if task == Task.LANGUAGE_MODELING:
+        if not dense.can_generate():
+            raise ConfigError(f"{type(dense).__name__} does not predict the next token.")
+        return {name: tasks.language_modeling(m, found.batches) for name, m in models.items()}
+    if takes(dense) == {"text", "image"}:
+        return {name: tasks.image_retrieval(m, found.batches) for name, m in models.items()}
+    texts = [row["text"] for row in found.rows]
+    if not pairs and found.paired:
+        pairs = [
+            pair
+            for pair in zip(texts[::2], texts[1::2], strict=True)
+            if all(text.strip() for text in pair)
+        ]
+    if not pairs:
+        raise ConfigError(
+            "retrieval needs pairs of texts, or of images and texts; for texts give "
+            "--column text=COLUMN --column pair=COLUMN."
+        )
+    tokenizer = load_processor(reference)
+    longest = longest_text(dense, tokenizer) or length
+    embed = {
+        name: embedder(m, tokenizer, length=min(length, longest)) for name, m in models.items()
+    }
+    return {name: tasks.text_retrieval(one, pairs) for name, one in embed.items()}
 
 
 @app.command()
+@takes_placement
 def bench(
     dense: ModelName,
     small: Annotated[list[str], typer.Argument(help="Folders of extracted models.")],
+    place: Placement,
     samples: Samples = 8,
     tokens: Tokens = 128,
     repeats: Annotated[int, typer.Option(help="Timed passes of each model.", min=1)] = 20,
     generate: Annotated[
         int | None, typer.Option(help="New tokens per text, for decoders; default: none.", min=2)
     ] = None,
-    dtype: Dtype = Precision.AUTO,
     as_json: Json = False,
 ) -> None:
     """Measure size, memory and latency of several models in one run, and how fast they generate."""
+    from solpath.cli.batches import random_tokens
     from solpath.measuring.measurement import measure
     from solpath.running.provenance import provenance
 
-    models = {name: load_any(name, dtype) for name in dict.fromkeys([dense, *small])}
+    models = {name: load_any(name, place) for name in dict.fromkeys([dense, *small])}
     batch = random_tokens(models[dense], samples, tokens, new=generate or 0)
     found = measure(models, batch, repeats=repeats, generate=generate)
     if as_json:
@@ -219,43 +169,3 @@ def bench(
     ]  # fmt: skip
     if written:
         print_table(("model", "first token", "tokens/s", "without cache", "cache"), written)
-
-
-@app.command()
-def report(
-    folder: Annotated[Path, typer.Argument(help="Folder with family.json and path/.")],
-    prompts: Annotated[
-        Path | None, typer.Option(help="File with one prompt per line; needs --dense.")
-    ] = None,
-    dense: Annotated[
-        str | None, typer.Option(help="Folder or hub id of the dense model, to go on with prompts.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Build report.html again from family.json and path/, for decoders with what they write."""
-    from solpath.reporting.report import write_report
-
-    if (prompts is None) != (dense is None):
-        raise ConfigError("give --prompts and --dense together, or neither of them.")
-    if prompts is not None and dense is not None:
-        _go_on(folder, prompts, dense)
-    file = write_report(folder)
-    if as_json:
-        return print_json({"report": str(file), "bytes": file.stat().st_size})
-    print(f"written to {file}")
-
-
-def _go_on(folder: Path, prompts: Path, dense: str) -> None:
-    """Add what the dense model and the members of a family write after prompts to family.json."""
-    from solpath.data.batches import Broken
-    from solpath.data.text import read_lines
-    from solpath.pretrained import load_processor
-    from solpath.reporting.continuations import continuations
-    from solpath.reporting.family import Family
-
-    family = Family.read(folder)
-    models = {"dense": load_any(dense)}
-    models |= {m.name: load_any(str(folder / m.folder)) for m in family.members if m.folder}
-    lines = [line for line in read_lines(prompts, Broken("raise")) if line]
-    found = continuations(models, load_processor(dense), lines)
-    replace(family, continuations=found).write(folder)

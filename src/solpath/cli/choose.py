@@ -1,7 +1,5 @@
 """The command that finds the smallest size whose loss is bounded."""
 
-import json
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,27 +8,31 @@ import typer
 
 from solpath.cli.app import app
 from solpath.cli.arguments import (
-    Dtype,
-    Images,
+    Data,
     Json,
     ModelName,
     PathFolder,
+    Placement,
     Precision,
-    Text,
     takes_constraints,
+    takes_data,
+    takes_placement,
 )
-from solpath.cli.inputs import batches_for, load_any, path_of, rows_of, takes
-from solpath.cli.terminal import print_json
-from solpath.errors import ConfigError
+from solpath.cli.inputs import device_for, load_any, numbers, path_of
+from solpath.cli.terminal import print_json, say_next
 
 
 @app.command()
 @takes_constraints
+@takes_data
+@takes_placement
 def choose(
     model: ModelName,
     path: PathFolder,
     max_loss: Annotated[float, typer.Option(help="Largest expected loss of a sample.")],
     constraints: dict[str, Any],
+    data: Data,
+    place: Placement,
     confidence: Annotated[float, typer.Option(help="Probability that the promise holds.")] = 0.95,
     metric: Annotated[
         str | None, typer.Option(help="divergence, or accuracy where data has labels.")
@@ -39,26 +41,27 @@ def choose(
     sizes: Annotated[
         str | None, typer.Option(help="Sparsities to test, as in 0.1,0.2; default 0.05 to 0.7.")
     ] = None,
-    text: Text = None,
-    images: Images = None,
-    dtype: Dtype = Precision.AUTO,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the choice to.")] = None,
     as_json: Json = False,
 ) -> None:
     """Find the smallest size whose loss on held-out data is bounded, with confidence."""
     from solpath.choosing.choose import SIZES
     from solpath.choosing.choose import choose as find
+    from solpath.cli.batches import batches_for, docstring_batches
     from solpath.data.docstrings import read_corpus, texts_of
-    from solpath.files import write_file
+    from solpath.data.feeding import takes
+    from solpath.files import json_bytes, write_file
     from solpath.pretrained import load_processor
 
-    grid = SIZES if sizes is None else _numbers(sizes)
-    dense = load_any(model, dtype)
-    if text is None and images is None and takes(dense) == {"text"}:
+    grid = SIZES if sizes is None else numbers(sizes)
+    device = device_for(place)
+    dense = load_any(model, place)
+    if not data.named and takes(dense) == {"text"}:
         held = texts_of(read_corpus(search=0, calibration=0).test)
-        batches = rows_of(dense, load_processor(model), held)
+        batches = docstring_batches(dense, load_processor(model), held, data, device).batches
     else:
-        batches = batches_for(model, dense, text, images, 0)
+        labels = metric == "accuracy"
+        batches = batches_for(model, dense, data, 0, labels=labels, device=device).batches
     found = find(
         dense,
         path_of(path),
@@ -72,24 +75,16 @@ def choose(
         **constraints,
     )
     if out is not None:
-        write_file(out, (json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n").encode())
+        write_file(out, json_bytes(found.to_dict()))
     if as_json:
         return print_json(found.to_dict())
     print(found)
     print("This holds if:", *(f"- {text}" for text in found.assumptions), sep="\n")
     if found.plan is None:
-        return print("next: a larger --max-loss, more samples, or smaller --sizes")
-    line = ["solpath", "extract", model, str(path), "--sparsity", f"{found.sparsity:g}"]
-    line += _options(constraints)
-    line += [] if dtype is Precision.AUTO else ["--dtype", dtype.value]
-    print(f"next: {shlex.join([*line, '--out', 'small'])}")
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"--sizes are numbers, as in 0.1,0.2,0.3; got {text!r}.") from error
+        return print("Next: a larger --max-loss, more samples, or smaller --sizes")
+    dtype = [] if place.dtype is Precision.AUTO else ["--dtype", place.dtype.value]
+    size = ["--sparsity", f"{found.sparsity:g}", *_options(constraints)]
+    say_next("extract", model, path, *size, *dtype, "--out", "small")
 
 
 def _options(constraints: Mapping[str, Any]) -> list[str]:

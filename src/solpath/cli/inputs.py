@@ -1,184 +1,118 @@
-"""What commands work on: models, paths and tables by name, and batches of the user's data."""
+"""What commands work on: models, paths, tables and losses by name."""
 
-import inspect
-from collections.abc import Sequence
+import importlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from solpath.cli.arguments import Precision
+from solpath.cli.arguments import Placement, Precision
 from solpath.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from solpath.planning.latency_table import LatencyTable
     from solpath.planning.path import SolutionPath
 
 
-def random_tokens(model: Any, samples: int, tokens: int, *, new: int = 0) -> dict[str, Any]:
-    """Return a batch of random tokens without padding, for timings.
-
-    Its tensors are int64 ``[samples, tokens]``, and the same in every run.
-
-    Args:
-        model: The model.
-        samples: The number of texts.
-        tokens: The number of tokens per text.
-        new: The number of tokens that the model will generate after them.
+def loss_of(text: str | None) -> Any:
+    """Import a loss of the user, ``module:function``, from the folder that the command runs in.
 
     Raises:
-        ConfigError: The model takes something other than text alone, or takes fewer tokens.
+        ConfigError: There is no such module or function, or its import fails.
+    """
+    if text is None:
+        return None
+    module, mark, name = text.partition(":")
+    if not mark or not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise ConfigError(f"--loss is module:function, such as losses:margin; got {text!r}.")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except Exception as error:
+        raise ConfigError(
+            f"--loss: cannot import {module} from {Path.cwd()}: {type(error).__name__}: {error}."
+        ) from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    if not callable(found):
+        raise ConfigError(f"--loss: {module} has no function {name}.")
+    return found
+
+
+def device_for(place: Placement) -> "torch.device":
+    """Return the device that models and batches go to.
+
+    Raises:
+        ConfigError: It is no device of torch, or is not there.
     """
     import torch
 
-    if takes(model) != {"text"}:
-        raise ConfigError(
-            f"{type(model).__name__} takes {' and '.join(sorted(takes(model)))}; time it from "
-            "Python, with solpath.measure or solpath.plan_for_latency and a batch of yours."
-        )
-    limit = getattr(model.config, "max_position_embeddings", tokens + new)
-    if tokens + new > limit:
-        most = f"{limit} for this model" + (f", less {new} new ones" if new else "")
-        raise ConfigError(f"tokens must be at most {most}, got {tokens}.")
-    shape, generator = (samples, tokens), torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, shape, generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.int64)}
+    if place.device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=torch.device(place.device)).device  # with its number
+    except Exception as error:  # every backend has its own
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"--device {place.device}: {reason}.") from error
 
 
-def batches_for(name: str, model: Any, text: Path | None, images: Path | None, seed: int) -> Any:
-    """Return batches of the images, of the text, or of the docstrings of installed packages.
-
-    Args:
-        name: The folder or Hub id of the model, from where its processor is read.
-        model: The model.
-        text: A file with one text per line. None takes docstrings, if the model takes text.
-        images: A folder of images.
-        seed: Seeds the order of the samples.
-
-    Raises:
-        ConfigError: The model takes something else than what was given.
-    """
-    from solpath.data.docstrings import read_corpus, texts_of
-    from solpath.data.images import image_batches
-    from solpath.pretrained import load_processor
-
-    kinds = takes(model)
-    if kinds == {"image"}:
-        if images is None or text is not None:
-            raise ConfigError(f"{name} takes images; give a folder of them with --images.")
-        return image_batches(images, load_processor(name), seed=seed)
-    if kinds != {"text"}:
-        raise ConfigError(
-            f"{name} takes {' and '.join(sorted(kinds))}; use it from Python, with your own "
-            "batches."
-        )
-    if images is not None:
-        raise ConfigError(f"{name} takes text, not images; give a file with --text.")
-    if text is None:
-        known = texts_of(read_corpus(calibration=0, test=0).search, seed=seed)
-        return rows_of(model, load_processor(name), known)
-    return rows_of(model, load_processor(name), text, length=128, seed=seed)
-
-
-def takes(model: Any) -> set[str]:
-    """Return what a model takes, such as ``{"text"}`` or ``{"image"}``.
-
-    A decoder that follows an encoder adds ``"decoder input"``. The text half of a family that also
-    sees says that it takes images, but has no argument for them.
-    """
-    kinds = model.input_modalities
-    found = {kinds} if isinstance(kinds, str) else set(kinds)
-    if not any(name.startswith("pixel") for name in inspect.signature(model.forward).parameters):
-        found.discard("image")
-    return found | {"decoder input"} if model.config.is_encoder_decoder else found
-
-
-def rows_of(
-    model: Any, tokenizer: Any, source: Any, *, length: int = 32, seed: int | None = None
-) -> Any:
-    """Return batches of text that suit the model: full blocks for decoders, else one text per row.
-
-    Args:
-        model: The model. It may allow fewer tokens than `length`, which then shortens the rows.
-        tokenizer: Its tokenizer.
-        source: A file with one text per line, or texts.
-        length: The largest number of tokens per row.
-        seed: Seeds the order of the texts. None keeps their order.
-    """
-    from solpath.data.text import text_batches
-
-    config = model.config
-    longest = getattr(config, "max_position_embeddings", None) or length
-    pack = model.can_generate()
-    return text_batches(source, tokenizer, length=min(length, longest), seed=seed, pack=pack)
-
-
-def split_batches(
-    name: str, model: Any, text: Path | None, images: Path | None, seed: int
-) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Return batches to train on, and held-out batches to judge by.
-
-    Docstrings are split by file. Of the user's own data, the last tenth of the batches is held out.
-    The arguments are those of `batches_for`.
-
-    Raises:
-        ConfigError: There is only one batch, or the model takes something else than what was given.
-    """
-    from solpath.data.docstrings import read_corpus, texts_of
-    from solpath.pretrained import load_processor
-
-    if text is None and images is None and takes(model) == {"text"}:
-        corpus, tokenizer = read_corpus(search=2048, test=0), load_processor(name)
-        held = list(rows_of(model, tokenizer, texts_of(corpus.calibration)))
-        return rows_of(model, tokenizer, texts_of(corpus.search, seed=seed)), held
-    batches = batches_for(name, model, text, images, seed)
-    count = max(1, len(batches) // 10)
-    if len(batches) == count:
-        raise ConfigError("there is one batch of data; give more: a tenth of it is held out.")
-    return batches[:-count], list(batches[-count:])  # these are read again and again
-
-
-def load_any(name: str, dtype: Precision = Precision.AUTO) -> Any:
+def load_any(name: str, place: Placement) -> Any:
     """Load the model of a folder, Hub id or GGUF file, dense or extracted.
 
     Args:
         name: The name of the model.
-        dtype: The dtype of its weights.
+        place: Where and how it runs.
     """
     from solpath.pretrained import from_pretrained, quiet_transformers
 
     quiet_transformers()
     if (Path(name) / "solpath.json").is_file():
-        return load_small(name, dtype)
-    return from_pretrained(name, dtype=dtype.dtype)
+        return load_small(name, place)
+    device = device_for(place)
+    return _attending(from_pretrained(name, device=device, dtype=place.dtype.dtype), place)
 
 
-def load_dense(name: str, dtype: Precision = Precision.AUTO) -> Any:
+def load_dense(name: str, place: Placement) -> Any:
     """Load a dense model, or leave its weights on disk if they do not fit into memory.
 
     Args:
         name: The name of the model.
-        dtype: The dtype of its weights.
+        place: Where and how it runs.
     """
     from solpath.loading import load_within
     from solpath.pretrained import quiet_transformers
 
     quiet_transformers()
-    return load_within(name, dtype=dtype.dtype)
+    device = device_for(place)
+    return _attending(load_within(name, device=device, dtype=place.dtype.dtype), place)
 
 
-def load_small(name: str, dtype: Precision = Precision.AUTO) -> Any:
+def load_small(name: str, place: Placement) -> Any:
     """Load an extracted model of a folder or Hub id.
 
     Args:
         name: The name of the model.
-        dtype: The dtype of its weights.
+        place: Where and how it runs.
     """
     from solpath.storing.reading import load
 
     model: Any = load(name)
-    if dtype is not Precision.AUTO:
+    if place.dtype is not Precision.AUTO:
         for parameter in model.parameters():  # buffers stay as they are
-            parameter.data = parameter.data.to(dtype.dtype)
-        model.config.dtype = dtype.dtype
+            parameter.data = parameter.data.to(place.dtype.dtype)
+        model.config.dtype = place.dtype.dtype
+    return _attending(model.to(device_for(place)), place)
+
+
+def _attending(model: Any, place: Placement) -> Any:
+    """Return the model with the attention that was asked for."""
+    if place.attention is not None:
+        try:
+            model.set_attn_implementation(place.attention.value)
+        except (ImportError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(f"--attention {place.attention}: {reason}") from error
     return model
 
 
@@ -194,3 +128,15 @@ def table_of(file: Path) -> "LatencyTable":
     from solpath.planning.latency_table import LatencyTable
 
     return LatencyTable.load(file)
+
+
+def numbers(text: str) -> list[float]:
+    """Read the numbers of ``--sizes``.
+
+    Raises:
+        ConfigError: They are no numbers.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"--sizes are numbers, as in 0.1,0.2,0.3; got {text!r}.") from error

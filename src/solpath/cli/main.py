@@ -9,12 +9,19 @@ from typing import Any
 
 import typer
 
-from solpath.cli import assess, choose, prune, refine
+from solpath.cli import assess, choose, families, inspecting, prune, refine
 from solpath.cli.app import State, app
 from solpath.cli.terminal import fail
 from solpath.errors import SolpathError
 
-_COMMANDS = (assess, choose, prune, refine)  # importing them registers the commands
+_COMMANDS = (
+    assess,
+    choose,
+    families,
+    inspecting,
+    prune,
+    refine,
+)  # importing them registers the commands
 
 # The error for bad arguments of any kind. typer exports only this subclass of it.
 _USAGE_ERROR: Any = typer.BadParameter.__base__

@@ -10,29 +10,31 @@ import typer
 
 from solpath.cli.app import app
 from solpath.cli.arguments import (
-    Dtype,
-    Images,
+    Data,
     Json,
+    Loss,
     ModelName,
     PathFolder,
+    Placement,
     Precision,
     Samples,
     SmallName,
-    Text,
     Tokens,
     takes_budget,
     takes_constraints,
+    takes_data,
+    takes_placement,
 )
 from solpath.cli.inputs import (
-    batches_for,
+    device_for,
     load_any,
     load_dense,
     load_small,
+    loss_of,
     path_of,
-    random_tokens,
     table_of,
 )
-from solpath.cli.terminal import print_json, print_table, say
+from solpath.cli.terminal import print_json, print_table, say, say_next
 from solpath.errors import BudgetError, ConfigError, FileError
 
 if TYPE_CHECKING:
@@ -41,12 +43,14 @@ if TYPE_CHECKING:
 
 
 @app.command()
+@takes_data
+@takes_placement
 def search(
     context: typer.Context,
     model: ModelName,
     out: Annotated[Path, typer.Option(help="Folder for the path, new or empty.")],
-    text: Text = None,
-    images: Images = None,
+    data: Data,
+    place: Placement,
     steps: Annotated[int | None, typer.Option(help="Steps of the search; default 200.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same path.")] = 0,
     method: Annotated[
@@ -58,7 +62,10 @@ def search(
     compensated: Annotated[
         bool, typer.Option("--compensated", help="Order units for members that are compensated.")
     ] = False,
-    dtype: Dtype = Precision.AUTO,
+    loss: Loss = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Samples of a batch that run at once; saves memory.", min=1)
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder for the state, so that a search can go on.")
     ] = None,
@@ -66,6 +73,7 @@ def search(
 ) -> None:
     """Put all units of a model in order, once."""
     from solpath import baselines
+    from solpath.cli.batches import batches_for
     from solpath.config import InclusionConfig, SearchConfig
     from solpath.files import check_output
     from solpath.model.basis import obstacle
@@ -77,9 +85,9 @@ def search(
         raise ConfigError(f"method must be one of {names}; got {method!r}.")
     if method != "spp" and (basis != "coordinate" or compensated):
         raise ConfigError(f"basis and compensated are settings of the method spp, not of {method}.")
-    if method not in searches and (steps is not None or checkpoint is not None):
+    if method not in searches and (steps, checkpoint, micro_batch) != (None, None, None):
         raise ConfigError(
-            f"steps and checkpoint are of the methods spp and paper, not of {method}."
+            f"steps, checkpoint and micro-batch are of the methods spp and paper, not of {method}."
         )
     length: dict[str, Any] = {} if steps is None else {"steps": steps}
     config: SearchConfig | InclusionConfig = SearchConfig(
@@ -88,13 +96,23 @@ def search(
     if method == "paper":
         config = InclusionConfig(**length, seed=seed)
     check_output(out)
-    loaded = load_dense(model, dtype)
-    batches = batches_for(model, loaded, text, images, seed)
+    own, device = loss_of(loss), device_for(place)
+    loaded = load_dense(model, place)
+    labels = None if own is not None else False
+    batches = batches_for(model, loaded, data, seed, labels=labels, device=device).batches
     if method in searches:
         context.obj.checkpoint = checkpoint
-        path = search_path(loaded, batches, config, checkpoint=checkpoint, progress=not as_json)
+        path = search_path(
+            loaded,
+            batches,
+            config,
+            loss=own,
+            checkpoint=checkpoint,
+            micro_batch=micro_batch,
+            progress=not as_json,
+        )
     else:
-        path = baselines.METHODS[method](loaded, batches, seed=seed)
+        path = baselines.METHODS[method](loaded, batches, seed=seed, loss=own)
     path.save(out)
     if as_json:
         units = sum(pair.units for pair in path.pairs)
@@ -107,6 +125,7 @@ def search(
         for reason, count in fixed.items():
             if reason is not None:
                 print(f"{count} of {len(path.pairs)} pairs keep their axes: {reason}")
+    say_next("extract", model, out, "--sparsity", "0.3", "--out", "small")
 
 
 @app.command()
@@ -140,22 +159,24 @@ def plan(
 @app.command()
 @takes_budget
 @takes_constraints
+@takes_placement
 def extract(
     model: ModelName,
     path: PathFolder,
     out: Annotated[Path, typer.Option(help="Folder for the smaller model, new or empty.")],
     budget: tuple[str, float],
     constraints: dict[str, Any],
+    place: Placement,
     latency: Annotated[
         Path | None,
         typer.Option(help="File of measured latencies: read, or measured and written first."),
     ] = None,
     samples: Samples = 8,
     tokens: Tokens = 128,
-    dtype: Dtype = Precision.AUTO,
     as_json: Json = False,
 ) -> None:
     """Cut a model to a budget and save it. Latency is measured here, and verified."""
+    from solpath.cli.batches import random_tokens
     from solpath.files import check_output
     from solpath.planning.budget import Budget
     from solpath.pretrained import load_processor, quiet_transformers
@@ -170,7 +191,7 @@ def extract(
             raise BudgetError("--latency is for --latency-ms.")
         made = found.plan(Budget(measure, value), **constraints)
     else:
-        loaded = load_any(model, dtype)
+        loaded = load_any(model, place)
         batch = random_tokens(loaded, samples, tokens)
         made = _plan_for_latency(loaded, found, batch, value, latency, constraints)
         del loaded
@@ -179,16 +200,17 @@ def extract(
     except FileError as error:
         say(f"no tokenizer or image processor is saved with it: {error}")
         processor = None
-    if dtype is Precision.AUTO:
+    if place.dtype is Precision.AUTO:
         cut(model, made, out=out, tokenizer=processor)
     else:
-        save(cut(load_any(model, dtype), made), out, tokenizer=processor)
+        save(cut(load_any(model, place), made), out, tokenizer=processor)
     if as_json:
         summary = made.to_dict()
         found_ms = {"latency_ms": summary["latency_ms"]} if made.latency_ms else {}
         asked = {"out": str(out), "asked": summary["asked"]}
         return print_json({**asked, **summary["achieved"], **found_ms})
     print(f"{made!r}\nwritten to {out}")
+    say_next("compensate", out, model, "--data", "DATA", "--out", "better")
 
 
 @app.command()
@@ -222,7 +244,7 @@ def export(
             options["tokenizer"] = load_processor(small)
         except FileError as error:
             say(f"no tokenizer or image processor is saved with it: {error}")
-    made = write(load_small(small, Precision.FLOAT32), out, format, **options)
+    made = write(load_small(small, Placement(dtype=Precision.FLOAT32)), out, format, **options)
     if as_json:
         parity = [asdict(row) for row in made.parity]
         found = {"out": str(out), "format": format, "bytes": made.bytes, "parity": parity}

@@ -1,25 +1,40 @@
 """Commands that make up for what a cut lost."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from solpath.cli.app import app
-from solpath.cli.arguments import Dtype, Images, Json, ModelName, Precision, SmallName, Text
-from solpath.cli.inputs import load_any, load_small, split_batches
-from solpath.cli.terminal import print_json, print_table
+from solpath.cli.arguments import (
+    Data,
+    Json,
+    Loss,
+    ModelName,
+    Placement,
+    SmallName,
+    takes_data,
+    takes_placement,
+)
+from solpath.cli.inputs import device_for, load_any, load_small, loss_of
+from solpath.cli.terminal import print_json, print_table, say_next
+from solpath.errors import ConfigError
+
+_BATCHES = 128  # that compensate fits on, if no number is given
 
 
 @app.command()
+@takes_data
+@takes_placement
 def tune(
     context: typer.Context,
     small: SmallName,
     dense: ModelName,
     out: Annotated[Path, typer.Option(help="Folder for the tuned model, new or empty.")],
-    text: Text = None,
-    images: Images = None,
+    data: Data,
+    place: Placement,
     steps: Annotated[int, typer.Option(help="Updates.")] = 500,
     lora_rank: Annotated[
         int | None, typer.Option(help="Train adapters of this rank, merged; default: all weights.")
@@ -28,7 +43,7 @@ def tune(
         float | None, typer.Option(help="Peak; default: by the distance to the dense model.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of texts and of the adapters.")] = 0,
-    dtype: Dtype = Precision.AUTO,
+    loss: Loss = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Folder for the state, so that tuning can go on.")
     ] = None,
@@ -40,6 +55,8 @@ def tune(
 
     config = TuneConfig(steps=steps, seed=seed, learning_rate=learning_rate, lora_rank=lora_rank)
 
+    own = loss_of(loss)
+
     def tuned(start: Any, teacher: Any, batches: Sequence[Any], heldout: Sequence[Any]) -> Any:
         context.obj.checkpoint = checkpoint
         return train(
@@ -48,63 +65,79 @@ def tune(
             batches,
             config,
             heldout=heldout,
+            loss=own,
             checkpoint=checkpoint,
             progress=not as_json,
         )
 
-    _improve(small, dense, out, text, images, seed, dtype, config.to_dict(), tuned, as_json)
+    _improve(small, dense, out, data, place, seed, own, config.to_dict(), tuned, as_json)
 
 
 @app.command()
+@takes_data
+@takes_placement
 def compensate(
     small: SmallName,
     dense: ModelName,
     out: Annotated[Path, typer.Option(help="Folder for the better model, new or empty.")],
-    text: Text = None,
-    images: Images = None,
-    batch_count: Annotated[
-        int, typer.Option(help="Batches to fit on; more is better.", min=4)
-    ] = 128,
+    data: Data,
+    place: Placement,
     seed: Annotated[int, typer.Option(help="Seed of the order of texts.")] = 0,
-    dtype: Dtype = Precision.AUTO,
+    loss: Loss = None,
     as_json: Json = False,
 ) -> None:
     """Refit an extracted model to the dense one, layer by layer, without training."""
     from solpath.refining.compensation import compensate as refit
+    from solpath.refining.fitting import CHECKED
+
+    data = replace(data, batches=data.batches or _BATCHES)
+    if (data.batches or 0) < CHECKED:
+        raise ConfigError(f"batches must be at least {CHECKED} for compensate, got {data.batches}.")
+    config, own = {"batches": data.batches}, loss_of(loss)
 
     def refitted(start: Any, teacher: Any, batches: Sequence[Any], heldout: Sequence[Any]) -> Any:
-        return refit(start, teacher, batches[:batch_count], progress=not as_json)
+        return refit(start, teacher, batches, loss=own, progress=not as_json)
 
-    config = {"batch_count": batch_count}
-    _improve(small, dense, out, text, images, seed, dtype, config, refitted, as_json)
+    _improve(small, dense, out, data, place, seed, own, config, refitted, as_json)
 
 
 def _improve(
     small: str,
     dense: str,
     out: Path,
-    text: Path | None,
-    images: Path | None,
+    data: Data,
+    place: Placement,
     seed: int,
-    dtype: Precision,
+    loss: Any,
     config: dict[str, Any],
     improved: Callable[[Any, Any, Sequence[Any], Sequence[Any]], Any],
     as_json: bool,
 ) -> None:
     """Save what ``improved(small, dense, batches, heldout)`` returns, and print how near it is."""
+    from solpath.cli.batches import split_batches
     from solpath.files import check_output
     from solpath.measuring.evaluation import evaluate
     from solpath.pretrained import load_processor
     from solpath.storing.writing import save
 
     check_output(out)
-    start, teacher = load_small(small, dtype), load_any(dense, dtype)
-    batches, heldout = split_batches(dense, teacher, text, images, seed)
+    start, teacher = load_small(small, place), load_any(dense, place)
+    batches, heldout = split_batches(
+        dense,
+        teacher,
+        data,
+        seed,
+        labels=None if loss is not None else False,
+        device=device_for(place),
+    )
     better = improved(start, teacher, batches, heldout)
     save(better, out, tokenizer=load_processor(dense))
-    before, after = (dict(evaluate(m, teacher, heldout).metrics) for m in (start, better))
+    before, after = (
+        dict(evaluate(m, teacher, heldout, loss=loss).metrics) for m in (start, better)
+    )
     if as_json:
         return print_json({"out": str(out), "config": config, "before": before, "after": after})
     rows = [(name, f"{before[name]:.4f}", f"{after[name]:.4f}") for name in before]
     print_table(("held-out metric", "before", "after"), rows)
     print(f"written to {out}")
+    say_next("eval", out, "--reference", dense, *data.words)

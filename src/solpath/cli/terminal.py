@@ -1,8 +1,10 @@
 """What the command line prints: results to stdout, everything else to stderr."""
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -14,6 +16,15 @@ def fail(text: str) -> None:
 def say(text: str) -> None:
     """Print to stderr what is going on."""
     print(text, file=sys.stderr)
+
+
+def say_next(*words: str | Path) -> None:
+    """Print the command that most people run after this one.
+
+    Args:
+        words: The words after ``solpath``.
+    """
+    print(f"Next: solpath {shlex.join(map(str, words))}")
 
 
 def print_json(value: Mapping[str, Any]) -> None:

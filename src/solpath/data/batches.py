@@ -1,5 +1,6 @@
 """Sequences of batches, which are read from lists, data sets and streams only when asked for."""
 
+import operator
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -167,6 +168,17 @@ def check_columns(row: Any, columns: Iterable[str]) -> None:
     for column in columns:
         if column not in row:
             raise ConfigError(f"there is no column {column!r}; the columns are {', '.join(row)}.")
+
+
+def label_of(name: str, row: Any, column: str) -> int:
+    """Return the label in a row; raise `BatchError`, which names the sample, if it is no number."""
+    try:
+        return operator.index(row[column])
+    except TypeError as error:
+        raise BatchError(
+            f"{name}: {column} is {row[column]!r:.60}, not a whole number; number the labels "
+            f"first, for example with data.class_encode_column({column!r}) of datasets."
+        ) from error
 
 
 def move(batch: Mapping[str, Any], device: str | torch.device) -> Tensors:

@@ -1,6 +1,5 @@
 """Batches of images, and of images with texts, from folders, lists and data sets."""
 
-import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from solpath.data.batches import (
     Tensors,
     check_columns,
     check_counts,
+    label_of,
     move,
     rows_in_order,
 )
@@ -85,7 +85,7 @@ def image_batches(
     broken = Broken(on_error)
     pillow()
     if isinstance(source, str | os.PathLike):
-        source = _image_files(Path(source), image_column, label_column)
+        source = image_files(Path(source), image_column, label_column)
     rows, order = rows_in_order(source, limit, seed)
     columns = [image_column] if label_column is None else [image_column, label_column]
     for _, row in broken.rows(rows, order[:1]):
@@ -106,7 +106,7 @@ def image_batches(
             processor(images=[image for image in images if image is not None], return_tensors="pt")
         )
         if label_column is not None:
-            batch["labels"] = torch.tensor([_label(*known, label_column) for known in part])
+            batch["labels"] = torch.tensor([label_of(*known, label_column) for known in part])
         return move(batch, device)
 
     return Batches(make, order, batch_size)
@@ -214,7 +214,7 @@ def image_text_batches(
     return Batches(make, order, batch_size)
 
 
-def _image_files(folder: Path, image_column: str, label_column: str | None) -> list[dict[str, Any]]:
+def image_files(folder: Path, image_column: str, label_column: str | None) -> list[dict[str, Any]]:
     """Return a row for every image below `folder`, sorted by location, labelled if asked for."""
     if not folder.is_dir():
         raise FileError(f"{folder} is not a folder of images.")
@@ -235,16 +235,6 @@ def _image_files(folder: Path, image_column: str, label_column: str | None) -> l
 def _named(name: str, image: Any) -> tuple[str, Any]:
     """Return an image with its file, if it is one, or else its row, for messages."""
     return (os.fspath(image) if isinstance(image, str | os.PathLike) else name), image
-
-
-def _label(name: str, row: Any, column: str) -> int:
-    try:
-        return operator.index(row[column])
-    except TypeError as error:
-        raise BatchError(
-            f"{name}: {column} is {row[column]!r:.60}, not a whole number; number the labels "
-            f"first, for example with data.class_encode_column({column!r}) of datasets."
-        ) from error
 
 
 def _check_any(known: Sequence[Any], places: Sequence[int]) -> None:

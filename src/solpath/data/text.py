@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from solpath.data.batches import (
     Tensors,
     check_columns,
     check_counts,
+    label_of,
     move,
     rows_in_order,
 )
@@ -38,6 +39,8 @@ def text_batches(
     seed: int | None = 0,
     pack: bool = False,
     text_column: str = "text",
+    pair_column: str | None = None,
+    label_column: str | None = None,
     on_error: OnError = "raise",
     device: str | torch.device = "cpu",
 ) -> Batches:
@@ -59,20 +62,26 @@ def text_batches(
             into full blocks without padding, which suits decoders; tokens left over at the end are
             dropped.
         text_column: The column of the texts, if the source has rows.
+        pair_column: The column of a second text, which the tokenizer puts behind the first in the
+            same row, as for a classifier of pairs. None, and with `pack`, there is none.
+        label_column: The column of the labels, whole numbers that are added as ``labels``. None,
+            and with `pack`, adds none.
         on_error: What happens to a line or a row that cannot be read: ``"raise"`` raises the error
             below. ``"skip"`` leaves it out of its batch, and a warning counts and names it.
         device: The device that the batches are moved to.
 
     Returns:
         A sequence of dicts of what the model takes: ``input_ids``, ``attention_mask`` and whatever
-        else the tokenizer gives, int64 ``[batch, length]``.
+        else the tokenizer gives, int64 ``[batch, length]``; and, if asked for, ``labels``, int64
+        ``[batch]``.
 
     Raises:
         FileError: The file cannot be read or holds no text.
         BatchError: The source has no text, fewer tokens than one block, or a sample that is not
-            text.
-        ConfigError: A column is missing, a stream has no limit, a setting is out of its range, or
-            the tokenizer has no padding token and `pack` is False.
+            text. A label that is no whole number raises it when its batch is read.
+        ConfigError: A column is missing, a stream has no limit, a setting is out of its range, the
+            tokenizer has no padding token and `pack` is False, or `pack` is True and there is a
+            column of pairs or labels.
 
     Example:
         >>> from transformers import ByT5Tokenizer
@@ -89,9 +98,12 @@ def text_batches(
             "this tokenizer has no padding token; give pack=True for blocks without padding, or "
             "set tokenizer.pad_token."
         )
-    texts = _texts(source, limit, seed, text_column, broken)
+    extra = [column for column in (pair_column, label_column) if column is not None]
+    if pack and extra:
+        raise ConfigError(f"{extra[0]}: packed blocks have neither pairs nor labels.")
+    texts = _texts(source, limit, seed, text_column, pair_column, broken, extra)
     if pack:
-        blocks = _blocks(texts, tokenizer, length, limit)
+        blocks = _blocks((text for text, _ in texts), tokenizer, length, limit)
         broken.report()
         ones = torch.ones_like(blocks)
         return Batches(
@@ -107,22 +119,36 @@ def text_batches(
         raise BatchError("source has no text; give at least one.")
 
     def make(places: Sequence[int]) -> Tensors:
+        rows = [known[i] for i in places]
+        texts = [[text for text, _ in rows]]
+        if pair_column is not None:
+            texts.append([row[pair_column] for _, row in rows])
         encoded = tokenizer(
-            [known[i] for i in places],
-            truncation=True,
-            max_length=length,
-            padding="max_length",
-            return_tensors="pt",
+            *texts, truncation=True, max_length=length, padding="max_length", return_tensors="pt"
         )
-        return move(dict(encoded), device)
+        batch = dict(encoded)
+        if label_column is not None:
+            labels = [label_of(f"{text!r:.40}", row, label_column) for text, row in rows]
+            batch["labels"] = torch.tensor(labels)
+        return move(batch, device)
 
     return Batches(make, range(len(known)), batch_size)
 
 
+_Sample: TypeAlias = tuple[str, Any]
+"""A text and its row, of which the columns besides the text are read."""
+
+
 def _texts(
-    source: Source, limit: int | None, seed: int | None, text_column: str, broken: Broken
-) -> Iterator[str]:
-    """Yield the texts that are not blank, in order."""
+    source: Source,
+    limit: int | None,
+    seed: int | None,
+    text_column: str,
+    pair_column: str | None,
+    broken: Broken,
+    extra: Sequence[str],
+) -> Iterator[_Sample]:
+    """Yield the texts that are not blank, in order, with those columns of their rows."""
     if isinstance(source, str | os.PathLike):
         source = read_lines(Path(source), broken)
     if isinstance(source, Sized):
@@ -132,24 +158,22 @@ def _texts(
         if limit is None:
             raise ConfigError("limit: a stream needs one.")
         samples = ((f"row {i}", row) for i, row in enumerate(source))
-    return _not_blank(samples, text_column, broken)
-
-
-def _not_blank(samples: Iterable[tuple[str, Any]], column: str, broken: Broken) -> Iterator[str]:
     for name, row in samples:
-        if isinstance(row, Mapping):
-            check_columns(row, (column,))
-            row = row[column]
-        if not isinstance(row, str):
+        if extra or isinstance(row, Mapping):
+            check_columns(row, (text_column, *extra))
+        text = row[text_column] if isinstance(row, Mapping) else row
+        pair = "-" if pair_column is None else row[pair_column]
+        kinds = [type(part).__name__ for part in (text, pair) if not isinstance(part, str)]
+        if kinds:
             broken.note(
                 name,
                 BatchError(
-                    f"{name}: a text is needed, got a {type(row).__name__}; drop such rows first, "
+                    f"{name}: a text is needed, got a {kinds[0]}; drop such rows first, "
                     "or leave them out with on_error='skip'."
                 ),
             )
-        elif row.strip():
-            yield row
+        elif text.strip() and pair.strip():
+            yield text, {column: row[column] for column in extra}
 
 
 def read_lines(file: Path, broken: Broken) -> list[str]:

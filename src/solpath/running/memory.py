@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from solpath.running.modes import entered
 
-_SHARE = 0.8  # of the free memory that a piece of work may take
+SHARE = 0.8  # of the free memory that a piece of work may take
 _CONTROL_GROUPS = Path("/sys/fs/cgroup")
 _OWN_GROUPS = Path("/proc/self/cgroup")
 
@@ -133,7 +133,7 @@ def fits(size: int, device: torch.device) -> bool:
         size: The bytes.
         device: The device.
     """
-    return size <= _SHARE * free_memory(device)
+    return size <= SHARE * free_memory(device)
 
 
 def free_memory(device: torch.device) -> int:

@@ -9,7 +9,8 @@ from solpath.running.modes import undoing
 Report = Callable[..., None]
 """A function that moves the bar by one step: ``report(**fields)``.
 
-The fields are the figures in the text beside the bar.
+The fields are the figures in the text beside the bar; ``samples`` are those of the step, of which
+the bar shows how many go through in a second.
 """
 
 
@@ -37,15 +38,23 @@ def progress_bar(
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(rate(task.finished_speed or task.speed, task.fields.get("samples")))
 
     columns = (
         TextColumn(title),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(text),
+        Rate(),
         TimeRemainingColumn(),
     )
     bar = Progress(*columns)
@@ -53,6 +62,23 @@ def progress_bar(
         bar.start()
         task = bar.add_task(title, total=total, completed=done, **fields)
         yield lambda **fields: bar.update(task, advance=1, **fields)
+
+
+def rate(steps: float | None, samples: int | None) -> str:
+    """Return samples per second as text; nothing while they are not known.
+
+    Args:
+        steps: Steps per second.
+        samples: Samples of a step.
+
+    Example:
+        >>> rate(2.5, 16), rate(0.1, 4), rate(None, 16)
+        ('40 samples/s', '0.4 samples/s', '')
+    """
+    if steps is None or samples is None:
+        return ""
+    value = steps * samples
+    return f"{value:,.0f} samples/s" if value >= 10 else f"{value:.1f} samples/s"
 
 
 def say(text: str) -> None:

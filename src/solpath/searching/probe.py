@@ -44,7 +44,7 @@ from solpath.searching.redundancy import Inputs
 from solpath.searching.statistics import Statistics
 
 _ENERGY_BATCHES = 4
-_LARGE = 32 * 2**20  # bytes of weights from which on the memory of a step is looked at
+LARGE = 32 * 2**20  # bytes of weights from which on the memory of a step is looked at
 
 
 class _Part(NamedTuple):
@@ -412,7 +412,7 @@ def probing(
         probe.measure_energy(_ENERGY_BATCHES)
         if recompute is None:
             recompute = any(map(offloads, model.modules())) or (
-                resident_bytes(model) > _LARGE and not fits(probe.step_memory(), device_of(model))
+                resident_bytes(model) > LARGE and not fits(probe.step_memory(), device_of(model))
             )
         if recompute:
             blocks = blocks_of(model, [pair.right.module for pair in pairs])

@@ -1,0 +1,209 @@
+"""Batches of the data that a command's options name. Commands import this when they run."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from solpath.cli.arguments import Data
+from solpath.cli.terminal import say
+from solpath.data.columns import ROLES, Role
+from solpath.data.docstrings import read_corpus, texts_of
+from solpath.data.feeding import Feed, feed, longest_text, takes
+from solpath.data.mixture import split_weight
+from solpath.data.tables import Table, images_table, lines_table, open_table
+from solpath.errors import ConfigError
+from solpath.pretrained import load_processor
+from solpath.running.forward import device_of
+
+
+def random_tokens(model: Any, samples: int, tokens: int, *, new: int = 0) -> dict[str, Any]:
+    """Return a batch of random tokens without padding, for timings.
+
+    Its tensors are int64 ``[samples, tokens]``, and the same in every run.
+
+    Args:
+        model: The model.
+        samples: The number of texts.
+        tokens: The number of tokens per text.
+        new: The number of tokens that the model will generate after them.
+
+    Raises:
+        ConfigError: The model takes something other than text alone, or takes fewer tokens.
+    """
+    if takes(model) != {"text"}:
+        raise ConfigError(
+            f"{type(model).__name__} takes {' and '.join(sorted(takes(model)))}; time it from "
+            "Python, with solpath.measure or solpath.plan_for_latency and a batch of yours."
+        )
+    limit = getattr(model.config, "max_position_embeddings", tokens + new)
+    if tokens + new > limit:
+        most = f"{limit} for this model" + (f", less {new} new ones" if new else "")
+        raise ConfigError(f"tokens must be at most {most}, got {tokens}.")
+    shape, generator = (samples, tokens), torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, shape, generator=generator)
+    ids = ids.to(device_of(model))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def batches_for(
+    name: str,
+    model: Any,
+    data: Data,
+    seed: int,
+    *,
+    labels: bool | None = False,
+    device: Any = "cpu",
+) -> Feed:
+    """Return batches of the data that was named, or of the docstrings of installed packages.
+
+    What is read is said.
+
+    Args:
+        name: The folder or Hub id of the model, from where its processor is read.
+        model: The model.
+        data: What the options say.
+        seed: Seeds the order of the samples.
+        labels: See `solpath.data.feeding.feed`.
+        device: The device of the batches.
+
+    Raises:
+        ConfigError: The model takes something else than what was given.
+    """
+    if not data.named and not labels and takes(model) == {"text"}:
+        known = texts_of(read_corpus(calibration=0, test=0).search, seed=seed)
+        return docstring_batches(model, load_processor(name), known, data, device)
+    tables = _tables(name, model, data)
+    found = feed(
+        model,
+        load_processor(name),
+        tables,
+        columns=_columns(model, data.column or ()),
+        labels=labels,
+        batch_size=data.batch_size,
+        length=data.length,
+        limit=data.limit,
+        batches=data.batches,
+        seed=seed,
+        device=device,
+    )
+    for line in found.said:
+        say(f"data: {line}")
+    return found
+
+
+def docstring_batches(
+    model: Any, tokenizer: Any, texts: Sequence[str], data: Data, device: Any
+) -> Feed:
+    """Return batches of docstrings, in their order, of 32 tokens if no length is given.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        texts: The docstrings.
+        data: Says how many, and how long. Data that it names is not read.
+        device: The device of the batches.
+    """
+    length = data.length or min(32, longest_text(model, tokenizer) or 32)
+    table = Table("docstrings", [{"text": text} for text in texts], {"text": "text"})
+    return feed(
+        model,
+        tokenizer,
+        [(table, None)],
+        batch_size=data.batch_size,
+        length=length,
+        limit=data.limit,
+        batches=data.batches,
+        seed=None,
+        device=device,
+    )
+
+
+def _tables(name: str, model: Any, data: Data) -> list[tuple[Table, float | None]]:
+    """Open what the options name."""
+    kinds = takes(model)
+    if kinds == {"image"} and (data.text or not data.named):
+        raise ConfigError(f"{name} takes images; give a folder of them with --images or --data.")
+    if kinds == {"text"} and data.images:
+        raise ConfigError(f"{name} takes text, not images; give a file with --text or --data.")
+    if len([given for given in (data.text, data.images, data.data) if given]) > 1:
+        raise ConfigError("give one of --text, --images and --data.")
+    if not data.named:
+        found = " and ".join(sorted(kinds))
+        hint = "; give them with --data" if kinds == {"image", "text"} else ""
+        raise ConfigError(f"{name} takes {found}; use it from Python, with your own batches{hint}.")
+    chosen = {"config": data.config, "split": data.split}
+    if not data.data:
+        for option, values in {**chosen, "column": data.column}.items():
+            if values and (option != "column" or data.text):
+                raise ConfigError(f"--{option} is for --data.")
+        if data.text:
+            return [(lines_table(str(data.text)), None)]
+        assert data.images is not None
+        return [(images_table(str(data.images), data.images), None)]
+    count = len(data.data)
+    each = {option: _once_or_each(option, values, count) for option, values in chosen.items()}
+    parts = [split_weight(text) for text in data.data]
+    return [
+        (open_table(part, config=each["config"][i], split=each["split"][i]), weight)
+        for i, (part, weight) in enumerate(parts)
+    ]
+
+
+def _once_or_each(option: str, values: Sequence[str] | None, count: int) -> Sequence[str | None]:
+    if not values:
+        return [None] * count
+    if len(values) not in (1, count):
+        raise ConfigError(f"give --{option} once, or once for each of the {count} --data.")
+    return list(values) * (count // len(values))
+
+
+def _columns(model: Any, given: Sequence[str]) -> dict[Role, str]:
+    """Return role to column, of ``COLUMN`` or ``ROLE=COLUMN``."""
+    found: dict[Role, str] = {}
+    for text in given:
+        before, mark, column = text.partition("=")
+        known = [role for role in ROLES if mark and role == before]
+        role: Role = "image" if takes(model) == {"image"} else "text"
+        if known:
+            role = known[0]
+        else:
+            column = text
+        if role in found:
+            raise ConfigError(f"--column gives the {role} twice: {found[role]} and {column}.")
+        found[role] = column
+    return found
+
+
+def split_batches(
+    name: str,
+    model: Any,
+    data: Data,
+    seed: int,
+    *,
+    labels: bool | None = False,
+    device: Any = "cpu",
+) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Return batches to train on, and held-out batches to judge by.
+
+    Docstrings are split by file. Of the user's own data, the last tenth of the batches is held out.
+    The arguments are those of `batches_for`.
+
+    Raises:
+        ConfigError: There is only one batch, or the model takes something else than what was given.
+    """
+    if not data.named and takes(model) == {"text"}:
+        corpus, tokenizer = read_corpus(search=2048, test=0), load_processor(name)
+        texts = texts_of(corpus.search, seed=seed)
+        held = docstring_batches(
+            model, tokenizer, texts_of(corpus.calibration), replace(data, batches=None), device
+        )
+        return docstring_batches(model, tokenizer, texts, data, device).batches, list(held.batches)
+    batches = batches_for(
+        name, model, replace(data, batches=None), seed, labels=labels, device=device
+    ).batches
+    count = max(1, len(batches) // 10)
+    if len(batches) == count:
+        raise ConfigError("there is one batch of data; give more: a tenth of it is held out.")
+    return batches[:-count][: data.batches], list(batches[-count:])  # read again and again

@@ -1,0 +1,151 @@
+"""All options of a command in a TOML file: read from one, and written beside what it made."""
+
+import functools
+import inspect
+import json
+import tomllib
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from solpath.errors import ConfigError
+
+FILE = "settings.toml"
+"""The file in the folder that a command wrote."""
+
+_NOT_KEPT = frozenset({"out", "json", "checkpoint", "settings", "help"})  # of one run alone
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the option ``--settings FILE``, and let it keep its settings.
+
+    What the file says counts where the command line says nothing. If the command has an argument
+    ``out`` and that is a folder in the end, `FILE` in it says what was used.
+
+    Args:
+        command: The command, with the annotations of typer.
+    """
+    given_parameters = inspect.signature(command).parameters
+    context_name = next(
+        (name for name, p in given_parameters.items() if p.annotation is typer.Context), None
+    )
+
+    @functools.wraps(command)
+    def with_option(context_: typer.Context, settings: Path | None, **given: Any) -> None:
+        own = {} if context_name is None else {context_name: context_}
+        command(**given, **own)
+        out = given.get("out")
+        if isinstance(out, Path) and out.is_dir():
+            _keep(context_, out / FILE)
+
+    added = [
+        inspect.Parameter("context_", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
+        inspect.Parameter(
+            "settings", inspect.Parameter.KEYWORD_ONLY, annotation=_Settings, default=None
+        ),
+    ]
+    own = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in given_parameters.items()
+        if name != context_name
+    ]
+    changed: Any = with_option
+    changed.__signature__ = inspect.Signature([*own, *added])
+    changed.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
+    return with_option
+
+
+def _read(context: typer.Context, file: Path | None) -> Path | None:
+    """Make what a file says the default of a command's options."""
+    if file is None:
+        return None
+    try:
+        found = tomllib.loads(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--settings: cannot read {file}: {error}.") from error
+    known = _options(context)
+    defaults = {}
+    for key, value in found.items():
+        if key not in known:
+            near = get_close_matches(key, known, 1)
+            hint = f"; the nearest is {near[0]}" if near else f"; known are {', '.join(known)}"
+            raise ConfigError(f"{file}: {context.info_name} has no option {key!r}{hint}.")
+        defaults[known[key].name] = _plain(f"{file}: {key}", known[key], value)
+    context.default_map = defaults
+    return file
+
+
+_Settings = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML file of options, such as the settings.toml of a result.",
+        is_eager=True,
+        callback=_read,
+    ),
+]
+
+
+def _options(context: typer.Context) -> dict[str, Any]:
+    """Return name, as on the command line, to every option and argument of a command."""
+    found = {}
+    for parameter in context.command.params:
+        longest = max(parameter.opts, key=len)
+        name = longest.removeprefix("--") if longest.startswith("--") else str(parameter.name)
+        if name not in ("help", "settings"):
+            found[name] = parameter
+    return found
+
+
+def _plain(name: str, parameter: Any, value: Any) -> Any:
+    """Return a value as the command line would give it, so that it is checked the same."""
+    many = getattr(parameter, "multiple", False) or parameter.nargs == -1
+    if many:
+        if not isinstance(value, list):
+            raise ConfigError(f"{name} must be a list, got {value!r}.")
+        return [_plain(name, _One, part) for part in value]
+    if getattr(parameter, "is_flag", False) != isinstance(value, bool):
+        kind = "not true or false" if isinstance(value, bool) else "true or false"
+        raise ConfigError(f"{name} must be {kind}, got {value!r}.")
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, str | int | float):
+        raise ConfigError(f"{name} must be one value, got {value!r}.")
+    return str(value)
+
+
+class _One:
+    """Stands for one value of an option that takes several."""
+
+    is_flag = multiple = False
+    nargs = 1
+
+
+def _keep(context: typer.Context, file: Path) -> None:
+    """Write what a command was given, defaults included."""
+    from solpath import __version__
+    from solpath.files import write_file
+
+    lines = [f"# solpath {context.info_name} --settings FILE --out FOLDER; solpath {__version__}"]
+    for name, parameter in _options(context).items():
+        value = context.params.get(str(parameter.name))
+        if name in _NOT_KEPT or value is None or value == [] or value == ():
+            continue
+        lines.append(f"{name} = {_toml(value)}")
+    write_file(file, ("\n".join(lines) + "\n").encode())
+
+
+def _toml(value: Any) -> str:
+    """Return a plain value in TOML."""
+    if isinstance(value, Mapping):
+        raise TypeError("no option is a table")
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,200 @@
+"""Data by name: files, folders and data sets, their columns, labels and mixtures."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from conftest import build
+from solpath.data.columns import Labels, find_columns
+from solpath.data.feeding import feed
+from solpath.data.mixture import Mixture, split_weight
+from solpath.data.tables import Table, open_table
+from solpath.errors import ConfigError, FileError
+from test_batching import ENDED, PADDED, tokenizer
+
+datasets = pytest.importorskip("datasets")
+
+ROWS = [{"text": f"w{i} w1", "label": i % 2} for i in range(6)]
+
+
+def photos(folder: Path, names: list[str]) -> None:
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 8), (40 * i, 0, 0)).save(folder / name)
+
+
+@pytest.fixture
+def sources(tmp_path) -> dict[str, str]:
+    """The same six rows in every form."""
+    data = datasets.Dataset.from_list(ROWS)
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    lines = ["text,label", *(f"{row['text']},{row['label']}" for row in ROWS)]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    (tmp_path / "a.tsv").write_text("\n".join(line.replace(",", "\t") for line in lines))
+    data.to_parquet(tmp_path / "a.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    (tmp_path / "folder").mkdir()
+    data.to_parquet(tmp_path / "folder" / "train.parquet")
+    names = "a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "saved", "folder"
+    return {name: str(tmp_path / name) for name in names}
+
+
+def test_every_form_gives_the_same_rows(sources):
+    for name in sources.values():
+        assert list(open_table(name).rows) == ROWS, name
+
+
+def test_words_that_mean_nothing_to_pandas_are_texts(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\nnull,0\nNA,1\n")
+    assert [row["text"] for row in open_table(str(tmp_path / "a.csv")).rows] == ["null", "NA"]
+
+
+def test_splits_are_chosen(tmp_path):
+    data = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict(train=data, test=data.select([1])).save_to_disk(tmp_path / "saved")
+    photos(tmp_path / "photos", ["train/a/0.png", "train/b/1.png", "val/a/2.png", "val/b/3.png"])
+    saved, folder = str(tmp_path / "saved"), str(tmp_path / "photos")
+    assert list(open_table(saved, split="test").rows) == [ROWS[1]]
+    assert open_table(folder, split="val").names == {"label": ["a", "b"]}
+    for name, text in ((saved, "splits train, test"), (folder, "splits train, val")):
+        with pytest.raises(ConfigError, match=text):
+            open_table(name)
+        with pytest.raises(ConfigError, match="'dev'"):
+            open_table(name, split="dev")
+
+
+def test_what_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "a.xml").write_text("<a/>")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text":')
+    (tmp_path / "w[1].csv").write_text("text\na\n")
+    for name, text in (
+        ("a.xml", "ending of a file must be one of .txt, .jsonl"),
+        ("none.csv", "no such file"),
+        ("bad.jsonl", "cannot read .*JSON parse error"),
+        ("w[1].csv", "rename it"),
+    ):
+        with pytest.raises(FileError, match=text):
+            open_table(str(tmp_path / name))
+    (tmp_path / "a.csv").write_text("text\na\n")
+    with pytest.raises(ConfigError, match="no splits to choose from; leave out 'train'"):
+        open_table(str(tmp_path / "a.csv"), split="train")
+
+
+def test_columns_by_one_rule():
+    def found(given=None, *, role="text", **holds):
+        return find_columns(Table("t", [], holds), [role], given or {})
+
+    assert found(text="text", title="text", label="text") == {"text": "text"}
+    assert found(body="text", id="whole") == {"text": "body"}
+    assert found(sentence1="text", sentence2="text", label="whole") == {
+        "text": "sentence1", "pair": "sentence2"
+    }  # fmt: skip
+    assert found({"text": "b"}, a="text", b="text") == {"text": "b"}
+    assert found(role="image", photo="image", text="text") == {"image": "photo"}
+    assert found(role="label", text="text", labels="names") == {"label": "labels"}
+    for holds, words in (
+        ({"a": "text", "b": "text"}, "several columns that could be the text: a, b"),
+        ({"text": "text", "content": "text"}, "could be the text: text, content"),
+        ({"n": "whole"}, "no column that could be the text among n"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            found(**holds)
+    with pytest.raises(ConfigError, match="no column 'c'; its columns are a, b"):
+        found({"text": "c"}, a="text", b="text")
+    with pytest.raises(ConfigError, match="'n' of t does not hold texts"):
+        found({"text": "n"}, n="whole")
+
+
+def numbers(model, *tables: Table) -> list[list[int]]:
+    labels = Labels(model.config, [(table, "label") for table in tables])
+    return [[labels.number(i, r["label"]) for r in t.rows] for i, t in enumerate(tables)]
+
+
+def labelled(values, holds="text", names=None) -> Table:
+    rows = [{"label": value} for value in values]
+    return Table("t", rows, {"label": holds}, {"label": names} if names else {})
+
+
+def test_labels_become_the_numbers_of_the_model():
+    model = build("camembert", num_labels=2)
+    assert numbers(model, labelled(["no", "yes", "no"])) == [[0, 1, 0]]
+    assert numbers(model, labelled([True, False], "whole")) == [[1, 0]]
+    assert numbers(model, labelled([1, 0], "names", ["n", "p"])) == [[1, 0]]
+    model.config.id2label = {0: "YES", 1: "NO"}
+    model.config.label2id = {"YES": 0, "NO": 1}
+    assert numbers(model, labelled(["no", "yes"])) == [[1, 0]]
+    assert numbers(model, labelled([0, 1], "names", ["no", "yes"])) == [[1, 0]]
+    assert numbers(model, labelled(["no"]), labelled([1], "whole")) == [[1], [1]]
+    for table, words in (
+        (labelled(["good", "bad"]), "the labels are bad, good, and the model knows YES, NO"),
+        (labelled([0, 2], "whole"), "labels from 0 to 2, the model 2 classes"),
+        (labelled([0], "names", ["a", "b", "c"]), "has 3 labels"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            numbers(model, table)
+    with pytest.raises(ConfigError, match=r"has 1 labels .*the model 2 classes"):
+        numbers(build("camembert", num_labels=2), labelled(["a"]))
+
+
+def test_a_weight_stands_behind_a_colon(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("b:2").touch()
+    assert split_weight("b:2") == ("b:2", None)
+    assert split_weight("b:2:0.5") == ("b:2", 0.5)
+    with pytest.raises(ConfigError, match="more than 0"):
+        split_weight("a:0")
+
+
+def texts(name: str, count: int) -> tuple[Table, dict]:
+    rows = [{"text": f"{name}{i}"} for i in range(count)]
+    return Table(name, rows, {"text": "text"}), {"text": "text"}
+
+
+def test_mixtures_hold_their_shares_everywhere():
+    mixture = Mixture([texts("a", 40), texts("b", 100)], [1.0, 3.0], seed=0)
+    found = [row["text"] for row in mixture]
+    assert len(found) == len(set(found)) == 133  # as many as 100 of b allow
+    assert all(2 <= Counter(t[0] for t in found[i : i + 12])["a"] <= 4 for i in range(0, 120, 12))
+    again = [row["text"] for row in Mixture([texts("a", 40), texts("b", 100)], [1, 3], seed=0)]
+    other = [row["text"] for row in Mixture([texts("a", 40), texts("b", 100)], [1, 3], seed=1)]
+    assert found == again != other
+    assert len(Mixture([texts("a", 40), texts("b", 100)], [None, None])) == 140
+    assert Mixture([texts("a", 40), texts("b", 100)], [None, None], limit=14).counts == [4, 10]
+    with pytest.raises(ConfigError, match="too few"):
+        Mixture([texts("a", 40), texts("b", 100)], [1000.0, 1.0])
+
+
+def test_pairs_are_one_row_for_classifiers_and_two_for_others():
+    rows = [{"premise": f"w{i}", "hypothesis": f"w{i + 10}"} for i in range(4)]
+    table = Table("nli", rows, {"premise": "text", "hypothesis": "text"})
+    model, words = build("camembert"), tokenizer(**PADDED)
+    batch = feed(model, words, [(table, None)], length=4, seed=None).batches[0]
+    assert batch["input_ids"][1].tolist() == [1, 11, 51, 51]
+    plain = model.base_model
+    found = feed(plain, words, [(table, None)], length=4, seed=None)
+    assert found.paired
+    assert found.batches[0]["input_ids"][:, 0].tolist() == [0, 10, 1, 11, 2, 12, 3, 13]
+    decoder = build("gpt2")
+    blocks = feed(decoder, tokenizer(**ENDED), [(table, None)], length=8, seed=None).batches[0]
+    assert blocks["input_ids"][0, :4].tolist() == [0, 52, 10, 52]
+
+
+def test_labels_only_when_asked_for(sources):
+    model, words = build("camembert", num_labels=2), tokenizer(**PADDED)
+    table = [(open_table(sources["a.csv"]), None)]
+    assert "labels" not in feed(model, words, table).batches[0]
+    found = feed(model, words, table, labels=True, seed=None, limit=3, batch_size=2)
+    assert [batch["labels"].tolist() for batch in found.batches] == [[0, 1], [0]]
+    assert found.said == [f"{sources['a.csv']}: 3 of 6 rows, text from 'text', label from 'label'"]
+    plain = [(Table("t", [{"text": "w1"}], {"text": "text"}), None)]
+    assert "labels" not in feed(model, words, plain, labels=None).batches[0]
+    with pytest.raises(ConfigError, match="could be the label"):
+        feed(model, words, plain, labels=True)
+    with pytest.raises(ConfigError, match="is no classifier"):
+        feed(model.base_model, words, table, labels=True)
+    with pytest.raises(ConfigError, match="length is 99, and the model takes"):
+        feed(model, words, table, length=99)
