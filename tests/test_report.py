@@ -15,6 +15,7 @@ from conftest import build, inputs
 from solpath.errors import ConfigError, FileError
 from solpath.reporting.charts import entry_shares, spread
 from solpath.reporting.family import Family
+from solpath.reporting.promise import read_promise
 from solpath.reporting.report import duration, heat_maps, overlap, size_table, write_report
 
 SIZES = {"s20": 0.2, "s40": 0.4, "s60": 0.6, "s75": 0.75}
@@ -322,6 +323,24 @@ def test_the_promise_is_shown_and_the_page_begins_there(folder: Path) -> None:
     assert "<strong>Chosen: 20\u202f% removed.</strong>" in page
     assert "at most 0.05" in page
     assert 'value="20"' in page
+
+
+def test_a_choice_of_the_command_line_becomes_the_promise(tmp_path: Path) -> None:
+    model, file = build("bert"), tmp_path / "choice.json"
+    data = conftest.batches(model)
+    path = solpath.baselines.magnitude(model, data)
+    choice = solpath.choose(model, path, data, 0.9, confidence=0.6, sizes=[0.05, 0.1])
+    file.write_text(json.dumps(choice.to_dict()))
+    promise, last = read_promise(file), choice.tests[-1]
+    assert (promise.sparsity, promise.bound) == (last.sparsity, last.bound)
+    value = choice.to_dict()
+    value["tests"][0]["passed"] = value["tests"][1]["passed"] = False
+    file.write_text(json.dumps(value))
+    with pytest.raises(ConfigError, match="no size passed"):
+        read_promise(file)
+    file.write_text("{}")
+    with pytest.raises(FileError, match=r"choice\.json is not what"):
+        read_promise(file)
 
 
 def test_costs_of_every_size_are_those_of_plans(folder: Path) -> None:

@@ -130,16 +130,26 @@ def report(
     dense: Annotated[
         str | None, typer.Option(help="Folder or hub id of the dense model, to go on with prompts.")
     ] = None,
+    choice: Annotated[
+        Path | None, typer.Option(help="What choose --out wrote, to mark the size and its promise.")
+    ] = None,
+    beside: Annotated[
+        Path | None, typer.Option(help="Folder of another path of the model, to compare with.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Build report.html again from family.json and path/, for decoders with what they write."""
+    """Build report.html again from family.json and path/, with more in it."""
+    from solpath.reporting.family import Family
+    from solpath.reporting.promise import read_promise
     from solpath.reporting.report import write_report
 
     if (prompts is None) != (dense is None):
         raise ConfigError("give --prompts and --dense together, or neither of them.")
     if prompts is not None and dense is not None:
         _go_on(folder, prompts, dense)
-    file = write_report(folder)
+    if choice is not None:
+        replace(Family.read(folder), promise=read_promise(choice)).write(folder)
+    file = write_report(folder, beside=beside)
     if as_json:
         return print_json({"report": str(file), "bytes": file.stat().st_size})
     print(f"written to {file}")
