@@ -233,7 +233,7 @@ def test_the_estimate_of_memory_is_right(label, changes, given):
 def test_the_estimate_is_one_line(capsys):
     model = build("llama")
     solpath.search(model, batches(model), SHORT, recompute=True)
-    [line] = [line for line in capsys.readouterr().out.splitlines() if "samples" in line]
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("search: ")]
     assert line.startswith("search: 4 steps of 4 samples on cpu: about 1 s and ")
     assert line.endswith("activations are computed again, block by block, to save memory")
     short = Estimate(3600.0 * 2, 10**9, 3 * 10**9, 0, 0, 10**9, 8, "cuda:0", False)
