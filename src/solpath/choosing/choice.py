@@ -45,6 +45,7 @@ class Choice:
         samples: Number of samples that judged.
         tests: The sizes that were tested, from the largest member down to the first that failed.
         assumptions: What the promise stands on, in sentences.
+        compensated: Whether the members that were tested are compensated.
         provenance: Where the figures come from, see `solpath.running.provenance.provenance`.
     """
 
@@ -57,6 +58,7 @@ class Choice:
     tests: tuple[SizeTest, ...]
     assumptions: tuple[str, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    compensated: bool = False
 
     @property
     def sparsity(self) -> float:
@@ -108,6 +110,7 @@ class Choice:
             "tests": [asdict(test) for test in self.tests],
             "assumptions": list(self.assumptions),
             "provenance": dict(self.provenance),
+            "compensated": self.compensated,
         }
 
     def __repr__(self) -> str:

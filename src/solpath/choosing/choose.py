@@ -149,6 +149,7 @@ def choose(
         tests=tuple(tests),
         assumptions=_assumptions(judge, samples.repeated, compensated=fitted is not None),
         provenance=provenance(device_of(model)),
+        compensated=fitted is not None,
     )
 
 
