@@ -16,7 +16,7 @@ from conftest import build, inputs, randomise_
 from solpath.choosing import choose as choosing
 from solpath.choosing.bounds import mean_upper, paired_upper
 from solpath.choosing.samples import sample_digests
-from solpath.errors import BatchError, ConfigError
+from solpath.errors import BatchError, ConfigError, FingerprintError, UnsupportedModelError
 
 QUIET = {"progress": False}
 
@@ -380,3 +380,13 @@ def test_a_regression_needs_a_batch_besides_the_first(bert):
     path = solpath.baselines.magnitude(model, [batch])
     with pytest.raises(BatchError, match="the first batch sets the scale"):
         solpath.choose(model, path, [batch], 0.5, **QUIET)
+
+
+def test_another_model_is_refused_before_it_is_run(bert, path, monkeypatch):
+    monkeypatch.setattr(choosing, "metric_for", None)
+    given = heldout(bert, 2)
+    with pytest.raises(FingerprintError):
+        solpath.choose(build("bert", seed=3), path, given, 0.5, **QUIET)
+    small = solpath.extract(bert, path.plan(sparsity=0.3))
+    with pytest.raises(UnsupportedModelError, match="already extracted"):
+        solpath.choose(small, path, given, 0.5, **QUIET)

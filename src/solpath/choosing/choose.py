@@ -22,7 +22,9 @@ from solpath.config import check_number
 from solpath.data.preparation import Preparation, preparing
 from solpath.data.source import batch_size, check_ends
 from solpath.errors import BatchError, ConfigError
+from solpath.model.discovery import survey
 from solpath.model.extraction import extract
+from solpath.model.fingerprint import check_fingerprint
 from solpath.planning.path import SolutionPath
 from solpath.planning.plan import Plan
 from solpath.refining.compensation import compensate as refit
@@ -89,6 +91,7 @@ def choose(
             give other samples when they are read again, have no labels, or are not what the model
             takes.
         FingerprintError: The path belongs to another model.
+        UnsupportedModelError: The model was extracted already, or is quantised.
         NonFiniteLossError: An output is not finite.
         ModelInUseError: The model is masked or searched, or another thread works on it.
 
@@ -110,6 +113,7 @@ def choose(
         preparing(model, device_of(model)) as prepare,
         progress_bar("choose", "", len(plans) + 1, 0, show=progress) as report,
     ):
+        check_fingerprint(path.fingerprint, path.pairs, model, survey(model)[0])
         samples = _Samples(known, prepare)
         if fitted is not None:
             samples.check_apart(fitted, model)
