@@ -87,8 +87,8 @@ def test_choose(path, tmp_path, capsys):
     assert found["sparsity"] == 0.1
     assert [test["passed"] for test in found["tests"]] == [True, False]
     line = printed.splitlines()[-1]
-    assert line.startswith(f"next: solpath extract {model} {path} --sparsity 0.1 --multiple-of")
-    _, *words = shlex.split(line.removeprefix("next: "))
+    assert line.startswith(f"Next: solpath extract {model} {path} --sparsity 0.1 --multiple-of")
+    _, *words = shlex.split(line.removeprefix("Next: "))
     small = str(tmp_path / "small")
     assert run([*words[:-1], small]) == 0
     params = sum(p.numel() for p in solpath.load(small).parameters())
