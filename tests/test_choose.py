@@ -16,7 +16,7 @@ from conftest import build, inputs, randomise_
 from solpath.choosing import choose as choosing
 from solpath.choosing.bounds import mean_upper, paired_upper
 from solpath.choosing.samples import sample_digests
-from solpath.errors import BatchError, ConfigError
+from solpath.errors import BatchError, ConfigError, FingerprintError, UnsupportedModelError
 
 QUIET = {"progress": False}
 
@@ -199,6 +199,8 @@ def test_samples_needed(bert, path):
         choice.samples_needed(first.mean, sparsity=0.05)
     with pytest.raises(ConfigError, match="not tested"):
         choice.samples_needed(0.1, sparsity=0.3)
+    with pytest.raises(ConfigError, match="max_loss must be a number"):
+        choice.samples_needed(math.nan)
 
 
 def test_constraints_are_those_of_a_plan(bert, path):
@@ -248,6 +250,8 @@ def test_too_few_samples_are_refused_before_a_model_is_cut(bert, path, monkeypat
         ({"confidence": 1.0}, "confidence must lie between 0 and 1"),
         ({"clip": -1}, "clip must be a number"),
         ({"sizes": []}, "sizes is empty"),
+        ({"sizes": 0.3}, "sizes must be a list"),
+        ({"sizes": [0.1, "b"]}, "a size must be a number"),
         ({"metric": "loss"}, "metric must be"),
     ],
 )
@@ -320,3 +324,69 @@ def test_padding_is_left_out_with_one_warning(bert, path):
         choice = solpath.choose(bert, path, batches, 0.5, sizes=[0.1], **QUIET)
     assert choice.samples == 199
     assert sum("padding alone" in str(w.message) for w in caught) == 1
+
+
+def test_samples_whose_tensors_have_no_row_for_each_are_told_apart():
+    """Patches of images end to end, as Qwen-VL takes them; nor is a mask of text one of images."""
+    ids = torch.tensor([[5, 6]])
+    one, other = ({"input_ids": ids, "pixel_values": torch.full((4, 3), x)} for x in (0.0, 1.0))
+    assert sample_digests(one) == sample_digests({**one, "labels": torch.tensor([1])})
+    assert sample_digests(one) != sample_digests(other)
+    mask = torch.tensor([[1, 0]])
+    one, other = (
+        {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.tensor([[[1.0], [x]]])}
+        for x in (2.0, 3.0)
+    )
+    assert sample_digests(one) != sample_digests(other)
+    padded = {**other, "pixel_attention_mask": mask}
+    assert sample_digests({**one, "pixel_attention_mask": mask}) == sample_digests(padded)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda labels: labels + 3, "row 0 of batch 0 has the label .*3 classes, numbered from 0"),
+        (lambda labels: labels - 1, "has the label -1"),
+        (lambda labels: labels * 0.5 + 0.1, "has the label"),
+        (lambda labels: (labels + 1) % 3, "not one label right"),
+    ],
+)
+def test_labels_that_the_model_cannot_predict_are_refused(bert, path, change, message):
+    """Nobody is right about them, so no member would lose anything."""
+    given = [{**b, "labels": change(b["labels"])} for b in heldout(bert, 2, labels=True)]
+    with pytest.raises(BatchError, match=message):
+        solpath.choose(bert, path, given, 0.5, **QUIET)
+
+
+def test_a_choice_tells_the_accuracy_of_the_dense_model(bert, path):
+    given = heldout(bert, 2, labels=True)
+    given[0]["labels"][0] = (given[0]["labels"][0] + 1) % 3
+    choice = solpath.choose(bert, path, given, 0.5, sizes=[0.1], **QUIET)
+    assert any("accuracy of the dense model, 0.98 on" in text for text in choice.assumptions)
+
+
+def test_a_row_is_named_by_its_place_in_the_batch_although_repeats_are_left_out(bert, path):
+    [batch] = heldout(bert, 1, labels=True)
+    twice = {name: torch.cat([value[:1], value[:1], value]) for name, value in batch.items()}
+    twice["labels"][5] = 9
+    with pytest.raises(BatchError, match="row 5 of batch 0"):
+        solpath.choose(bert, path, [twice], 0.5, **QUIET)
+
+
+def test_a_regression_needs_a_batch_besides_the_first(bert):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_labels": 1}
+    model = BertForSequenceClassification(BertConfig(vocab_size=60, **sizes)).eval()
+    [batch] = heldout(bert, 1)
+    path = solpath.baselines.magnitude(model, [batch])
+    with pytest.raises(BatchError, match="the first batch sets the scale"):
+        solpath.choose(model, path, [batch], 0.5, **QUIET)
+
+
+def test_another_model_is_refused_before_it_is_run(bert, path, monkeypatch):
+    monkeypatch.setattr(choosing, "metric_for", None)
+    given = heldout(bert, 2)
+    with pytest.raises(FingerprintError):
+        solpath.choose(build("bert", seed=3), path, given, 0.5, **QUIET)
+    small = solpath.extract(bert, path.plan(sparsity=0.3))
+    with pytest.raises(UnsupportedModelError, match="already extracted"):
+        solpath.choose(small, path, given, 0.5, **QUIET)

@@ -1,6 +1,7 @@
 """Data by name: files, folders and data sets, their columns, labels and mixtures."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import pytest
 from PIL import Image
 
 from conftest import build
+from solpath.data.batches import Broken
 from solpath.data.columns import Labels, find_columns
+from solpath.data.decoding import read_images
 from solpath.data.feeding import feed
 from solpath.data.mixture import Mixture, split_weight
-from solpath.data.tables import Table, open_table
+from solpath.data.tables import Table, images_table, open_table
 from solpath.errors import ConfigError, FileError
 from test_batching import ENDED, PADDED, tokenizer
 
@@ -198,3 +201,73 @@ def test_labels_only_when_asked_for(sources):
         feed(model.base_model, words, table, labels=True)
     with pytest.raises(ConfigError, match="length is 99, and the model takes"):
         feed(model, words, table, length=99)
+
+
+def test_labels_are_numbered_as_the_model_has_them():
+    generic = build("camembert", num_labels=11)
+    words = [str(i) for i in range(11)]
+    assert numbers(generic, labelled(words)) == [list(range(11))]
+    assert numbers(generic, labelled([f"LABEL_{i}" for i in range(11)])) == [list(range(11))]
+    model = build("camembert", num_labels=2)
+    assert numbers(model, labelled(["b", "", None, "a"]))[0] == [1, "", None, 0]
+    model.config.label2id = {"a": 0, "A": 1}
+    assert numbers(model, labelled(["A", "a"])) == [[1, 0]]
+    assert numbers(model, labelled([0, 1], "names", ["A", "a"])) == [[1, 0]]
+
+
+def test_labels_that_cannot_be_matched_are_refused():
+    model = build("camembert", num_labels=2)
+    model.config.label2id = {"no": 0, "yes": 1}
+    with pytest.raises(ConfigError, match="labels from -1 to 1, and names for 0 to 1"):
+        numbers(model, labelled([0, -1, 1], "names", ["no", "yes"]))
+    with pytest.raises(ConfigError, match="yes is 0 in t and 1 in the model"):
+        numbers(model, labelled([0, 1], "names", ["yes", "never"]))
+    table = labelled([0, 1], "whole")
+    assert (
+        Labels(model.config, [(table, "label")]).note
+        == "labels keep their numbers: 0 is no, 1 is yes"
+    )
+
+
+def test_a_chosen_second_text_stays_chosen():
+    table = Table("t", [], {"sentence1": "text", "sentence2": "text", "other": "text"})
+    assert find_columns(table, ["text"], {"pair": "other"}) == {
+        "text": "sentence1",
+        "pair": "other",
+    }
+    with pytest.raises(ConfigError, match="cannot be both texts"):
+        find_columns(table, ["text"], {"pair": "sentence1"})
+
+
+def test_no_table_gives_more_rows_than_it_has():
+    tables = [texts("a", 8), texts("b", 5), texts("c", 8), texts("d", 9)]
+    assert Mixture(tables, [0.5, None, None, None]).counts[1] == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "text,label\na,b,0\nc,d,1\n", "more cells than its first line"),
+        ("a.tsv", 'text\tlabel\n"a\t0\nb\t1\nc" d\t1\n', "3 lines of 1 rows"),
+    ],
+)
+def test_cells_that_move_to_other_columns_or_rows_are_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(FileError, match=message):
+        open_table(str(tmp_path / name))
+
+
+def test_folders_and_pipes_are_no_images(tmp_path):
+    photos(tmp_path, ["a/0.png", "b/1.png"])
+    (tmp_path / "a" / "more.png").mkdir()
+    assert len(open_table(str(tmp_path)).rows) == 2
+    os.mkfifo(tmp_path / "b" / "pipe.png")
+    with pytest.raises(FileError, match="not a regular file"):
+        read_images([("pipe", tmp_path / "b" / "pipe.png")], Broken("raise"))
+
+
+def test_splits_are_no_labels(tmp_path):
+    photos(tmp_path, ["train/0.png", "test/1.png"])
+    table = images_table("photos", tmp_path)
+    assert dict(table.holds) == {"image": "image"}
+    assert len(table) == 2

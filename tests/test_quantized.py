@@ -124,3 +124,18 @@ def test_weights_of_few_bits_go_to_onnx_as_they_are(tmp_path):
     )
     linear = [m.weight.numel() for m in small.modules() if isinstance(m, nn.Linear)]
     assert eight >= sum(linear)
+
+
+def test_a_quantised_dense_model_may_judge_but_not_be_cut(cut):
+    """Its head is compared with that of a member by its outputs, as packed numbers cannot be."""
+    model, small = cut
+    data = 2 * batches(model)
+    dense = quantized(model)
+    found = solpath.evaluate(
+        solpath.compensate(small, dense, data, progress=False), model, data
+    ).metrics
+    plain = solpath.evaluate(solpath.compensate(small, model, data, progress=False), model, data)
+    assert found["kl"] == pytest.approx(plain.metrics["kl"], rel=0.2)
+    path = solpath.baselines.magnitude(model, data)
+    with pytest.raises(UnsupportedModelError, match="prune before quantising"):
+        solpath.choose(dense, path, data, 0.9, confidence=0.6, progress=False)

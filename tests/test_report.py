@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import conftest
 import solpath
 from conftest import build, inputs
-from solpath.errors import ConfigError, FileError
+from solpath.errors import ConfigError, FileError, FingerprintError
 from solpath.reporting.charts import entry_shares, spread
 from solpath.reporting.family import Family
 from solpath.reporting.promise import read_promise
@@ -151,6 +152,12 @@ def test_report_is_deterministic(folder: Path) -> None:
         (("provenance", "threads"), None, "provenance.threads"),
         (("members", 1, "folder"), 3, "members[1].folder"),
         (("members", 0, "latency_ms"), 0, "members[0].latency_ms must be positive"),
+        (("members", 0, "latency_ms"), 1e-320, "members[0].latency_ms must be positive"),
+        (("members", 0, "macs"), 0, "members[0].macs must be positive"),
+        (("members", 1, "sparsity"), 1e308, "members[1].sparsity"),
+        (("members", 1, "intervals", "cosine"), [-1e308, 1e308], "members[1].intervals.cosine"),
+        (("methods", 1, "points", 0, "sparsity"), -1, "methods[1].points[0].sparsity"),
+        (("metrics", 0, "title"), "", "metrics[0].title is empty"),
     ],
 )
 def test_damaged_family_names_file_and_field(folder: Path, keys, value, named: str) -> None:
@@ -195,6 +202,7 @@ def test_a_family_comes_back_as_it_was_written(folder: Path) -> None:
         "model": written["model"] | {"prunable": None},
         "continuations": None,
         "promise": None,
+        "target": None,
     }
     assert family.to_dict() == written | unsaid
     family.write(folder)
@@ -331,16 +339,20 @@ def test_a_choice_of_the_command_line_becomes_the_promise(tmp_path: Path) -> Non
     path = solpath.baselines.magnitude(model, data)
     choice = solpath.choose(model, path, data, 0.9, confidence=0.6, sizes=[0.05, 0.1])
     file.write_text(json.dumps(choice.to_dict()))
-    promise, last = read_promise(file), choice.tests[-1]
+    promise, last = read_promise(file, path), choice.tests[-1]
     assert (promise.sparsity, promise.bound) == (last.sparsity, last.bound)
     value = choice.to_dict()
     value["tests"][0]["passed"] = value["tests"][1]["passed"] = False
     file.write_text(json.dumps(value))
     with pytest.raises(ConfigError, match="no size passed"):
-        read_promise(file)
+        read_promise(file, path)
+    other = solpath.baselines.random(model, data)
+    file.write_text(json.dumps(choice.to_dict()))
+    with pytest.raises(ConfigError, match="of another path"):
+        read_promise(file, other)
     file.write_text("{}")
     with pytest.raises(FileError, match=r"choice\.json is not what"):
-        read_promise(file)
+        read_promise(file, path)
 
 
 def test_costs_of_every_size_are_those_of_plans(folder: Path) -> None:
@@ -378,3 +390,70 @@ def test_a_family_of_any_model_is_made_judged_and_reported(tmp_path: Path) -> No
     for sizes in ([], [0.5, 0.5], [0.0, 0.5], [0.5, 1.0]):
         with pytest.raises(ConfigError, match="sizes must ascend"):
             solpath.make_family(model, path, data, tmp_path / "no", sizes=sizes)
+
+
+def test_a_family_for_a_runtime_shows_and_says_its_plans(tmp_path: Path) -> None:
+    """A size of the slider, and the command that makes it, are cut as the members are."""
+    model = build("bert")
+    data = conftest.batches(model)
+    path = solpath.baselines.magnitude(model, data)
+    name = "a'; rm -rf ~; echo </script>"
+    family = solpath.make_family(
+        model, path, data, tmp_path / "out", sizes=[0.125, 0.3], for_="onnx", name=name,
+        repeats=1, progress=False,
+    )  # fmt: skip
+    assert family.target == Family.read(tmp_path / "out").target == "onnx"
+    assert path.plan(sparsity=0.3).achieved != path.plan(sparsity=0.3, for_="onnx").achieved
+    one = size_table(family, path)["sizes"][30]
+    assert one["params"] == family.members[2].params
+    assert one["removed"] == family.members[2].sparsity
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert 'target = " --for onnx"' in page
+    assert 'for_="onnx"))' in page
+    [said] = re.findall(r"const model = (\".*?\"), target", page)
+    assert shlex.split(json.loads(said)) == [name]
+    assert "s12_5 = solpath.load(" in page
+    assert "12.5\u202f%</th>" in page
+
+
+def test_the_cache_of_a_family_is_in_the_dtype_of_its_model(tmp_path: Path) -> None:
+    model = build("qwen3").bfloat16().float()
+    data = conftest.batches(model)
+    path = solpath.baselines.magnitude(model, data)
+    family = solpath.make_family(
+        model.bfloat16(), path, data, tmp_path / "out", sizes=[0.5], repeats=1, progress=False
+    )
+    half = path.costs.dense["cache"] / 2
+    assert family.members[0].cache == size_table(family, path)["sizes"][0]["cache"] == half
+
+
+def test_nothing_is_written_for_a_path_of_another_model(bert, tmp_path: Path) -> None:
+    data = conftest.batches(bert)
+    path = solpath.baselines.magnitude(build("bert", seed=1), data)
+    with pytest.raises(FingerprintError):
+        solpath.make_family(bert, path, data, tmp_path / "out", progress=False)
+    for sizes in (0.5, ["a"], [0.1234567, 0.12345671]):
+        with pytest.raises(ConfigError, match="size"):
+            solpath.make_family(bert, path, data, tmp_path / "out", sizes=sizes)
+    with pytest.raises(ConfigError, match="for_ must be"):
+        solpath.make_family(bert, path, data, tmp_path / "out", for_="paper")
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_names_of_methods_are_text_in_charts(folder: Path) -> None:
+    """Dollars would be mathematics to matplotlib, and broken ones raise."""
+    family = json.loads((folder / "family.json").read_text())
+    family["methods"][1]["name"] = r"$\frac$ <b>"
+    (folder / "family.json").write_text(json.dumps(family))
+    assert r"$\frac$ &lt;b" in write_report(folder).read_text()
+
+
+def test_a_confidence_is_not_rounded_up(folder: Path) -> None:
+    family = json.loads((folder / "family.json").read_text())
+    family["promise"] = {
+        "sparsity": 0.125, "metric": "divergence", "max_loss": 0.05, "confidence": 0.999,
+        "samples": 1500, "mean": 0.031, "bound": 0.042, "compensated": True,
+    }  # fmt: skip
+    (folder / "family.json").write_text(json.dumps(family))
+    page = write_report(folder).read_text()
+    assert "Chosen: 12.5\u202f% removed.</strong> With 99.9\u202f% confidence" in page

@@ -216,11 +216,12 @@ class Objective:
 
 
 def _equal(one: nn.Linear, other: nn.Linear) -> bool:
-    """Return whether two layers have equal weights and biases."""
+    """Return whether two layers have equal weights and biases, those that are packed never."""
     with align_module_device(one), align_module_device(other):
         mine, theirs = one.state_dict(), other.state_dict()
         return mine.keys() == theirs.keys() and all(
-            torch.equal(value, theirs[name]) for name, value in mine.items()
+            type(value) is type(theirs[name]) is Tensor and torch.equal(value, theirs[name])
+            for name, value in mine.items()
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from solpath.config import check_number
 from solpath.errors import ConfigError
 from solpath.planning.plan import Plan
 
@@ -44,6 +45,7 @@ class Choice:
         samples: Number of samples that judged.
         tests: The sizes that were tested, from the largest member down to the first that failed.
         assumptions: What the promise stands on, in sentences.
+        compensated: Whether the members that were tested are compensated.
         provenance: Where the figures come from, see `solpath.running.provenance.provenance`.
     """
 
@@ -56,6 +58,7 @@ class Choice:
     tests: tuple[SizeTest, ...]
     assumptions: tuple[str, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    compensated: bool = False
 
     @property
     def sparsity(self) -> float:
@@ -75,14 +78,15 @@ class Choice:
                 tested if none passed.
 
         Raises:
-            ConfigError: This size was not tested, or no number of samples will do, because the mean
-                loss that was seen is not below `max_loss`.
+            ConfigError: `max_loss` is no number, this size was not tested, or no number of samples
+                will do, because the mean loss that was seen is not below `max_loss`.
         """
+        check_number("max_loss", max_loss, -math.inf, math.inf)
         known = {test.sparsity: test for test in self.tests}
         asked = (self.sparsity or min(known)) if sparsity is None else sparsity
         if asked not in known:
             raise ConfigError(
-                f"sparsity {asked:g} was not tested; these were: {', '.join(map(str, known))}."
+                f"sparsity {asked!r} was not tested; these were: {', '.join(map(str, known))}."
             )
         test = known[asked]
         if test.mean >= max_loss:
@@ -90,7 +94,9 @@ class Choice:
                 f"max_loss: the mean loss at sparsity {asked:g} was {test.mean:.4g}, so no number "
                 f"of samples is likely to show that it is at most {max_loss:g}."
             )
-        return math.ceil(self.samples * ((test.bound - test.mean) / (max_loss - test.mean)) ** 2)
+        return max(
+            1, math.ceil(self.samples * ((test.bound - test.mean) / (max_loss - test.mean)) ** 2)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON: the plan as its summary, and no model."""
@@ -104,6 +110,7 @@ class Choice:
             "tests": [asdict(test) for test in self.tests],
             "assumptions": list(self.assumptions),
             "provenance": dict(self.provenance),
+            "compensated": self.compensated,
         }
 
     def __repr__(self) -> str:
@@ -111,7 +118,7 @@ class Choice:
         size = "the dense model: no size passed" if self.plan is None else f"{self.sparsity:g}"
         lines = [
             f"Choice(sparsity {size}; expected loss of {self.metric} at most {self.max_loss:g} "
-            f"with {self.confidence:.4g} confidence, by {self.samples:,} samples)",
+            f"with {self.confidence} confidence, by {self.samples:,} samples)",
             f"{'sparsity':>8}  {'parameters':>14}  {'mean loss':>9}  {'bound':>8}",
         ]
         lines += [

@@ -22,7 +22,9 @@ from solpath.config import check_number
 from solpath.data.preparation import Preparation, preparing
 from solpath.data.source import batch_size, check_ends
 from solpath.errors import BatchError, ConfigError
+from solpath.model.discovery import survey
 from solpath.model.extraction import extract
+from solpath.model.fingerprint import check_fingerprint
 from solpath.planning.path import SolutionPath
 from solpath.planning.plan import Plan
 from solpath.refining.compensation import compensate as refit
@@ -89,6 +91,7 @@ def choose(
             give other samples when they are read again, have no labels, or are not what the model
             takes.
         FingerprintError: The path belongs to another model.
+        UnsupportedModelError: The model was extracted already, or is quantised.
         NonFiniteLossError: An output is not finite.
         ModelInUseError: The model is masked or searched, or another thread works on it.
 
@@ -110,6 +113,7 @@ def choose(
         preparing(model, device_of(model)) as prepare,
         progress_bar("choose", "", len(plans) + 1, 0, show=progress) as report,
     ):
+        check_fingerprint(path.fingerprint, path.pairs, model, survey(model)[0])
         samples = _Samples(known, prepare)
         if fitted is not None:
             samples.check_apart(fitted, model)
@@ -119,8 +123,9 @@ def choose(
                 raise ConfigError(f"max_loss must be below {judge.highest:g}, got {max_loss!r}.")
             samples.start = judge.skip
             for i, batch in samples:
-                judge.see_dense(i, batch, partial(prepare.place, i))
+                judge.see_dense(i, batch, partial(samples.place, i))
         _check_count(judge, samples.count, max_loss, delta)
+        judge.check()
         report()
         best: tuple[Plan | None, nn.Module] = (None, model)
         tests: list[SizeTest] = []
@@ -129,7 +134,7 @@ def choose(
             if fitted is not None:
                 small = refit(small, model, fitted, progress=False)
             with inferring(model, small):
-                found = [judge.losses(small, i, b, partial(prepare.place, i)) for i, b in samples]
+                found = [judge.losses(small, i, b, partial(samples.place, i)) for i, b in samples]
             losses = np.concatenate(found)
             bound = judge.upper(losses, delta)
             passed = bound <= max_loss
@@ -148,6 +153,7 @@ def choose(
         tests=tuple(tests),
         assumptions=_assumptions(judge, samples.repeated, compensated=fitted is not None),
         provenance=provenance(device_of(model)),
+        compensated=fitted is not None,
     )
 
 
@@ -180,6 +186,10 @@ class _Samples:
     @property
     def count(self) -> int:
         return sum(len(rows) for i, rows in self._kept.items() if i >= self.start)
+
+    def place(self, index: int, row: int | None = None) -> str:
+        """Return the words for a row of a batch that was yielded, see `Preparation.place`."""
+        return self._prepare.place(index, None if row is None else self._kept[index][row])
 
     def first(self) -> Any:
         """The first batch, whole."""
@@ -240,10 +250,16 @@ def _plans(
     path: SolutionPath, sizes: Sequence[float], constraints: dict[str, Any]
 ) -> list[tuple[float, Plan]]:
     """Return every sparsity with its plan, the largest first; of equal plans, the first alone."""
-    if not len(sizes):
+    given: Any = sizes
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ConfigError(f"sizes must be a list of sparsities, got {given!r}.")
+    found = list(given)
+    if not found:
         raise ConfigError("sizes is empty; give sparsities such as [0.1, 0.2, 0.3].")
+    for size in found:
+        check_number("a size", size, 0, 1)
     plans: list[tuple[float, Plan]] = []
-    for sparsity in sorted(set(sizes)):
+    for sparsity in sorted(set(found)):
         plan = path.plan(sparsity=sparsity, **constraints)
         if not plans or plan.achieved.params != plans[-1][1].achieved.params:
             plans.append((sparsity, plan))
@@ -257,15 +273,19 @@ def _listed(batches: Iterable[Any]) -> list[Any]:
 
 def _check_count(judge: Metric, count: int, max_loss: float, delta: float) -> None:
     """Raise `BatchError` unless a member that loses nothing would pass."""
-    if count:
-        least = judge.upper(np.zeros(count), delta)
-        if least <= max_loss:
-            return
-    state = f"{count:,} samples cannot show a loss of at most {max_loss:g}"
-    if count:
-        state += f": without any loss the bound would be {least:.3g}"
-        state += f"; give {int(count * least / max_loss) + 1:,} or more"
-    raise BatchError(f"{state}, and some times as many for members that lose something.")
+    if not count:
+        raise BatchError(
+            "the first batch sets the scale of a regression and is not judged, and no sample is "
+            "left to judge by; give more batches."
+        )
+    least = judge.upper(np.zeros(count), delta)
+    if least <= max_loss:
+        return
+    raise BatchError(
+        f"{count:,} samples cannot show a loss of at most {max_loss:g}: without any loss the bound "
+        f"would be {least:.3g}; give {int(count * least / max_loss) + 1:,} or more, and some times "
+        "as many for members that lose something."
+    )
 
 
 def _assumptions(judge: Metric, repeated: int, *, compensated: bool) -> tuple[str, ...]:

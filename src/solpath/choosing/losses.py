@@ -28,16 +28,21 @@ class Metric(Protocol):
         name: ``"accuracy"`` or ``"divergence"``.
         highest: The largest loss of a sample.
         skip: Number of batches, the first ones, that set a scale and are not judged.
-        terms: What the promise is about, in words for people.
     """
 
     name: str
     highest: float
     skip: int
-    terms: tuple[str, ...]
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """What the promise is about, for people; known once `see_dense` has seen all batches."""
 
     def see_dense(self, index: int, batch: Batch, place: Place) -> None:
         """Run the dense model on a batch, and keep what `losses` needs of it."""
+
+    def check(self) -> None:
+        """Raise `BatchError` if what the dense model gave for all batches cannot judge."""
 
     def losses(self, model: nn.Module, index: int, batch: Batch, place: Place) -> Array:
         """Return the loss of every sample of a batch that `see_dense` has seen, ``[batch]``."""
@@ -92,14 +97,30 @@ class Accuracy:
     def __init__(self, dense: nn.Module, kind: Kind, *, by_sample: bool) -> None:
         self._dense, self._kind, self._by_sample = dense, kind, by_sample
         self._right: dict[int, Array] = {}
-        text = "the accuracy of the dense model less that of the member"
-        if not by_sample:
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """See `Metric`. The dense accuracy shows labels that mean something else."""
+        text = f"the accuracy of the dense model, {self._accuracy():.4g} on these samples"
+        text += ", less that of the member"
+        if not self._by_sample:
             text += ", each the mean over samples of the share of their labels that is right"
-        self.terms: tuple[str, ...] = (f"The loss is {text}.",)
+        return (f"The loss is {text}.",)
+
+    def _accuracy(self) -> float:
+        return float(np.concatenate(list(self._right.values())).mean())
 
     def see_dense(self, index: int, batch: Batch, place: Place) -> None:
         """See `Metric`."""
         self._right[index] = self._judge(self._dense, batch, place)
+
+    def check(self) -> None:
+        """See `Metric`. A model that has nothing right cannot lose anything."""
+        if self._right and not self._accuracy():
+            raise BatchError(
+                "the dense model has not one label right, so no member could lose anything; see "
+                "what the numbers of the labels mean, or take metric='divergence'."
+            )
 
     def losses(self, model: nn.Module, index: int, batch: Batch, place: Place) -> Array:
         """See `Metric`."""
@@ -117,7 +138,7 @@ class Accuracy:
         if not isinstance(labels, Tensor):
             raise BatchError(f"{place(None)} has no labels, which the accuracy needs.")
         with torch.no_grad():
-            guess = self._guess(model, batch, place)
+            guess, classes = self._guess(model, batch, place)
         if self._kind == "classes" and guess.dim() > 1 and _is_causal(model):
             guess, labels = guess[:, :-1], labels[:, 1:]
         if guess.shape != labels.shape:
@@ -126,7 +147,8 @@ class Accuracy:
                 f"{list(guess.shape)}; give labels that fit, or take metric='divergence'."
             )
         labels = labels.to(guess.device)
-        counted = (labels != _IGNORED).flatten(1) if labels.dim() > 1 else labels != _IGNORED
+        counted = labels != _IGNORED
+        _check_labels(labels, counted, self._kind, classes, place)
         right = guess == (labels > 0.5 if self._kind == "labels" else labels)
         right, counted = right.view(len(right), -1), counted.view(len(right), -1)
         if not bool(counted.any(1).all()):
@@ -135,14 +157,15 @@ class Accuracy:
         share: Array = ((right & counted).sum(1).double() / counted.sum(1)).cpu().numpy()
         return share
 
-    def _guess(self, model: nn.Module, batch: Batch, place: Place) -> Tensor:
-        """Return the predicted classes, or for every label yes or no."""
+    def _guess(self, model: nn.Module, batch: Batch, place: Place) -> tuple[Tensor, int]:
+        """Return the predicted classes, or for every label yes or no, and the number of classes."""
         lazy = logits_in_parts(model, batch)
         if lazy is not None:
             pieces = (lazy.part(*part) for part in parts(lazy.shape))
-            return torch.cat([_finite(piece, place).argmax(-1) for piece in pieces], 1)
+            guess = torch.cat([_finite(piece, place).argmax(-1) for piece in pieces], 1)
+            return guess, lazy.shape[-1]
         logits = _finite(output_tensor(run(model, batch, labels=False)), place)
-        return logits > 0 if self._kind == "labels" else logits.argmax(-1)
+        return (logits > 0 if self._kind == "labels" else logits.argmax(-1)), logits.shape[-1]
 
 
 class Divergence:
@@ -168,15 +191,23 @@ class Divergence:
             "regression": "the squared error over the spread of the dense outputs of the first "
             "batch, which is not judged",
         }.get(kind, "the KL divergence from the dense output in nats, its mean over tokens")
-        self.terms: tuple[str, ...] = (
+        self._terms = (
             f"The loss of a sample is {unit}, and {clip:g} where it is more: the promise is about "
             "the mean of these clipped losses.",
         )
         self.skip = 1 if kind == "regression" else 0
 
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """See `Metric`."""
+        return self._terms
+
     def see_dense(self, index: int, batch: Batch, place: Place) -> None:
         """See `Metric`."""
         self._target(index, batch)
+
+    def check(self) -> None:
+        """See `Metric`. Every output can be compared."""
 
     def losses(self, model: nn.Module, index: int, batch: Batch, place: Place) -> Array:
         """See `Metric`."""
@@ -200,6 +231,22 @@ class Divergence:
 def _bet(values: Array, delta: float) -> float:
     """Bound the mean in an order that has nothing to do with that of the batches."""
     return float(mean_upper(np.random.default_rng(0).permutation(values), delta))
+
+
+def _check_labels(labels: Tensor, counted: Tensor, kind: Kind, classes: int, place: Place) -> None:
+    """Raise `BatchError` if a label that counts is none that the model could predict."""
+    if kind == "labels":
+        possible, known = (labels >= 0) & (labels <= 1), "labels of this model are 0 or 1"
+    else:
+        possible = (labels >= 0) & (labels < classes) & (labels == labels.long())
+        known = f"this model has {classes:,} classes, numbered from 0"
+    wrong = (counted & ~possible).nonzero()
+    if len(wrong):
+        value = labels[tuple(wrong[0])].item()
+        raise BatchError(
+            f"{place(int(wrong[0, 0]))} has the label {value:g}, and {known}; a label of "
+            f"{_IGNORED} does not count."
+        )
 
 
 def _finite(output: Tensor, place: Place) -> Tensor:

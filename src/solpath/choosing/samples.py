@@ -9,7 +9,7 @@ from torch import Tensor
 
 from solpath.data.source import batch_size
 
-_MASKS = ("attention_mask", "decoder_attention_mask")
+_SIDES = ("decoder_", "pixel_", "")  # each with a mask of its own
 
 
 def sample_digests(batch: Any) -> list[bytes]:
@@ -19,8 +19,9 @@ def sample_digests(batch: Any) -> list[bytes]:
     leaves out, so a text has the same digest in a batch of longer ones.
 
     Args:
-        batch: A mapping of tensors, or a tensor. Tensors without a row for every sample, and what
-            is no tensor, do not count.
+        batch: A mapping of tensors, or a tensor. A tensor of floats without a row for every sample,
+            such as the patches of all images end to end, counts for every sample; what else has no
+            row for each does not count.
 
     Example:
         >>> short, long = {"input_ids": torch.tensor([[5, 6]])}, {
@@ -35,18 +36,34 @@ def sample_digests(batch: Any) -> list[bytes]:
         for name, value in sorted(named.items())
         if isinstance(value, Tensor) and value.shape[:1] == (size,) and name != "labels"
     }
-    masks = {name: rows.pop(name) for name in _MASKS if name in rows and rows[name].dim() == 2}
+    masks = {
+        side: rows.pop(f"{side}attention_mask")
+        for side in _SIDES
+        if f"{side}attention_mask" in rows and rows[f"{side}attention_mask"].dim() == 2
+    }
+    common = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(named.items()):
+        if (
+            isinstance(value, Tensor)
+            and value.is_floating_point()
+            and name not in (*rows, "labels")
+        ):
+            common.update(_bytes(name, value.detach().cpu()))
     found = []
     for i in range(size):
-        digest = hashlib.blake2b(digest_size=16)
+        digest = common.copy()
         for name, value in rows.items():
-            mask = masks.get("decoder_attention_mask" if "decoder" in name else "attention_mask")
+            mask = masks.get(next(side for side in _SIDES if name.startswith(side)))
             row = value[i]
             if mask is not None and value.shape[:2] == mask.shape:
                 row = row[mask[i] != 0]
             if not row.is_floating_point():
                 row = row.long()
-            digest.update(repr((name, tuple(row.shape))).encode())
-            digest.update(row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(_bytes(name, row))
         found.append(digest.digest())
     return found
+
+
+def _bytes(name: str, value: Tensor) -> bytes:
+    data: bytes = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return repr((name, tuple(value.shape))).encode() + data

@@ -148,7 +148,8 @@ def report(
     if prompts is not None and dense is not None:
         _go_on(folder, prompts, dense)
     if choice is not None:
-        replace(Family.read(folder), promise=read_promise(choice)).write(folder)
+        promise = read_promise(choice, path_of(folder / "path"))
+        replace(Family.read(folder), promise=promise).write(folder)
     file = write_report(folder, beside=beside)
     if as_json:
         return print_json({"report": str(file), "bytes": file.stat().st_size})

@@ -57,12 +57,17 @@ def find_columns(table: Table, roles: Iterable[Role], given: Mapping[Role, str])
         if role in found:
             continue
         if role == "text":
-            found |= _texts(table)
+            found = _texts(table) | found
         elif role == "image":
             found[role] = _only(table, role, table.columns_of("image"))
         elif role == "label":
             known = [c for c in table.columns_of("whole", "names", "text") if c in LABELS]
             found[role] = _only(table, role, known)
+    if "pair" in found and found["pair"] == found.get("text"):
+        raise ConfigError(
+            f"column {found['pair']!r} of {table.name} cannot be both texts of a pair; choose the "
+            "first with text=COLUMN."
+        )
     return found
 
 
@@ -96,7 +101,8 @@ class Labels:
 
     - Names that are those of ``config.label2id``, upper or lower case, get its numbers.
     - Where a model says nothing but ``LABEL_0``, or has as many classes as a data set numbers
-      names for, numbers stay as they are and other names are numbered in sorted order.
+      names for, numbers stay as they are and other names are numbered in sorted order, those that
+      are numbers by their value.
 
     Args:
         config: The configuration of the model, with ``num_labels`` and ``label2id``.
@@ -114,14 +120,21 @@ class Labels:
         self._count = int(config.num_labels)
         ids = {str(name): int(number) for name, number in (config.label2id or {}).items()}
         generic = all(name.upper() == f"LABEL_{number}" for name, number in ids.items())
-        self._ids = {} if generic else {name.casefold(): number for name, number in ids.items()}
+        self._generic, self._ids = generic, ids
+        folded: dict[str, set[int]] = {}
+        for name, number in ids.items():
+            folded.setdefault(name.casefold(), set()).add(number)
+        self._folded = {name: min(known) for name, known in folded.items() if len(known) == 1}
         self.names = [] if generic else sorted(ids, key=lambda name: ids[name])
         self.note: str | None = None
         texts: set[str] = set()
         for table, column in tables:
             if table.holds[column] == "text":
-                texts |= {str(value) for value in table.values(column)}
-        self._sorted = self._by_order(tables[0][0].name, sorted(texts)) if texts else {}
+                known = {str(value) for value in table.values(column) if value is not None}
+                texts |= {text for text in known if text.strip()}  # what is empty is no label
+        numeric = all(text.isdecimal() for text in texts)
+        order = sorted(texts, key=lambda text: (int(text) if numeric else 0, text))
+        self._sorted = self._by_order(tables[0][0].name, order) if texts else {}
         self._maps = [self._map(table, column) for table, column in tables]
 
     def number(self, table: int, value: Any) -> Any:
@@ -135,12 +148,17 @@ class Labels:
             value = int(value)  # not a bool
         return self._maps[table].get(value, value) if isinstance(value, int | str) else value
 
+    def _known(self, name: str) -> int | None:
+        """Return the number that the model has for a name."""
+        return self._ids.get(name, self._folded.get(name.casefold()))
+
     def _by_order(self, name: str, texts: list[str]) -> dict[Any, int]:
         """Return the numbers of labels that are words."""
-        if all(text.casefold() in self._ids for text in texts):
-            return {text: self._ids[text.casefold()] for text in texts}
+        known = {text: number for text in texts if (number := self._known(text)) is not None}
+        if len(known) == len(texts):
+            return known
         shown = ", ".join(texts[:8]) + (", …" if len(texts) > 8 else "")
-        if self._ids:
+        if not self._generic:
             raise ConfigError(
                 f"{name}: the labels are {shown}, and the model knows {', '.join(self.names)}."
             )
@@ -159,8 +177,15 @@ class Labels:
         values = table.values(column)
         whole = [int(v) for v in values if isinstance(v, int)]
         names = list(table.names.get(column, ()))
-        if names and self._ids and all(name.casefold() in self._ids for name in names):
-            return {number: self._ids[name.casefold()] for number, name in enumerate(names)}
+        found = {i: number for i, n in enumerate(names) if (number := self._known(n)) is not None}
+        named = bool(names) and len(found) == len(names)
+        if named and whole and not 0 <= min(whole) <= max(whole) < len(names):
+            raise ConfigError(
+                f"{table.name} has labels from {min(whole)} to {max(whole)}, and names for 0 to "
+                f"{len(names) - 1}; leave out the rows without a label."
+            )
+        if named:
+            return found
         if names and len(names) != self._count:
             raise ConfigError(
                 f"{table.name} has {len(names)} labels ({', '.join(names[:8])}), "
@@ -171,7 +196,15 @@ class Labels:
                 f"{table.name} has labels from {min(whole)} to {max(whole)}, the model "
                 f"{self._count} classes, numbered from 0."
             )
-        if names:
+        for i, number in found.items():
+            if i != number:
+                raise ConfigError(
+                    f"{names[i]} is {i} in {table.name} and {number} in the model, and not all "
+                    f"names of the labels ({', '.join(names[:8])}) are known to it "
+                    f"({', '.join(self.names[:8])}); rename them to those of the model."
+                )
+        if names or (whole and self.names):
+            names = names or [str(number) for number in range(self._count)]
             known = self.names or [f"class {number}" for number in range(self._count)]
             pairs = [f"{name} is {other}" for name, other in zip(names, known, strict=True)]
             self.note = f"labels keep their numbers: {', '.join(pairs[:8])}"

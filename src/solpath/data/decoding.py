@@ -56,6 +56,8 @@ def _read(name: str, image: Any) -> Any:
             return BatchError(
                 f"{name}: an image or a path is needed, got a {type(image).__name__}."
             )
+        if os.path.exists(image) and not os.path.isfile(image):  # a pipe would be waited for
+            return FileError(f"cannot read the image {name}: it is not a regular file.")
         with module.open(image) as opened:
             return as_shown(opened)
     except BatchError as error:

@@ -214,11 +214,16 @@ def image_text_batches(
     return Batches(make, order, batch_size)
 
 
+def is_image(path: Path) -> bool:
+    """Return whether something in a folder has the name of an image, and is no folder."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
+
+
 def image_files(folder: Path, image_column: str, label_column: str | None) -> list[dict[str, Any]]:
     """Return a row for every image below `folder`, sorted by location, labelled if asked for."""
     if not folder.is_dir():
         raise FileError(f"{folder} is not a folder of images.")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(path for path in folder.rglob("*") if is_image(path))
     if not files:
         raise FileError(f"{folder} has no images; known are {', '.join(sorted(IMAGE_SUFFIXES))}.")
     rows: list[dict[str, Any]] = [{image_column: file} for file in files]

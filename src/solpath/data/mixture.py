@@ -64,6 +64,7 @@ def shares(sizes: Sequence[int], weights: Sequence[float | None], limit: int | N
     total = total if limit is None else min(total, limit)
     ends = [round(total * sum(wanted[: i + 1]) / whole) for i in range(len(wanted))]
     counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    counts = [min(count, size) for count, size in zip(counts, sizes, strict=True)]
     if not all(counts):
         raise ConfigError(
             f"{round(total)} rows are too few for {len(sizes)} sources with these weights."

@@ -1,14 +1,14 @@
 """Open files, folders and data sets by name as tables: rows, and what each column holds."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from solpath.data.batches import Broken
-from solpath.data.images import IMAGE_SUFFIXES, image_files
+from solpath.data.images import image_files, is_image
 from solpath.data.text import read_lines
 from solpath.errors import ConfigError, FileError, SolpathError
 
@@ -119,7 +119,24 @@ def _file(name: str, path: Path, config: str | None, split: str | None) -> Table
     kind, options = _READERS[suffix]
     with _reading(name) as datasets:
         files = [_literal(path)]
-        return _table(name, datasets.load_dataset(kind, data_files=files, **options), None)
+        table = _table(name, datasets.load_dataset(kind, data_files=files, **options), None)
+    if kind == "csv":
+        _check_cells(table, path)
+    return table
+
+
+def _check_cells(table: Table, path: Path) -> None:
+    """Raise `FileError` if a table of cells was not read as its lines stand."""
+    if "__index_level_0__" in table.holds:  # what pandas makes of the first cells then
+        raise FileError(f"{table.name} has rows with more cells than its first line has names.")
+    if path.suffix.lower() == ".tsv":
+        with path.open("rb") as stream:
+            lines = sum(bool(line.strip()) for line in stream) - 1
+        if lines != len(table):
+            raise FileError(
+                f"{table.name} has {lines:,} lines of {len(table):,} rows, as quotation marks join "
+                "lines; save it as .csv with all quotes doubled, or as .jsonl."
+            )
 
 
 def _captioned(name: str, path: Path, split: str | None) -> Table:
@@ -203,7 +220,7 @@ def _has_no(name: str, **given: str | None) -> None:
 
 
 def _has_images(path: Path) -> bool:
-    return any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*"))
+    return any(is_image(file) for file in path.rglob("*"))
 
 
 def lines_table(name: str) -> Table:
@@ -215,7 +232,8 @@ def lines_table(name: str) -> Table:
 def images_table(name: str, folder: Path) -> Table:
     """Return the images below a folder in the column ``image``.
 
-    If all of them are in subfolders, the names of these are in the column ``label``.
+    If all of them are in subfolders, the names of these are in the column ``label``, unless they
+    are the names of splits, such as ``train`` and ``test``.
 
     Args:
         name: What messages call the folder.
@@ -229,14 +247,23 @@ def images_table(name: str, folder: Path) -> Table:
     except FileError:  # an image in no subfolder, or none at all
         return Table(name, image_files(folder, "image", None), {"image": "image"})
     names = sorted({row["image"].relative_to(folder).parts[0] for row in rows})
+    if _are_splits(names):
+        return Table(name, image_files(folder, "image", None), {"image": "image"})
     return Table(name, rows, {"image": "image", "label": "names"}, {"label": names})
 
 
 def _images(name: str, path: Path, split: str | None) -> Table:
     if split is not None and not (path / split).is_dir():
         raise ConfigError(f"{name} has no subfolder {split!r}.")
-    table = images_table(name, path / split if split else path)
-    names = table.names.get("label", ())
-    if names and {found.lower() for found in names} <= _SPLITS:
+    folder = path / split if split else path
+    names = sorted(
+        {file.relative_to(folder).parts[0] for file in folder.rglob("*") if is_image(file)}
+    )
+    if _are_splits(names):
         raise ConfigError(f"{name} has the splits {', '.join(names)}; choose one of them.")
-    return table
+    return images_table(name, folder)
+
+
+def _are_splits(names: Iterable[str]) -> bool:
+    found = {name.lower() for name in names}
+    return bool(found) and found <= _SPLITS

@@ -127,6 +127,7 @@ def _label_ends(axes: "Axes", series: Sequence[Series], last: float) -> None:
             fontweight="bold" if line.strong else "normal",
             color=_STAND_IN["accent" if line.strong else "muted"],
             annotation_clip=False,
+            parse_math=False,
         )
         if abs(end - place) > 0.15 * gap:
             axes.annotate(
@@ -223,6 +224,7 @@ def entry_chart(path: SolutionPath, *, name: str, narrow: bool, titles: Mapping[
             fontsize=10,
             color=_STAND_IN["ink"],
             fontweight="bold",
+            parse_math=False,
         )
         axes.spines["bottom"].set_visible(False)
     pad = 0.62 / height

@@ -212,7 +212,7 @@ def run_demo(
             len(corpus.test),
         ),
         methods=(MethodRun(path.method, seconds + fitted, points),),
-        members=members(path, SIZES, scores, measured),
+        members=members(dense, path, SIZES, scores, measured),
         measured=Timing(samples=8, tokens=scale.tokens, repeats=scale.repeats),
         provenance=provenance(),
         stages=clock.stages,

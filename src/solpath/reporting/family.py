@@ -19,6 +19,8 @@ FORMAT, FORMAT_VERSION = "solpath.family", 3
 FILE = "family.json"
 """The name of the file, in the folder of the family."""
 
+_LARGEST = 1e200  # of numbers, so that charts can take differences and squares of them
+
 Part = TypeVar("Part")
 
 
@@ -231,6 +233,7 @@ class Promise:
         samples: The number of held-out samples that it rests on.
         mean: The loss on them.
         bound: The upper confidence bound of the true loss.
+        compensated: Whether the members that were tested are compensated; None if it is not known.
     """
 
     sparsity: float
@@ -240,6 +243,7 @@ class Promise:
     samples: int
     mean: float
     bound: float
+    compensated: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -258,6 +262,7 @@ class Family:
         continuations: What the models wrote after some prompts; None for models that write nothing.
         stages: What every stage took, in order; None if it was not recorded.
         promise: The size that was chosen; None if none was.
+        target: The runtime that all members are cut for, see `SolutionPath.plan`; None if for none.
     """
 
     model: DenseModel
@@ -271,6 +276,7 @@ class Family:
     continuations: tuple[Continuation, ...] | None = None
     stages: tuple[Stage, ...] | None = None
     promise: Promise | None = None
+    target: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `family.json` holds."""
@@ -295,15 +301,22 @@ class Family:
         if type(family.provenance.get("threads")) is not int:
             raise FileError(f"{file}: provenance.threads is not a number.")
         dense = family.members[0]
-        for name in ("bytes", "latency_ms"):  # the report divides by them
-            if not getattr(dense, name) > 0:
+        for name in ("params", "macs", "bytes", "latency_ms"):  # the report divides by them
+            if not getattr(dense, name) > 1 / _LARGEST:
                 raise FileError(f"{file}: members[0].{name} must be positive.")
         keys = [metric.key for metric in family.metrics]
+        for i, metric in enumerate(family.metrics):
+            if not metric.title:
+                raise FileError(f"{file}: metrics[{i}].title is empty.")
+        if family.promise is not None:
+            _check_sparsity(file, "promise", family.promise.sparsity)
         for i, member in enumerate(family.members):
+            _check_sparsity(file, f"members[{i}]", member.sparsity)
             _check_metrics(file, f"members[{i}]", member.metrics, keys)
             _check_intervals(file, f"members[{i}].intervals", member.intervals)
         for i, run in enumerate(family.methods):
             for j, point in enumerate(run.points):
+                _check_sparsity(file, f"methods[{i}].points[{j}]", point.sparsity)
                 _check_metrics(file, f"methods[{i}].points[{j}]", point.metrics, keys)
         return family
 
@@ -319,15 +332,24 @@ class Family:
                     )
 
 
+def _check_sparsity(file: Path, where: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise FileError(f"{file}: {where}.sparsity is {value!r}, not a share.")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= _LARGEST
+
+
 def _check_metrics(file: Path, where: str, found: Mapping[str, Any], keys: Sequence[str]) -> None:
     for key in keys:
-        if type(found.get(key)) not in (int, float):
+        if not _is_number(found.get(key)):
             raise FileError(f"{file}: {where}.metrics.{key} is {found.get(key)!r}, not a number.")
 
 
 def _check_intervals(file: Path, where: str, found: Mapping[str, Any]) -> None:
     for name, ends in found.items():
-        if not isinstance(ends, list) or [type(end) in (int, float) for end in ends] != [True] * 2:
+        if not isinstance(ends, list) or [_is_number(end) for end in ends] != [True] * 2:
             raise FileError(f"{file}: {where}.{name} is {ends!r}, expected two numbers.")
 
 
@@ -380,7 +402,7 @@ def _checked(hint: Any, file: Path, where: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise FileError(f"{file}: {where} is {value!r}, expected true or false.")
     elif kind in (int, float):
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not _is_number(value):
             raise FileError(f"{file}: {where} is {value!r}, expected a number.")
     elif not isinstance(value, dict):
         raise FileError(f"{file}: {where} is missing or not an object.")

@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import nn
 
+from solpath.config import check_number
 from solpath.data.source import check_ends
 from solpath.errors import ConfigError
 from solpath.files import check_output
 from solpath.measuring.evaluation import Result, evaluate
 from solpath.measuring.measurement import Measurement, measure
-from solpath.model.extraction import extract
+from solpath.model.extraction import extract, in_dtype_of
 from solpath.objective import Loss
 from solpath.planning.path import SolutionPath
 from solpath.refining.compensation import compensate
@@ -99,7 +100,7 @@ def make_family(
         What is written to ``family.json`` and shown in the report.
 
     Raises:
-        ConfigError: `sizes` is empty, not ascending or not within 0 and 1; or jinja2 or matplotlib
+        ConfigError: `sizes` are not numbers that ascend between 0 and 1; or jinja2 or matplotlib
             is not installed.
         SolpathError: See `extract`, `compensate`, `save`, `evaluate` and `measure`.
 
@@ -111,26 +112,26 @@ def make_family(
         (['dense', 's50'], 'kl')
         >>> low, high = family.members[1].intervals["kl"]
     """
-    steps = [0.0, *sizes, 1.0]
-    if not sizes or any(a >= b for a, b in pairwise(steps)):
-        raise ConfigError(f"sizes must ascend between 0 and 1, got {list(sizes)}.")
+    named = _named(sizes)
     check_installed()
     check_ends(heldout)
+    if compensate_on is not None:
+        check_ends(compensate_on, "compensate_on")
     heldout = list(heldout)
     folder = Path(out)
     check_output(folder)
-    named = {f"s{100 * size:g}": size for size in sizes}
-    path.save(folder / "path")
+    plans = {member: path.plan(sparsity=size, for_=for_) for member, size in named.items()}
     seconds = 0.0
     with progress_bar("family", "{task.fields[name]}", len(named), 0, show=progress, name="") as at:
-        for member, size in named.items():
-            cut = extract(model, path.plan(sparsity=size, for_=for_))
+        for member, plan in plans.items():
+            cut = extract(model, plan)
             if compensate_on is not None:
                 start = time.perf_counter()
                 cut = compensate(cut, model, compensate_on, progress=False)
                 seconds += time.perf_counter() - start
             save(cut, folder / "models" / member, tokenizer=tokenizer)
             at(name=member)
+    path.save(folder / "path")
     small = {member: load(folder / "models" / member) for member in named}
     found = evaluate({"dense": model, **small}, model, heldout, loss=loss)
     batch = heldout[0]
@@ -154,19 +155,41 @@ def make_family(
         metrics=tuple(one for one in METRICS if one.key in scores["dense"].metrics),
         judged=Judged("held-out samples", found["dense"].samples),
         methods=(MethodRun(path.method, None, tuple(points)),),
-        members=members(path, named, scores, measured, for_=for_),
+        members=members(model, path, named, scores, measured, for_=for_),
         measured=Timing(
             samples=measured["dense"].samples,
             tokens=None if tokens is None else int(tokens.shape[-1]),
             repeats=repeats,
         ),
         provenance=provenance(),
+        target=for_,
     )
     publish(family, folder)
     return family
 
 
+def _named(sizes: Any) -> dict[str, float]:
+    """Return name to sparsity of every member.
+
+    Raises:
+        ConfigError: The sizes are no list of numbers that ascend between 0 and 1, or two of them
+            have one name.
+    """
+    if isinstance(sizes, str) or not isinstance(sizes, Iterable):
+        raise ConfigError(f"sizes must be a list of sparsities, got {sizes!r}.")
+    given = list(sizes)
+    for size in given:
+        check_number("a size", size, 0, 1)
+    if not given or any(a >= b for a, b in pairwise([0.0, *given, 1.0])):
+        raise ConfigError(f"sizes must ascend between 0 and 1, got {given}.")
+    named = {f"s{100 * size:g}": size for size in given}
+    if len(named) < len(given):
+        raise ConfigError(f"sizes must differ by more than 1e-6 of themselves, got {given}.")
+    return named
+
+
 def members(
+    model: nn.Module,
     path: SolutionPath,
     sizes: Mapping[str, float],
     scores: Mapping[str, Scores],
@@ -177,6 +200,7 @@ def members(
     """Return the dense model and every size with its cost, latency and quality.
 
     Args:
+        model: The dense model, whose dtype the sizes are in.
         path: The path that the family was cut from.
         sizes: Name of a member to its sparsity, without the dense model.
         scores: Name of a member to how good it is, the dense model as ``"dense"``.
@@ -189,6 +213,7 @@ def members(
         plan = (
             path.plan(sparsity=sizes[name], for_=for_) if name in sizes else path.plan(sparsity=0)
         )
+        plan = in_dtype_of(model, plan)
         rows.append(
             Member(
                 name=name,

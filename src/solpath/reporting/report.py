@@ -1,6 +1,8 @@
 """The report of a family: one HTML file that needs no network, in light and dark."""
 
 import os
+import re
+import shlex
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,9 @@ def render(family: Family, path: SolutionPath, *, beside: SolutionPath | None = 
         "percent": lambda value: f"{100 * value:.0f}\u202f%",
         "thousands": lambda value: f"{value:,.0f}".replace(",", "\u202f"),
         "millions": lambda value: f"{value / 1e6:.1f}",
+        "share": lambda value: f"{100 * value:.10g}\u202f%",  # of settings, which are not rounded
+        "quoted": shlex.quote,
+        "identifier": lambda name: re.sub(r"\W", "_", name),
         "fixed": lambda value, digits: f"{value:.{digits}f}",
         "figure": lambda value: f"{value:.3g}",
         "seconds": lambda value: "–" if value is None else duration(value),
@@ -183,14 +188,16 @@ def size_table(family: Family, path: SolutionPath) -> dict[str, Any]:
     """Return what the page shows of every size that can be chosen on it, as plain values.
 
     Returns:
-        Under ``"sizes"`` one entry per percent of sparsity that the path can reach: its costs, and
-        the share of units that is kept by kind. Under ``"members"`` what was measured of each.
+        Under ``"sizes"`` one entry per percent of sparsity that the path can reach: what is removed
+        (for a target it may be more or less than was asked for), its costs, and the share of units
+        that is kept by kind. Under ``"members"`` what was measured of each.
     """
     widths = {kind: sum(p.units for p in path.pairs if p.kind == kind) for kind in KINDS}
-    sizes = []
+    dense, whole = family.members[0], path.costs.dense["cache"]
+    sizes: list[dict[str, Any]] = []
     for percent in range(100):
         try:
-            plan = path.plan(sparsity=percent / 100)
+            plan = path.plan(sparsity=percent / 100, for_=family.target)
         except BudgetError:
             break  # every layer that must keep something keeps just that
         kept = dict.fromkeys(KINDS, 0)
@@ -200,10 +207,13 @@ def size_table(family: Family, path: SolutionPath) -> dict[str, Any]:
         sizes.append(
             {
                 "sparsity": percent / 100,
+                "removed": size.sparsity,
                 "params": size.params,
                 "macs": size.macs,
                 "bytes": size.bytes,
-                "cache": size.cache,
+                "cache": size.cache * dense.cache / whole
+                if whole
+                else 0,  # in the dtype of the model
                 "kinds": [(KINDS[kind], kept[kind] / n) for kind, n in widths.items() if n],
             }
         )
@@ -244,7 +254,8 @@ def overlap(family: Family, path: SolutionPath, beside: SolutionPath) -> list[di
                           "of one model.")  # fmt: skip
     rows = []
     for member in family.members[1:]:
-        masks = [one.plan(sparsity=member.sparsity).masks() for one in (path, beside)]
+        plans = [one.plan(sparsity=member.sparsity, for_=family.target) for one in (path, beside)]
+        masks = [plan.masks() for plan in plans]
         both, kept = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
         for pair in path.pairs:
             both[pair.kind] += float((masks[0][pair.name] * masks[1][pair.name]).sum())
@@ -258,10 +269,10 @@ def overlap(family: Family, path: SolutionPath, beside: SolutionPath) -> list[di
 
 def _point_table(family: Family) -> dict[str, Any]:
     """Return every value of the charts for the table below them: methods by sizes."""
-    sizes = sorted({round(p.sparsity, 2) for m in family.methods for p in m.points})
+    sizes = sorted({round(p.sparsity, 6) for m in family.methods for p in m.points})
     rows = []
     for method in family.methods:
-        at = {round(point.sparsity, 2): point for point in method.points}
+        at = {round(point.sparsity, 6): point for point in method.points}
         rows.append({"name": method.name, "seconds": method.seconds,
                      "cells": [at.get(size) for size in sizes]})  # fmt: skip
     return {"sizes": sizes, "rows": rows}
