@@ -55,7 +55,7 @@ def test_onnx_is_the_model_on_every_shape(bert):
 
 
 def test_padding_changes_nothing(bert):
-    from solpath.exporting.onnx import FILE, Graph
+    from solpath.exporting.onnx_graphs import FILE, Graph
 
     small, exported = bert
     graph = Graph(exported.folder / FILE, threads=1)
