@@ -1,22 +1,51 @@
 """Generate text with a decoder in ONNX or OpenVINO, by transformers' own `generate`."""
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from solpath.errors import ConfigError
-from solpath.exporting import onnx, openvino
+from solpath.exporting import onnx_graphs, openvino
 from solpath.exporting.formats import Outputs
 from solpath.exporting.tracing import completed
 from solpath.running.forward import Batch
 
 
-class _Decoder(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+class Generates(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+    """A model of text whose graphs another runtime runs.
+
+    Args:
+        folder: A folder that `export` wrote.
+    """
+
+    new_cache: Callable[[], Any] = DynamicCache
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        super().__init__(AutoConfig.from_pretrained(folder))
+        if (Path(folder) / GENERATION_CONFIG_NAME).exists():
+            self.generation_config = GenerationConfig.from_pretrained(folder)
+        self.anchor = nn.Parameter(torch.empty(0), requires_grad=False)  # says which device
+
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """Generate as ``generate`` of transformers does, with a cache that keeps all tokens."""
+        kwargs.setdefault("cache", self.new_cache())  # windows are in the graph's mask
+        return super().generate(inputs, **kwargs)
+
+
+class _Decoder(Generates):  # type: ignore[no-untyped-call]
     """A decoder of text whose graph another runtime runs.
 
     Args:
@@ -25,14 +54,12 @@ class _Decoder(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-cal
     """
 
     main_input_name = "input_ids"
-    new_cache: type[DynamicCache] = DynamicCache
 
     def __init__(self, folder: str | os.PathLike[str], graph: Any) -> None:
-        super().__init__(AutoConfig.from_pretrained(folder))
+        super().__init__(folder)
         if not graph.cached:
             raise ConfigError(f"{folder} holds no decoder: its graph takes no cache.")
         self._graph = graph
-        self.anchor = nn.Parameter(torch.empty(0), requires_grad=False)  # says which device
 
     def forward(
         self,
@@ -40,10 +67,14 @@ class _Decoder(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-cal
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: Any = None,
+        use_cache: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Return the logits of ids ``[batch, tokens]``, and the cache, which they are added to."""
-        cache = self.new_cache() if cache is None else cache
+        """Return the logits of ids ``[batch, tokens]``, and the cache, which they are added to.
+
+        Without ``use_cache`` there is none, whatever is given.
+        """
+        cache = self.new_cache() if cache is None or use_cache is False else cache
         tokens = input_ids.shape[1]
         if attention_mask is None:
             attention_mask = input_ids.new_ones(len(input_ids), cache.get_seq_length() + tokens)
@@ -53,16 +84,12 @@ class _Decoder(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-cal
         if position_ids is not None:
             batch["position_ids"] = position_ids
         outputs = self._run(batch, cache)
-        return CausalLMOutputWithPast(logits=outputs["logits"], cache=cache)
+        kept = None if use_cache is False else cache
+        return CausalLMOutputWithPast(logits=outputs["logits"], cache=kept)
 
     def _run(self, batch: Batch, cache: Any) -> Outputs:
         """Run the graph after what is in the cache, and add its tokens to it."""
         raise NotImplementedError
-
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """Generate as ``generate`` of transformers does, with a cache that keeps all tokens."""
-        kwargs.setdefault("cache", self.new_cache())  # windows are in the graph's mask
-        return super().generate(inputs, **kwargs)
 
 
 class OnnxDecoder(_Decoder):  # type: ignore[no-untyped-call]
@@ -79,21 +106,35 @@ class OnnxDecoder(_Decoder):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, folder: str | os.PathLike[str], threads: int = 0) -> None:
-        super().__init__(folder, onnx.Graph(Path(folder) / onnx.FILE, threads))
+        if onnx_graphs.holds_halves(Path(folder)):
+            raise ConfigError(f"{folder} holds no decoder alone: OnnxSeq2Seq runs it.")
+        super().__init__(folder, onnx_graphs.Graph(Path(folder) / onnx_graphs.FILE, threads))
 
     def _run(self, batch: Batch, cache: Any) -> Outputs:
-        known = cache.get_seq_length()
-        past = {
-            f"cache.layers.{i}.{kind}": getattr(layer, kind)
-            for i, layer in enumerate(cache.layers)
-            for kind in ("keys", "values")
-        }
-        outputs, whole = self._graph(batch, past if known else None)
-        new = {name: states[:, :, known:] for name, states in whole.items()}
-        for i in range(len(new) // 2):
-            cache.update(new[f"cache.layers.{i}.keys"], new[f"cache.layers.{i}.values"], i)
+        outputs, whole = self._graph(batch, states_of(cache, "cache."))
+        add_states(cache, whole, "cache.")
         found: Outputs = outputs
         return found
+
+
+def states_of(cache: DynamicCache, start: str) -> dict[str, Tensor]:
+    """Return the keys and values of a cache as a graph names them."""
+    if not cache.get_seq_length():
+        return {}
+    return {
+        f"{start}layers.{i}.{kind}": getattr(layer, kind)
+        for i, layer in enumerate(cache.layers)
+        for kind in ("keys", "values")
+    }
+
+
+def add_states(cache: DynamicCache, whole: Mapping[str, Tensor], start: str) -> None:
+    """Add to a cache what a graph's cache has more."""
+    known, i = cache.get_seq_length(), 0
+    while f"{start}layers.{i}.keys" in whole:
+        keys, values = (whole[f"{start}layers.{i}.{kind}"] for kind in ("keys", "values"))
+        cache.update(keys[:, :, known:], values[:, :, known:], i)
+        i += 1
 
 
 class KeptCache(DynamicCache):

@@ -130,7 +130,9 @@ def export(
         for name, (runner, allowed) in chosen.variants(temporary).items():
             rows = check_parity(model, runner, runs, allowed)
             parity += [replace(row, inputs=f"{row.inputs}, {name}") for row in rows]
-        command = chosen.command.format(folder=os.fspath(folder))
+        line = chosen.command
+        line = line if isinstance(line, str) else line(model, temporary)
+        command = line.format(folder=os.fspath(folder))
         origin = origin_of(model)
         facts = facts_of(model, chosen, temporary, origin, parity, counted, evaluation)
         (temporary / "README.md").write_text(model_card(facts), encoding="utf-8")

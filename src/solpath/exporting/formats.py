@@ -74,7 +74,8 @@ class Format:
         open: Opens a written folder in its runtime, or in the nearest reader there is.
         runtime: What `open` runs, for people: ``"onnxruntime 1.23 on a CPU"``.
         tolerance: Largest difference of an output allowed, over the largest size of that output.
-        command: A line of Python or of a shell that runs the result. ``{folder}`` is the folder.
+        command: A line of Python or of a shell that runs the result, or what makes it of the model
+            and what was written. ``{folder}`` is the folder.
         loads: Says how a written folder is loaded in every runtime that takes it and was tried.
         batches: Makes what the exported model is run on out of the random and the given batch: the
             same with more inputs, and others beside.
@@ -92,7 +93,7 @@ class Format:
     open: Callable[[Path], Runner]
     runtime: Callable[[], str]
     tolerance: float
-    command: str
+    command: str | Callable[[nn.Module, Path], str]
     loads: Callable[[nn.Module, Path], Sequence[Load]]
     batches: Callable[[nn.Module, Mapping[str, Batch]], Mapping[str, Batch]] = _as_they_are
     variants: Callable[[Path], Mapping[str, tuple[Runner, float]]] = _no_variants

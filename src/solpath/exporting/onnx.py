@@ -1,30 +1,48 @@
 """ONNX, for onnxruntime and all else that reads it: one graph for any batch size and length.
 
 A folder holds ``onnx/model.onnx``, ``onnx/model_int8.onnx`` if asked for, ``config.json``, and what
-sentence-transformers needs if asked for. The graph of a decoder of text takes and gives a cache.
+sentence-transformers needs if asked for. The graph of a decoder of text takes and gives a cache. An
+encoder-decoder that generates has two graphs in place of one, ``onnx/encoder.onnx`` and
+``onnx/decoder.onnx``, whose weights lie in ``onnx/weights.data``.
 """
 
+import hashlib
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from solpath.errors import ExportError
-from solpath.exporting.formats import Format, Load, Outputs, Runner
+from solpath.exporting.encoder_decoder import (
+    padded_targets,
+    trace_halves,
+    translates,
+    without_padding,
+)
+from solpath.exporting.formats import Format, Load, Runner
+from solpath.exporting.onnx_graphs import (
+    FILE,
+    HALVES,
+    INT8,
+    Graph,
+    Halves,
+    holds_halves,
+    named,
+    runner,
+)
 from solpath.exporting.sentences import MODULES, write_sentences
-from solpath.exporting.tracing import check_traceable, checked_batches, completed, quiet, trace
+from solpath.exporting.tracing import check_traceable, checked_batches, quiet, trace, write_settings
 from solpath.running.forward import Batch
 
-FILE = "onnx/model.onnx"
-INT8 = "onnx/model_int8.onnx"
+WEIGHTS = "onnx/weights.data"
 
 _TOLERANCE = 1e-4
 _INT8_TOLERANCE = 0.25
 _ONE_FILE = 1 << 30  # bytes of weights that lie in the file of the graph; protobuf ends at 2 GiB
-_CACHE = "cache."
+_GENERATE = "onnxruntime, by transformers' generate"
+_SMALL = 256  # bytes of a constant that stays in the file of the graph
 
 
 def check(model: nn.Module) -> None:
@@ -61,9 +79,13 @@ def write(
     from transformers.exporters.configs import ExportFormat, OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
-    exported = trace(OnnxExporter, OnnxConfig, model, batch)
+    if translates(model, batch):
+        parts = trace_halves(OnnxExporter, OnnxConfig, model, batch)
+        graphs = {file: part.program for file, part in zip(HALVES, parts, strict=True)}
+    else:
+        graphs = {FILE: trace(OnnxExporter, OnnxConfig, model, batch).program}
     (folder / FILE).parent.mkdir()
-    _save(exported.program, folder / FILE)
+    _save(graphs, folder)
     if int8:
         from transformers.exporters.quantizers.quantizer_onnxruntime import (
             OnnxRuntimeDynamicConfig,
@@ -73,124 +95,75 @@ def write(
         settings = OnnxRuntimeDynamicConfig(per_channel=True, reduce_range=True)
         with quiet():
             quantizer = OnnxRuntimeQuantizer(settings)
-            program = quantizer.quantize(exported.program, {}, ExportFormat.ONNX)
-        _save(program, folder / INT8)
-    exported.config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+            small = {
+                file: quantizer.quantize(program, {}, ExportFormat.ONNX)
+                for file, program in graphs.items()
+            }
+        _save(small, folder, INT8)
+    write_settings(model, folder, tokenizer)
     if pooling is not None:
-        if "last_hidden_state" not in {output.name for output in exported.program.graph.outputs}:
+        given = {output.name for program in graphs.values() for output in program.graph.outputs}
+        if "last_hidden_state" not in given:
             raise ExportError(
                 f"{type(model).__name__} gives no last_hidden_state, which pooling needs; export "
                 "the model without its head."
             )
-        write_sentences(folder, exported.config, pooling, normalize)
+        write_sentences(folder, model.config, pooling, normalize)
 
 
-def _save(program: Any, path: Path) -> None:
+def _save(graphs: Mapping[str, Any], folder: Path, ending: str = "") -> None:
+    """Write graphs: one with its weights, or beside it if they are large; two with one file."""
     import onnx_ir
 
-    weights = (value.const_value for value in program.graph.initializers.values())
-    size = sum(weight.nbytes for weight in weights if weight is not None)
-    onnx_ir.save(
-        program, str(path), external_data=f"{path.name}.data" if size > _ONE_FILE else None
+    values = [v for graph in graphs.values() for v in graph.graph.initializers.values()]
+    values = [v for v in values if v.const_value is not None and v.const_value.nbytes >= _SMALL]
+    if len(graphs) == 1:
+        path = folder / named(FILE, ending)
+        size = sum(value.const_value.nbytes for value in values)
+        beside = f"{path.name}.data" if size > _ONE_FILE else None
+        onnx_ir.save(graphs[FILE], str(path), external_data=beside)
+        return
+    held = [value.const_value for value in values]
+    try:
+        _share(values, folder / named(WEIGHTS, ending))
+        for file, program in graphs.items():
+            onnx_ir.save(program, str(folder / named(file, ending)))
+    finally:
+        for value, weight in zip(values, held, strict=True):
+            value.const_value = weight
+
+
+def _share(values: list[Any], path: Path) -> None:
+    """Write weights into a file, equal ones once, and let graphs point there."""
+    import onnx_ir
+
+    keys: list[Any] = []
+    once: dict[Any, Any] = {}
+    for value in values:
+        weight = value.const_value
+        digest = hashlib.sha256(weight.tobytes()).digest()
+        keys.append((weight.dtype, tuple(weight.shape.numpy()), digest))
+        once.setdefault(keys[-1], weight)
+    written = onnx_ir.external_data.convert_tensors_to_external(
+        list(once.values()), path.parent, path.name
     )
-
-
-class Graph:
-    """A graph that onnxruntime runs on the CPU.
-
-    Attributes:
-        inputs: Names of its inputs, without those of the cache.
-        cached: Whether it takes and gives a cache of keys and values.
-    """
-
-    def __init__(self, path: Path, threads: int = 0) -> None:
-        """Open a graph.
-
-        Args:
-            path: Its file.
-            threads: Threads that it runs on; 0 lets onnxruntime choose.
-        """
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
+    places = dict(zip(once, written, strict=True))
+    for value, key in zip(values, keys, strict=True):
+        place = places[key]
+        value.const_value = onnx_ir.ExternalTensor(
+            place.location,
+            place.offset,
+            place.length,
+            place.dtype,
+            shape=place.shape,
+            name=value.name,
+            base_dir=path.parent,
         )
-        shapes = {one.name: one.shape for one in self._session.get_inputs()}
-        self._past = {name: shape for name, shape in shapes.items() if _CACHE in name}
-        self._names = [output.name for output in self._session.get_outputs()]
-        self.inputs = [name for name in shapes if name not in self._past]
-        self.cached = bool(self._past)
-
-    def __call__(
-        self, batch: Batch, past: Mapping[str, Tensor] | None = None
-    ) -> tuple[Outputs, dict[str, Tensor]]:
-        """Run the graph.
-
-        Args:
-            batch: Its inputs; those that it does not take are left out.
-            past: The cache of all tokens before, as an earlier call gave it, or None.
-
-        Returns:
-            The outputs by name, and the cache with the tokens of this call.
-        """
-        feed = {name: value for name, value in batch.items() if name in self.inputs}
-        size = len(next(iter(feed.values())))
-        for name, shape in self._past.items():
-            feed[name] = past[_leaf(name)] if past else torch.zeros(_empty(shape, size))
-        arrays = {name: value.detach().numpy() for name, value in feed.items()}
-        found = zip(self._names, self._session.run(self._names, arrays), strict=True)
-        tensors = {name: torch.from_numpy(value) for name, value in found}
-        cache = {_leaf(name): value for name, value in tensors.items() if _CACHE in name}
-        return {name: value for name, value in tensors.items() if "." not in name}, cache
-
-
-def _leaf(name: str) -> str:
-    return name[name.index(_CACHE) :]
-
-
-def _empty(shape: list[Any], size: int) -> list[int]:
-    """Return the shape of a cache without tokens: what has no number is the batch or the tokens."""
-    fixed = [int(axis) if str(axis).isdigit() else 0 for axis in shape]
-    return [size, *fixed[1:]]
-
-
-def runner(path: Path) -> Runner:
-    """Return what runs a graph; a decoder runs in two steps, the second of which uses the cache."""
-    graph = Graph(path)
-
-    def run(batch: Batch) -> Outputs:
-        full = completed(graph.inputs, batch)
-        if not graph.cached:
-            return graph(full)[0]
-        return in_two_steps(graph, full)
-
-    return run
-
-
-def in_two_steps(graph: Any, full: Batch) -> Outputs:
-    """Run a graph with a cache on the first half of a text, then on the rest.
-
-    Args:
-        graph: See `Graph`.
-        full: Its inputs: ids, mask and positions, ``[batch, tokens]``.
-
-    Returns:
-        The outputs of all tokens.
-    """
-    half = full["input_ids"].shape[1] // 2
-    first = {name: value[:, :half] for name, value in full.items()}
-    rest = {name: v if name == "attention_mask" else v[:, half:] for name, v in full.items()}
-    before, cache = graph(first)
-    after, _ = graph(rest, cache)
-    return {name: torch.cat([before[name], after[name]], 1) for name in before}
 
 
 def _loads(model: nn.Module, folder: Path) -> list[Load]:
+    if holds_halves(folder):
+        return _loads_of_halves(model, folder)
     graph = Graph(folder / FILE, threads=1)
     takes = ", ".join(graph.inputs) + (", and the cache" if graph.cached else "")
     code = f"""import onnxruntime
@@ -202,7 +175,7 @@ outputs = session.run(None, inputs)  # arrays by name: {takes}"""
         code = """from solpath.exporting.decoder import OnnxDecoder
 
 tokens = OnnxDecoder(folder).generate(input_ids, max_new_tokens=16)"""
-        found.append(Load("onnxruntime, by transformers' generate", code))
+        found.append(Load(_GENERATE, code))
     if (folder / MODULES).exists():
         code = """from sentence_transformers import SentenceTransformer
 
@@ -211,13 +184,45 @@ model = SentenceTransformer(str(folder), backend="onnx")"""
     return found
 
 
-def _open(folder: Path) -> Runner:
-    return runner(folder / FILE)
+def _loads_of_halves(model: nn.Module, folder: Path) -> list[Load]:
+    halves = Halves(folder, threads=1)
+    takes = [", ".join(graph.inputs) for graph in (halves.encoder, halves.decoder)]
+    code = f"""import onnxruntime
+
+encoder = onnxruntime.InferenceSession(f"{{folder}}/{HALVES[0]}")
+decoder = onnxruntime.InferenceSession(f"{{folder}}/{HALVES[1]}")
+encoded = encoder.run(None, inputs)  # arrays by name: {takes[0]}
+outputs = decoder.run(None, step)  # {takes[1]}, what was encoded, and the cache"""
+    main, name = halves.encoder.inputs[0], _class_of(model)
+    generate = f"""from solpath.exporting.seq2seq import {name}
+
+tokens = {name}(folder).generate({main}, max_new_tokens=16)"""
+    return [Load("onnxruntime", code), Load(_GENERATE, generate)]
+
+
+def _class_of(model: nn.Module) -> str:
+    config: Any = model.config
+    return "OnnxWhisper" if config.model_type == "whisper" else "OnnxSeq2Seq"
+
+
+def _command(model: nn.Module, folder: Path) -> str:
+    if holds_halves(folder):
+        return f'solpath.exporting.seq2seq.{_class_of(model)}("{{folder}}").generate(inputs)'
+    return f'onnxruntime.InferenceSession("{{folder}}/{FILE}").run(None, inputs)'
+
+
+def _batches(model: nn.Module, batches: Mapping[str, Batch]) -> dict[str, Batch]:
+    found = checked_batches(model, batches)
+    if translates(model, found["random"]):
+        found = {n: b if n == "given" else without_padding(model, b) for n, b in found.items()}
+        found["padded targets"] = padded_targets(found["one more sample"])
+    return found
 
 
 def _variants(folder: Path) -> dict[str, tuple[Runner, float]]:
-    path = folder / INT8
-    return {"int8": (runner(path), _INT8_TOLERANCE)} if path.exists() else {}
+    first = HALVES[0] if holds_halves(folder) else FILE
+    there = (folder / named(first, INT8)).exists()
+    return {"int8": (runner(folder, INT8), _INT8_TOLERANCE)} if there else {}
 
 
 def _runtime() -> str:
@@ -231,11 +236,11 @@ FORMAT = Format(
     loads=_loads,
     check=check,
     write=write,
-    open=_open,
+    open=runner,
     runtime=_runtime,
     tolerance=_TOLERANCE,
-    command=f'onnxruntime.InferenceSession("{{folder}}/{FILE}").run(None, inputs)',
-    batches=checked_batches,
+    command=_command,
+    batches=_batches,
     variants=_variants,
     quantised=True,
 )

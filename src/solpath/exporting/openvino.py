@@ -13,8 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from solpath.exporting.formats import Format, Load, Outputs, Runner
-from solpath.exporting.onnx import in_two_steps
-from solpath.exporting.tracing import check_traceable, checked_batches, completed, trace
+from solpath.exporting.onnx_graphs import in_steps
+from solpath.exporting.tracing import (
+    check_traceable,
+    checked_batches,
+    completed,
+    trace,
+    write_settings,
+)
 from solpath.running.forward import Batch
 
 FILE = "openvino_model.xml"
@@ -46,9 +52,7 @@ def write(model: nn.Module, folder: Path, batch: Batch, *, tokenizer: Any = None
 
     exported = trace(OpenVINOExporter, OpenVINOConfig, model, batch)
     OpenVINOExporter.save_program(exported.program, folder / FILE)
-    exported.config.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    write_settings(model, folder, tokenizer)
 
 
 class Graph:
@@ -117,7 +121,7 @@ def _open(folder: Path) -> Runner:
 
     def run(batch: Batch) -> Outputs:
         full = completed(graph.inputs, batch)
-        return in_two_steps(graph, full) if graph.cached else graph(full)[0]
+        return in_steps(graph, full) if graph.cached else graph(full)[0]
 
     return run
 

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -195,35 +196,65 @@ def trace(exporter: Any, config: Any, model: Any, batch: Batch) -> Any:
         ExportError: transformers or torch cannot trace the model.
     """
     from transformers import DynamicCache
+    from transformers.exporters.utils import decompose_for_generation
+
+    inputs: dict[str, Any] = copy.deepcopy(twice(traced_batch(model, batch)))
+    with tracing(model):
+        if decodes(model, inputs):
+            inputs.pop("position_ids", None)  # they are counted while generating
+            inputs["cache"] = DynamicCache()  # keeps all; windows are in the graph's mask
+            parts = decompose_for_generation(model, inputs, multi_token_decode=True)
+            given = parts["decode"][1]
+            inputs = {k: v for k, v in given.items() if v is not None and type(v) is not bool}
+        return exported(exporter, config, model, inputs)
+
+
+def twice(batch: Batch) -> dict[str, Any]:
+    """Return a batch of one sample twice over: a graph that is traced with one takes only one."""
+    single = all(value.dim() and len(value) == 1 for value in batch.values())
+    return {name: torch.cat([v, v]) if single else v for name, v in batch.items()}
+
+
+def exported(exporter: Any, config: Any, module: Any, inputs: Mapping[str, Any]) -> Any:
+    """Return transformers' ``ExportedModel`` of a module that takes tensors and perhaps a cache."""
     from transformers.exporters.exporter_dynamo import (
         get_auto_dynamic_shapes,
         register_cache_pytrees_for_model,
     )
-    from transformers.exporters.utils import decompose_for_generation
 
-    inputs: dict[str, Any] = copy.deepcopy(traced_batch(model, batch))
+    register_cache_pytrees_for_model(module)
+    given = dict(inputs)
+    shapes = {
+        name: _shape(name, value) or get_auto_dynamic_shapes(value) for name, value in given.items()
+    }
+    given["use_cache"] = "cache" in given
+    return exporter().export(module, given, config(dynamic_shapes=shapes))
+
+
+@contextmanager
+def tracing(model: Any) -> Iterator[None]:
+    """Name a model in what is raised while it is traced, and leave it as it was."""
     own = dict(vars(model))
     try:
         with quiet():
-            if decodes(model, inputs):
-                inputs.pop("position_ids", None)  # they are counted while generating
-                inputs["cache"] = DynamicCache()  # keeps all; windows are in the graph's mask
-                parts = decompose_for_generation(model, inputs, multi_token_decode=True)
-                given = parts["decode"][1]
-                inputs = {k: v for k, v in given.items() if v is not None and type(v) is not bool}
-                register_cache_pytrees_for_model(model)
-            shapes = {
-                name: _shape(name, value) or get_auto_dynamic_shapes(value)
-                for name, value in inputs.items()
-            }
-            inputs["use_cache"] = "cache" in inputs
-            return exporter().export(model, inputs, config(dynamic_shapes=shapes))
+            yield
     except Exception as error:
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise ExportError(f"{type(model).__name__} cannot be traced: {reason[0]}") from error
     finally:
         if "forward" not in own:  # tracing leaves one in the module
             vars(model).pop("forward", None)
+
+
+def write_settings(model: Any, folder: Path, tokenizer: Any) -> None:
+    """Write what stands beside a graph: how the model is made, how it generates, its tokenizer."""
+    model.config.save_pretrained(folder)
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        generation = copy.deepcopy(generation)
+        generation._from_model_config = False  # of others, fields that are not its own are not read
+        generation.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _shape(name: str, value: Any) -> dict[int, Any] | None:
