@@ -87,8 +87,8 @@ def test_choose(path, tmp_path, capsys):
     assert found["sparsity"] == 0.1
     assert [test["passed"] for test in found["tests"]] == [True, False]
     line = printed.splitlines()[-1]
-    assert line.startswith(f"next: solpath extract {model} {path} --sparsity 0.1 --multiple-of")
-    _, *words = shlex.split(line.removeprefix("next: "))
+    assert line.startswith(f"Next: solpath extract {model} {path} --sparsity 0.1 --multiple-of")
+    _, *words = shlex.split(line.removeprefix("Next: "))
     small = str(tmp_path / "small")
     assert run([*words[:-1], small]) == 0
     params = sum(p.numel() for p in solpath.load(small).parameters())
@@ -283,10 +283,10 @@ def test_interrupt_exits_130_with_a_hint(texts, tmp_path, monkeypatch, capsys):
     arguments = ["search", str(installed_model()), "--text", str(texts)]
     arguments += ["--out", str(tmp_path / "path"), "--checkpoint", str(tmp_path / "state")]
     assert run(arguments) == 130
-    assert capsys.readouterr().err.endswith("\nsolpath: stopped.\n")  # nothing was written yet
-    (tmp_path / "state").mkdir()
+    assert "stopped; nothing is kept: run the same command again" in capsys.readouterr().err
+    (tmp_path / "state" / "search.safetensors").touch()
     assert run(arguments) == 130
-    assert f"the state is in {tmp_path / 'state'}; run the same" in capsys.readouterr().err
+    assert f"the state is in {tmp_path / 'state'}: run the same" in capsys.readouterr().err
 
 
 def test_no_arguments_show_the_help(capsys):

@@ -127,6 +127,13 @@ Protect = Annotated[
 ]
 Samples = Annotated[int, typer.Option(help="Texts in the batch that is timed.", min=1)]
 Tokens = Annotated[int, typer.Option(help="Tokens per text in that batch.", min=1)]
+StateFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        help="Folder that keeps the state; default: OUT.unfinished until done.",
+    ),
+]
 Loss = Annotated[
     str | None,
     typer.Option(

@@ -1,5 +1,6 @@
 """What the command line prints: results to stdout, everything else to stderr."""
 
+import contextlib
 import json
 import shlex
 import sys
@@ -9,8 +10,9 @@ from typing import Any
 
 
 def fail(text: str) -> None:
-    """Print an error as one line to stderr."""
-    print(f"solpath: {' '.join(text.split())}", file=sys.stderr)
+    """Print an error as one line to stderr, if there is still somebody to read it."""
+    with contextlib.suppress(OSError):  # the terminal was closed
+        print(f"solpath: {' '.join(text.split())}", file=sys.stderr)
 
 
 def say(text: str) -> None:
