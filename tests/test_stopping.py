@@ -58,7 +58,7 @@ _SEARCH = ["search", "model", *_COMMON, "--loss", "stopping_loss:pausing", "--st
 
 
 def stopped(words, number, home, calls) -> int:
-    """Run a command in a process of its own for some calls of the loss; stop it; return its code."""
+    """Run a command in a process for some calls of the loss; stop it; return its exit code."""
     (home / "pause").write_text(str(calls))
     (home / "paused").unlink(missing_ok=True)
     with subprocess.Popen([sys.executable, "-m", "solpath", *words]) as process:
