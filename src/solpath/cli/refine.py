@@ -25,8 +25,6 @@ from solpath.cli.state import keeping_state
 from solpath.cli.terminal import print_json, print_table, say_next
 from solpath.errors import ConfigError
 
-_BATCHES = 128  # that compensate fits on, if no number is given
-
 
 @app.command()
 @takes_data
@@ -91,10 +89,11 @@ def compensate(
     as_json: Json = False,
 ) -> None:
     """Refit an extracted model to the dense one, layer by layer, without training."""
+    from solpath.cli.batches import FITTED
     from solpath.refining.compensation import compensate as refit
     from solpath.refining.fitting import CHECKED
 
-    data = replace(data, batches=data.batches or _BATCHES)
+    data = replace(data, batches=data.batches or FITTED)
     if (data.batches or 0) < CHECKED:
         raise ConfigError(f"batches must be at least {CHECKED} for compensate, got {data.batches}.")
     config, own = {"batches": data.batches}, loss_of(loss)
@@ -129,7 +128,7 @@ def _improve(
 
     check_output(out)
     start, teacher = load_small(small, place), load_any(dense, place)
-    batches, heldout = split_batches(
+    batches, heldout, _ = split_batches(
         dense,
         teacher,
         data,
