@@ -29,13 +29,16 @@ from solpath.cli.terminal import print_json, say, say_next
 def choose(
     model: ModelName,
     path: PathFolder,
-    max_loss: Annotated[float, typer.Option(help="Largest expected loss of a sample.")],
+    max_loss: Annotated[
+        float, typer.Option(help="Largest expected loss; 0.01 of the accuracy is one point.")
+    ],
     constraints: dict[str, Any],
     data: Data,
     place: Placement,
     confidence: Annotated[float, typer.Option(help="Probability that the promise holds.")] = 0.95,
     metric: Annotated[
-        str | None, typer.Option(help="divergence, or accuracy where data has labels.")
+        str | None,
+        typer.Option(help="divergence, or accuracy on labels of the data; default divergence."),
     ] = None,
     clip: Annotated[float, typer.Option(help="Largest divergence of a sample.")] = 1.0,
     compensate: Annotated[

@@ -21,7 +21,7 @@ from solpath.cli.arguments import (
     takes_placement,
 )
 from solpath.cli.inputs import device_for, load_any, loss_of, numbers, path_of, searched_on
-from solpath.cli.terminal import print_json, print_table, say
+from solpath.cli.terminal import print_json, print_table, say, say_next
 from solpath.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _print_family(family: "Family") -> None:
 
     main = shown(family.metrics)
     rows = [
-        (m.name, f"{m.params / 1e6:.1f} M", f"{m.macs_share:.0%}", f"{m.latency_ms:.1f} ms",
+        (m.name, f"{m.params:,}", f"{m.macs_share:.0%}", f"{m.latency_ms:.1f} ms",
          *(f"{m.metrics[one.key]:.4g}" for one in main))
         for m in family.members
     ]  # fmt: skip
@@ -140,7 +140,8 @@ def family(
     if as_json:
         return print_json(found.to_dict())
     _print_family(found)
-    print(f"Next: open {out / 'report.html'}")
+    print(f"members are in {out / 'models'}; open {out / 'report.html'}")
+    say_next("choose", model, path, "--data", "NEW_DATA", "--max-loss", "0.02")
 
 
 @app.command()

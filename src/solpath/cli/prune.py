@@ -127,6 +127,7 @@ def search(
             if reason is not None:
                 print(f"{count} of {len(path.pairs)} pairs keep their axes: {reason}")
     say_next("extract", model, out, "--sparsity", "0.3", "--out", "small")
+    say_next("family", model, out, "--data", "OTHER_DATA", "--out", "family", first="Or all sizes")
 
 
 @app.command()

@@ -17,14 +17,14 @@ from solpath.errors import ConfigError
 FILE = "settings.toml"
 """The file in the folder that a command wrote."""
 
-_NOT_KEPT = frozenset({"out", "json", "checkpoint", "settings", "help"})  # of one run alone
+_NOT_KEPT = frozenset({"out", "save", "json", "checkpoint", "settings", "help"})  # of one run alone
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the option ``--settings FILE``, and let it keep its settings.
 
     What the file says counts where the command line says nothing. If the command has an argument
-    ``out`` and that is a folder in the end, `FILE` in it says what was used.
+    ``out`` or ``save`` and that is a folder in the end, `FILE` in it says what was used.
 
     Args:
         command: The command, with the annotations of typer.
@@ -38,9 +38,9 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     def with_option(context_: typer.Context, settings: Path | None, **given: Any) -> None:
         own = {} if context_name is None else {context_name: context_}
         command(**given, **own)
-        out = given.get("out")
-        if isinstance(out, Path) and out.is_dir():
-            _keep(context_, out / FILE)
+        for out in (given.get("out"), given.get("save")):
+            if isinstance(out, Path) and out.is_dir():
+                _keep(context_, out / FILE)
 
     added = [
         inspect.Parameter("context_", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),

@@ -20,13 +20,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def say_next(*words: str | Path) -> None:
+def say_next(*words: str | Path, first: str = "Next") -> None:
     """Print the command that most people run after this one.
 
     Args:
         words: The words after ``solpath``.
+        first: What the line begins with.
     """
-    print(f"Next: solpath {shlex.join(map(str, words))}")
+    print(f"{first}: solpath {shlex.join(map(str, words))}")
 
 
 def print_json(value: Mapping[str, Any]) -> None:
