@@ -283,10 +283,10 @@ def test_interrupt_exits_130_with_a_hint(texts, tmp_path, monkeypatch, capsys):
     arguments = ["search", str(installed_model()), "--text", str(texts)]
     arguments += ["--out", str(tmp_path / "path"), "--checkpoint", str(tmp_path / "state")]
     assert run(arguments) == 130
-    assert capsys.readouterr().err.endswith("\nsolpath: stopped.\n")  # nothing was written yet
-    (tmp_path / "state").mkdir()
+    assert "stopped; nothing is kept: run the same command again" in capsys.readouterr().err
+    (tmp_path / "state" / "search.safetensors").touch()
     assert run(arguments) == 130
-    assert f"the state is in {tmp_path / 'state'}; run the same" in capsys.readouterr().err
+    assert f"the state is in {tmp_path / 'state'}: run the same" in capsys.readouterr().err
 
 
 def test_no_arguments_show_the_help(capsys):

@@ -39,6 +39,9 @@ class Quadratic:
     def batch_size(self, step):
         return 4
 
+    def work(self, step):
+        return 4, "samples"
+
     def gradients(self, step, mask, *, binary):
         rows = mask.expand(4, -1)
         if binary:

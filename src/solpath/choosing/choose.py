@@ -8,19 +8,19 @@ Angelopoulos, Bates, Candès, Jordan & Lei 2021, arXiv 2110.01052, section 4).
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from solpath.choosing.choice import Choice, SizeTest
 from solpath.choosing.losses import Metric, metric_for
-from solpath.choosing.samples import sample_digests
+from solpath.choosing.samples import rows_of, sample_digests
 from solpath.config import check_number
 from solpath.data.preparation import Preparation, preparing
-from solpath.data.source import batch_size, check_ends
+from solpath.data.source import check_ends
 from solpath.errors import BatchError, ConfigError
 from solpath.model.discovery import survey
 from solpath.model.extraction import extract
@@ -206,7 +206,7 @@ class _Samples:
                     f"batch {i} has other samples than when it was read first, so members cannot "
                     "be compared; give list(batches)."
                 )
-            yield i, _rows(batch, kept)
+            yield i, rows_of(batch, kept)
 
     def check_apart(self, batches: Sequence[Any], model: nn.Module) -> None:
         """Raise `BatchError` if one of the samples is in other batches, too."""
@@ -219,20 +219,6 @@ class _Samples:
                         f"{prepare.place(i, row)} is also {self._prepare.place(index, own)}; what "
                         "members were fitted on cannot judge them, so give batches apart."
                     )
-
-
-def _rows(batch: Any, rows: list[int]) -> Any:
-    """Return some samples of a batch."""
-    size = batch_size(batch)
-    if len(rows) == size:
-        return batch
-
-    def part(value: Any) -> Any:
-        return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
-
-    if isinstance(batch, Mapping):
-        return {name: part(value) for name, value in batch.items()}
-    return part(batch)
 
 
 def _check(max_loss: float, confidence: float, clip: float, constraints: dict[str, Any]) -> None:

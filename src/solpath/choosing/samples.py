@@ -1,7 +1,7 @@
 """Tell whether two samples are the same, in any batch and under any padding."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -62,6 +62,45 @@ def sample_digests(batch: Any) -> list[bytes]:
             digest.update(_bytes(name, row))
         found.append(digest.digest())
     return found
+
+
+def batches_apart(batches: Iterable[Any], known: Container[bytes]) -> Iterator[Any]:
+    """Yield batches without the samples that are known; one of which none is left is left out.
+
+    Args:
+        batches: The batches.
+        known: Digests of samples, from `sample_digests`.
+
+    Example:
+        >>> batch = {"input_ids": torch.tensor([[5, 6], [7, 8]])}
+        >>> known = sample_digests({"input_ids": torch.tensor([[5, 6]])})
+        >>> [part] = batches_apart([batch], known)
+        >>> part["input_ids"]
+        tensor([[7, 8]])
+    """
+    for batch in batches:
+        rows = [i for i, digest in enumerate(sample_digests(batch)) if digest not in known]
+        if rows:
+            yield rows_of(batch, rows)
+
+
+def rows_of(batch: Any, rows: list[int]) -> Any:
+    """Return some samples of a batch.
+
+    Args:
+        batch: A mapping of tensors, or a tensor.
+        rows: The numbers of the samples.
+    """
+    size = batch_size(batch)
+    if len(rows) == size:
+        return batch
+
+    def part(value: Any) -> Any:
+        return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
+
+    if isinstance(batch, Mapping):
+        return {name: part(value) for name, value in batch.items()}
+    return part(batch)
 
 
 def _bytes(name: str, value: Tensor) -> bytes:

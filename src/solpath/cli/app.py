@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from solpath.cli.settings import with_settings
 
@@ -24,6 +25,17 @@ class State:
     checkpoint: Path | None = None
 
 
+_ORDER = ("demo", "inspect", "search", "family", "report", "choose", "plan", "extract",
+          "compensate", "tune", "eval", "bench", "export")  # fmt: skip
+
+
+class _Commands(TyperGroup):
+    """Lists the commands in the order in which they are used."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=[*_ORDER, *super().list_commands(ctx)].index)
+
+
 class _App(typer.Typer):
     """Gives every command the option ``--settings``."""
 
@@ -39,6 +51,7 @@ class _App(typer.Typer):
 
 
 app = _App(
+    cls=_Commands,
     help="Prune a pretrained transformer once, hand it out at any size.",
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -40,7 +40,7 @@ class Attention(StrEnum):
 
 
 class Task(StrEnum):
-    """Tasks that `eval` scores models at."""
+    """Tasks that models are scored at."""
 
     CLASSIFICATION = "classification"
     LANGUAGE_MODELING = "language-modeling"
@@ -127,6 +127,16 @@ Protect = Annotated[
 ]
 Samples = Annotated[int, typer.Option(help="Texts in the batch that is timed.", min=1)]
 Tokens = Annotated[int, typer.Option(help="Tokens per text in that batch.", min=1)]
+TaskName = Annotated[
+    Task | None, typer.Option(help="Score models at a task, too, on labels or pairs of the data.")
+]
+StateFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        help="Folder that keeps the state; default: OUT.unfinished until done.",
+    ),
+]
 Loss = Annotated[
     str | None,
     typer.Option(

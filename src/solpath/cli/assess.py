@@ -1,7 +1,7 @@
 """Commands that measure models."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -14,16 +14,13 @@ from solpath.cli.arguments import (
     Placement,
     Samples,
     Task,
+    TaskName,
     Tokens,
     takes_data,
     takes_placement,
 )
 from solpath.cli.inputs import device_for, load_any, loss_of
 from solpath.cli.terminal import print_json, print_table
-from solpath.errors import ConfigError
-
-if TYPE_CHECKING:
-    from solpath.data.feeding import Feed
 
 
 @app.command(name="eval")
@@ -34,14 +31,13 @@ def evaluate_(
     reference: Annotated[str, typer.Option(help="Folder or hub id of the dense model.")],
     data: Data,
     place: Placement,
-    task: Annotated[
-        Task | None, typer.Option(help="Score both models at a task, too, on labels or pairs.")
-    ] = None,
+    task: TaskName = None,
     loss: Loss = None,
     as_json: Json = False,
 ) -> None:
     """Compare a model with the dense one on held-out text or images, and at a task."""
-    from solpath.cli.batches import batches_for, docstring_batches
+    from solpath.cli.batches import batches_for, docstring_batches, pairs_of
+    from solpath.cli.scores import scorer
     from solpath.data.docstrings import read_corpus, texts_of
     from solpath.data.feeding import takes
     from solpath.measuring.evaluation import evaluate
@@ -65,7 +61,10 @@ def evaluate_(
         found = batches_for(reference, dense, data, 0, labels=labels, device=device)
     result = evaluate(small, dense, found.batches, task=scored, loss=own)
     length = data.length or (128 if data.named else 32)
-    scores = _scores(task, {"model": small, "dense": dense}, found, pairs, reference, length)
+    scores: dict[str, Any] = {}
+    if task is not None:
+        score = scorer(task, dense, found.batches, pairs or pairs_of(found), reference, length)
+        scores = {"model": dict(score(small).metrics), "dense": dict(score(dense).metrics)}
     if as_json:
         at_task = {} if task is None else {"task": {"name": task.value, **scores}}
         return print_json(result.to_dict() | at_task)
@@ -80,51 +79,6 @@ def evaluate_(
         of_small, of_dense = scores["model"], scores["dense"]
         rows = [(name, f"{of_small[name]:.4f}", f"{of_dense[name]:.4f}") for name in of_small]
         print_table((task.value, "model", "dense"), rows)
-
-
-def _scores(
-    task: Task | None,
-    models: Mapping[str, Any],
-    found: "Feed",
-    pairs: Sequence[Any],
-    reference: str,
-    length: int,
-) -> dict[str, dict[str, float]]:
-    """Return the scores of every model at a task; without a task none."""
-    from solpath.data.feeding import longest_text, takes
-    from solpath.pretrained import load_processor
-    from solpath.reporting import tasks
-    from solpath.reporting.retrieval import embedder
-
-    dense = models["dense"]
-    if task is None:
-        return {}
-    if task == Task.CLASSIFICATION:
-        return {name: tasks.classification(m, found.batches) for name, m in models.items()}
-    if task == Task.LANGUAGE_MODELING:
-        if not dense.can_generate():
-            raise ConfigError(f"{type(dense).__name__} does not predict the next token.")
-        return {name: tasks.language_modeling(m, found.batches) for name, m in models.items()}
-    if takes(dense) == {"text", "image"}:
-        return {name: tasks.image_retrieval(m, found.batches) for name, m in models.items()}
-    texts = [row["text"] for row in found.rows]
-    if not pairs and found.paired:
-        pairs = [
-            pair
-            for pair in zip(texts[::2], texts[1::2], strict=True)
-            if all(text.strip() for text in pair)
-        ]
-    if not pairs:
-        raise ConfigError(
-            "retrieval needs pairs of texts, or of images and texts; for texts give "
-            "--column text=COLUMN --column pair=COLUMN."
-        )
-    tokenizer = load_processor(reference)
-    longest = longest_text(dense, tokenizer) or length
-    embed = {
-        name: embedder(m, tokenizer, length=min(length, longest)) for name, m in models.items()
-    }
-    return {name: tasks.text_retrieval(one, pairs) for name, one in embed.items()}
 
 
 @app.command()

@@ -2,20 +2,26 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from solpath.choosing.samples import batches_apart, sample_digests
 from solpath.cli.arguments import Data
 from solpath.cli.terminal import say
 from solpath.data.columns import ROLES, Role
-from solpath.data.docstrings import read_corpus, texts_of
+from solpath.data.docstrings import TextPair, read_corpus, texts_of
 from solpath.data.feeding import Feed, feed, longest_text, takes
 from solpath.data.mixture import split_weight
+from solpath.data.source import batch_size
 from solpath.data.tables import Table, images_table, lines_table, open_table
 from solpath.errors import ConfigError
 from solpath.pretrained import load_processor
+from solpath.refining.fitting import CHECKED
 from solpath.running.forward import device_of
+
+FITTED = 128
+"""The batches that members are refitted on, if no number is given."""
 
 
 def random_tokens(model: Any, samples: int, tokens: int, *, new: int = 0) -> dict[str, Any]:
@@ -54,6 +60,7 @@ def batches_for(
     seed: int,
     *,
     labels: bool | None = False,
+    pack: bool | None = None,
     device: Any = "cpu",
 ) -> Feed:
     """Return batches of the data that was named, or of the docstrings of installed packages.
@@ -66,6 +73,8 @@ def batches_for(
         data: What the options say.
         seed: Seeds the order of the samples.
         labels: See `solpath.data.feeding.feed`.
+        pack: See `solpath.data.feeding.feed`. A row of its own for every text is padded with the
+            end token where there is no token for it.
         device: The device of the batches.
 
     Raises:
@@ -74,13 +83,16 @@ def batches_for(
     if not data.named and not labels and takes(model) == {"text"}:
         known = texts_of(read_corpus(calibration=0, test=0).search, seed=seed)
         return docstring_batches(model, load_processor(name), known, data, device)
+    if labels and not data.named:
+        raise ConfigError("there are no labels without data; give some with --data.")
     tables = _tables(name, model, data)
     found = feed(
         model,
-        load_processor(name),
+        _padding(load_processor(name), pack),
         tables,
         columns=_columns(model, data.column or ()),
         labels=labels,
+        pack=pack,
         batch_size=data.batch_size,
         length=data.length,
         limit=data.limit,
@@ -94,7 +106,13 @@ def batches_for(
 
 
 def docstring_batches(
-    model: Any, tokenizer: Any, texts: Sequence[str], data: Data, device: Any
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    data: Data,
+    device: Any,
+    *,
+    pack: bool | None = None,
 ) -> Feed:
     """Return batches of docstrings, in their order, of 32 tokens if no length is given.
 
@@ -104,13 +122,15 @@ def docstring_batches(
         texts: The docstrings.
         data: Says how many, and how long. Data that it names is not read.
         device: The device of the batches.
+        pack: See `batches_for`.
     """
     length = data.length or min(32, longest_text(model, tokenizer) or 32)
     table = Table("docstrings", [{"text": text} for text in texts], {"text": "text"})
     return feed(
         model,
-        tokenizer,
+        _padding(tokenizer, pack),
         [(table, None)],
+        pack=pack,
         batch_size=data.batch_size,
         length=length,
         limit=data.limit,
@@ -118,6 +138,14 @@ def docstring_batches(
         seed=None,
         device=device,
     )
+
+
+def _padding(processor: Any, pack: bool | None) -> Any:
+    """Return a processor whose tokenizer pads, on the right, where texts are rows of their own."""
+    if pack is False and getattr(processor, "pad_token_id", 0) is None:
+        processor.pad_token = processor.eos_token
+        processor.padding_side = "right"
+    return processor
 
 
 def _tables(name: str, model: Any, data: Data) -> list[tuple[Table, float | None]]:
@@ -176,6 +204,21 @@ def _columns(model: Any, given: Sequence[str]) -> dict[Role, str]:
     return found
 
 
+class Split(NamedTuple):
+    """Data in two parts that have no sample in common.
+
+    Attributes:
+        batches: The batches to train or fit on.
+        heldout: The batches to judge by.
+        pairs: The pairs of texts in the second part, where the data has pairs for a model that
+            takes single texts.
+    """
+
+    batches: Sequence[Any]
+    heldout: Sequence[Any]
+    pairs: Sequence[TextPair] = ()
+
+
 def split_batches(
     name: str,
     model: Any,
@@ -183,8 +226,9 @@ def split_batches(
     seed: int,
     *,
     labels: bool | None = False,
+    pack: bool | None = None,
     device: Any = "cpu",
-) -> tuple[Sequence[Any], Sequence[Any]]:
+) -> Split:
     """Return batches to train on, and held-out batches to judge by.
 
     Docstrings are split by file. Of the user's own data, the last tenth of the batches is held out.
@@ -193,17 +237,90 @@ def split_batches(
     Raises:
         ConfigError: There is only one batch, or the model takes something else than what was given.
     """
-    if not data.named and takes(model) == {"text"}:
+    if not data.named and not labels and takes(model) == {"text"}:
         corpus, tokenizer = read_corpus(search=2048, test=0), load_processor(name)
         texts = texts_of(corpus.search, seed=seed)
         held = docstring_batches(
             model, tokenizer, texts_of(corpus.calibration), replace(data, batches=None), device
         )
-        return docstring_batches(model, tokenizer, texts, data, device).batches, list(held.batches)
-    batches = batches_for(
-        name, model, replace(data, batches=None), seed, labels=labels, device=device
-    ).batches
+        fitted = docstring_batches(model, tokenizer, texts, data, device).batches
+        return Split(fitted, list(held.batches), corpus.calibration)
+    found = batches_for(
+        name, model, replace(data, batches=None), seed, labels=labels, pack=pack, device=device
+    )
+    batches = found.batches
     count = max(1, len(batches) // 10)
     if len(batches) == count:
         raise ConfigError("there is one batch of data; give more: a tenth of it is held out.")
-    return batches[:-count][: data.batches], list(batches[-count:])  # read again and again
+    last = list(batches[-count:])  # read again and again
+    pairs = pairs_of(found, sum(map(batch_size, last)))
+    return Split(batches[:-count][: data.batches], last, pairs)
+
+
+def choice_batches(
+    name: str, model: Any, data: Data, *, labels: bool, fit: bool, device: Any
+) -> Split:
+    """Return the batches to choose a size by, and if members are fitted, batches apart for that.
+
+    Texts are a row each, for decoders too. Members are fitted on `FITTED` batches of docstrings, or
+    of the user's data, of which they get half at most. What both parts hold is judged by only.
+
+    Args:
+        name: See `batches_for`.
+        model: See `batches_for`.
+        data: What the options say. Its number of batches is that of those to choose by.
+        labels: See `batches_for`.
+        fit: Whether members are fitted.
+        device: See `batches_for`.
+
+    Raises:
+        ConfigError: There are too few batches to fit on, or the model takes something else.
+    """
+    whole = replace(data, batches=None)
+    judged: Sequence[Any]
+    fitted: Sequence[Any]
+    if not data.named and not labels and takes(model) == {"text"}:
+        corpus, tokenizer = read_corpus(search=2048, calibration=0), load_processor(name)
+        judged, fitted = (
+            docstring_batches(model, tokenizer, texts_of(pairs), whole, device, pack=False).batches
+            for pairs in (corpus.test, corpus.search)
+        )
+    else:
+        judged = batches_for(
+            name, model, whole, 0, labels=labels, pack=False, device=device
+        ).batches
+        count = min(FITTED, len(judged) // 2) if fit else 0
+        judged, fitted = judged[count:], judged[:count]
+    judged = judged[: data.batches]
+    if not fit:
+        return Split((), judged)
+    known = {digest for batch in judged for digest in sample_digests(batch)}
+    apart = list(batches_apart(fitted[:FITTED], known))
+    if len(apart) < CHECKED:
+        raise ConfigError(
+            f"members are fitted on half of the data, and {len(apart)} batches apart from the rest "
+            f"are too few; give data for {CHECKED} or more, or smaller batches."
+        )
+    return Split(apart, judged)
+
+
+def pairs_of(found: Feed, last: int | None = None) -> list[TextPair]:
+    """Return the pairs of texts that batches are made of, without those with a blank text.
+
+    Args:
+        found: The batches; of what is no pairs of texts, there are none.
+        last: The number of samples at the end that both texts are among. None takes all.
+    """
+    if not found.paired:
+        return []
+    pairs: list[TextPair] = []
+    samples = 0
+    for i in range(len(found.rows) - 2, -1, -2):
+        pair = found.rows[i]["text"], found.rows[i + 1]["text"]
+        filled = sum(bool(text.strip()) for text in pair)  # a blank is no sample
+        samples += filled
+        if last is not None and samples > last:
+            break
+        if filled == len(pair):
+            pairs.append(pair)
+    return pairs[::-1]

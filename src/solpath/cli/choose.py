@@ -18,8 +18,8 @@ from solpath.cli.arguments import (
     takes_data,
     takes_placement,
 )
-from solpath.cli.inputs import device_for, load_any, numbers, path_of
-from solpath.cli.terminal import print_json, say_next
+from solpath.cli.inputs import device_for, load_any, numbers, path_of, searched_on
+from solpath.cli.terminal import print_json, say, say_next
 
 
 @app.command()
@@ -29,59 +29,78 @@ from solpath.cli.terminal import print_json, say_next
 def choose(
     model: ModelName,
     path: PathFolder,
-    max_loss: Annotated[float, typer.Option(help="Largest expected loss of a sample.")],
+    max_loss: Annotated[
+        float, typer.Option(help="Largest expected loss; 0.01 of the accuracy is one point.")
+    ],
     constraints: dict[str, Any],
     data: Data,
     place: Placement,
     confidence: Annotated[float, typer.Option(help="Probability that the promise holds.")] = 0.95,
     metric: Annotated[
-        str | None, typer.Option(help="divergence, or accuracy where data has labels.")
+        str | None,
+        typer.Option(help="divergence, or accuracy on labels of the data; default divergence."),
     ] = None,
     clip: Annotated[float, typer.Option(help="Largest divergence of a sample.")] = 1.0,
+    compensate: Annotated[
+        bool, typer.Option("--compensate", help="Refit members, on half of the data at most.")
+    ] = False,
     sizes: Annotated[
         str | None, typer.Option(help="Sparsities to test, as in 0.1,0.2; default 0.05 to 0.7.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write the choice to.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Folder for the chosen member, new or empty.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Find the smallest size whose loss on held-out data is bounded, with confidence."""
     from solpath.choosing.choose import SIZES
     from solpath.choosing.choose import choose as find
-    from solpath.cli.batches import batches_for, docstring_batches
-    from solpath.data.docstrings import read_corpus, texts_of
-    from solpath.data.feeding import takes
-    from solpath.files import json_bytes, write_file
+    from solpath.cli.batches import choice_batches
+    from solpath.files import check_output, json_bytes, write_file
     from solpath.pretrained import load_processor
+    from solpath.storing.writing import save as write
 
     grid = SIZES if sizes is None else numbers(sizes)
-    device = device_for(place)
+    if save is not None:
+        check_output(save)
+    order, device = path_of(path), device_for(place)
     dense = load_any(model, place)
-    if not data.named and takes(dense) == {"text"}:
-        held = texts_of(read_corpus(search=0, calibration=0).test)
-        batches = docstring_batches(dense, load_processor(model), held, data, device).batches
-    else:
-        labels = metric == "accuracy"
-        batches = batches_for(model, dense, data, 0, labels=labels, device=device).batches
+    batches = choice_batches(
+        model, dense, data, labels=metric == "accuracy", fit=compensate, device=device
+    )
+    if searched_on(path, data):
+        say(f"{path} was searched on this data, too, which the promise does not allow for.")
     found = find(
         dense,
-        path_of(path),
-        batches,
+        order,
+        batches.heldout,
         max_loss,
         metric=metric,
         confidence=confidence,
         clip=clip,
         sizes=grid,
+        compensate=batches.batches if compensate else None,
         progress=not as_json,
         **constraints,
     )
     if out is not None:
         write_file(out, json_bytes(found.to_dict()))
+    if save is not None and found.plan is not None:
+        write(found.model, save, tokenizer=load_processor(model))
     if as_json:
         return print_json(found.to_dict())
     print(found)
     print("This holds if:", *(f"- {text}" for text in found.assumptions), sep="\n")
     if found.plan is None:
         return print("Next: a larger --max-loss, more samples, or smaller --sizes")
+    if save is not None:
+        print(f"written to {save}")
+        return say_next("export", save, "--format", "onnx", "--out", "exported")
+    if compensate:
+        return print(
+            "Next: the same command with --save FOLDER, for this member as it was refitted"
+        )
     dtype = [] if place.dtype is Precision.AUTO else ["--dtype", place.dtype.value]
     size = ["--sparsity", f"{found.sparsity:g}", *_options(constraints)]
     say_next("extract", model, path, *size, *dtype, "--out", "small")

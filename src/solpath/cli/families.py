@@ -15,11 +15,13 @@ from solpath.cli.arguments import (
     ModelName,
     PathFolder,
     Placement,
+    Task,
+    TaskName,
     takes_data,
     takes_placement,
 )
-from solpath.cli.inputs import device_for, load_any, loss_of, numbers, path_of
-from solpath.cli.terminal import print_json, print_table, say
+from solpath.cli.inputs import device_for, load_any, loss_of, numbers, path_of, searched_on
+from solpath.cli.terminal import print_json, print_table, say, say_next
 from solpath.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -66,13 +68,15 @@ def demo(
 
 def _print_family(family: "Family") -> None:
     """Print what every member costs and how good it is."""
-    shown = family.metrics[:2]
+    from solpath.reporting.scores import shown
+
+    main = shown(family.metrics)
     rows = [
-        (m.name, f"{m.params / 1e6:.1f} M", f"{m.macs_share:.0%}", f"{m.latency_ms:.1f} ms",
-         *(f"{m.metrics[one.key]:.4g}" for one in shown))
+        (m.name, f"{m.params:,}", f"{m.macs_share:.0%}", f"{m.latency_ms:.1f} ms",
+         *(f"{m.metrics[one.key]:.4g}" for one in main))
         for m in family.members
     ]  # fmt: skip
-    print_table(("model", "parameters", "MACs", "latency", *(one.key for one in shown)), rows)
+    print_table(("model", "parameters", "MACs", "latency", *(one.key for one in main)), rows)
 
 
 @app.command()
@@ -86,29 +90,47 @@ def family(
     place: Placement,
     sizes: Annotated[str, typer.Option(help="Sparsity of every member.")] = "0.2,0.4,0.6",
     compensate: Annotated[
-        bool, typer.Option("--compensate", help="Refit members on nine tenths of the data.")
+        bool,
+        typer.Option(
+            "--compensate", help="Refit members on other batches of the data, at most 128."
+        ),
     ] = False,
+    task: TaskName = None,
     loss: Loss = None,
     for_: For = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of the samples.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Cut a path at some sizes, judge and time every member, and write a report to choose by."""
-    from solpath.cli.batches import split_batches
+    from solpath.cli.batches import FITTED, split_batches
+    from solpath.cli.scores import scorer
+    from solpath.files import check_output
     from solpath.pretrained import load_processor
     from solpath.reporting.making import make_family
 
-    own, device = loss_of(loss), device_for(place)
+    check_output(out)
+    own, device, order = loss_of(loss), device_for(place), path_of(path)
     dense = load_any(model, place)
-    labels = None if own is not None else False
-    batches, held = split_batches(model, dense, data, seed, labels=labels, device=device)
+    batches, held, pairs = split_batches(
+        model,
+        dense,
+        replace(data, batches=data.batches or FITTED),
+        seed,
+        labels=True if task == Task.CLASSIFICATION else None if own is not None else False,
+        pack=False if task == Task.RETRIEVAL else None,
+        device=device,
+    )
+    if searched_on(path, data):
+        say(f"{path} was searched on this data, too; judge by other data to be sure.")
+    length = data.length or (128 if data.named else 32)
     found = make_family(
         dense,
-        path_of(path),
+        order,
         held,
         out,
         sizes=numbers(sizes),
         compensate_on=batches if compensate else None,
+        task=None if task is None else scorer(task, dense, held, pairs, model, length),
         loss=own,
         for_=for_,
         tokenizer=load_processor(model),
@@ -118,7 +140,8 @@ def family(
     if as_json:
         return print_json(found.to_dict())
     _print_family(found)
-    print(f"Next: open {out / 'report.html'}")
+    print(f"members are in {out / 'models'}; open {out / 'report.html'}")
+    say_next("choose", model, path, "--data", "NEW_DATA", "--max-loss", "0.02")
 
 
 @app.command()

@@ -2,10 +2,11 @@
 
 import importlib
 import sys
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from solpath.cli.arguments import Placement, Precision
+from solpath.cli.arguments import Data, Placement, Precision
 from solpath.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -121,6 +122,23 @@ def path_of(folder: Path) -> "SolutionPath":
     from solpath.planning.path import SolutionPath
 
     return SolutionPath.load(folder)
+
+
+def searched_on(folder: Path, data: Data) -> bool:
+    """Return whether a path was searched on the same data, as far as its settings say.
+
+    Args:
+        folder: The folder of the path.
+        data: The data of another command.
+    """
+    try:
+        found = tomllib.loads((folder / "settings.toml").read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        return False  # it was not made by the command line
+    own = {str(found[name]) for name in ("text", "images") if name in found}
+    own |= {str(name) for name in found.get("data", ())}
+    given = {str(name) for name in (data.text, data.images, *(data.data or ())) if name}
+    return bool(own & given) and found.get("split", []) == list(data.split or [])
 
 
 def table_of(file: Path) -> "LatencyTable":

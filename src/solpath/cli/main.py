@@ -11,6 +11,7 @@ import typer
 
 from solpath.cli import assess, choose, families, inspecting, prune, refine
 from solpath.cli.app import State, app
+from solpath.cli.state import has_state, stopping_well
 from solpath.cli.terminal import fail
 from solpath.errors import SolpathError
 
@@ -34,12 +35,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         arguments: The arguments of the command line. None takes those of the process.
 
     Returns:
-        The exit code: 0 for success, 1 for an unexpected error, 2 for bad input, 130 for Ctrl-C.
+        The exit code: 0 for success, 1 for an unexpected error, 2 for bad input, 130 for Ctrl-C, a
+        closed terminal or a request to end.
     """
     state = State()
     try:
         given = list(sys.argv[1:] if arguments is None else arguments)
-        code = app(args=given or ["--help"], standalone_mode=False, obj=state)
+        with stopping_well():
+            code = app(args=given or ["--help"], standalone_mode=False, obj=state)
     except KeyboardInterrupt:
         code = 130
     except typer.Abort:
@@ -57,7 +60,11 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 1
     if code == 130:
         folder = state.checkpoint
-        kept = folder is not None and folder.is_dir()
-        again = f"stopped; the state is in {folder}; run the same command again to go on."
-        fail(again if kept else "stopped.")
+        if folder is not None and has_state(folder):
+            fail(
+                f"stopped; the state is in {folder}: run the same command again to go on, or "
+                "remove that folder to start afresh."
+            )
+        else:
+            fail("stopped; nothing is kept: run the same command again to start afresh.")
     return code if isinstance(code, int) else 0

@@ -19,6 +19,7 @@ from solpath.cli.arguments import (
     Precision,
     Samples,
     SmallName,
+    StateFolder,
     Tokens,
     takes_budget,
     takes_constraints,
@@ -34,6 +35,7 @@ from solpath.cli.inputs import (
     path_of,
     table_of,
 )
+from solpath.cli.state import keeping_state
 from solpath.cli.terminal import print_json, print_table, say, say_next
 from solpath.errors import BudgetError, ConfigError, FileError
 
@@ -66,12 +68,10 @@ def search(
     micro_batch: Annotated[
         int | None, typer.Option(help="Samples of a batch that run at once; saves memory.", min=1)
     ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Folder for the state, so that a search can go on.")
-    ] = None,
+    checkpoint: StateFolder = None,
     as_json: Json = False,
 ) -> None:
-    """Put all units of a model in order, once."""
+    """Put all units of a model in order, once. Stopped, the same command goes on from there."""
     from solpath import baselines
     from solpath.cli.batches import batches_for
     from solpath.config import InclusionConfig, SearchConfig
@@ -101,19 +101,20 @@ def search(
     labels = None if own is not None else False
     batches = batches_for(model, loaded, data, seed, labels=labels, device=device).batches
     if method in searches:
-        context.obj.checkpoint = checkpoint
-        path = search_path(
-            loaded,
-            batches,
-            config,
-            loss=own,
-            checkpoint=checkpoint,
-            micro_batch=micro_batch,
-            progress=not as_json,
-        )
+        with keeping_state(context, out, checkpoint, batches) as state:
+            path = search_path(
+                loaded,
+                batches,
+                config,
+                loss=own,
+                checkpoint=state,
+                micro_batch=micro_batch,
+                progress=not as_json,
+            )
+            path.save(out)
     else:
         path = baselines.METHODS[method](loaded, batches, seed=seed, loss=own)
-    path.save(out)
+        path.save(out)
     if as_json:
         units = sum(pair.units for pair in path.pairs)
         return print_json(
@@ -126,6 +127,7 @@ def search(
             if reason is not None:
                 print(f"{count} of {len(path.pairs)} pairs keep their axes: {reason}")
     say_next("extract", model, out, "--sparsity", "0.3", "--out", "small")
+    say_next("family", model, out, "--data", "OTHER_DATA", "--out", "family", first="Or all sizes")
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Commands that make up for what a cut lost."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,14 +16,14 @@ from solpath.cli.arguments import (
     ModelName,
     Placement,
     SmallName,
+    StateFolder,
     takes_data,
     takes_placement,
 )
 from solpath.cli.inputs import device_for, load_any, load_small, loss_of
+from solpath.cli.state import keeping_state
 from solpath.cli.terminal import print_json, print_table, say_next
 from solpath.errors import ConfigError
-
-_BATCHES = 128  # that compensate fits on, if no number is given
 
 
 @app.command()
@@ -44,12 +45,10 @@ def tune(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of texts and of the adapters.")] = 0,
     loss: Loss = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Folder for the state, so that tuning can go on.")
-    ] = None,
+    checkpoint: StateFolder = None,
     as_json: Json = False,
 ) -> None:
-    """Train an extracted model to give the outputs of the dense one."""
+    """Train an extracted model towards the dense one. Stopped, the same command goes on."""
     from solpath.config import TuneConfig
     from solpath.refining.tuning import tune as train
 
@@ -57,18 +56,21 @@ def tune(
 
     own = loss_of(loss)
 
-    def tuned(start: Any, teacher: Any, batches: Sequence[Any], heldout: Sequence[Any]) -> Any:
-        context.obj.checkpoint = checkpoint
-        return train(
-            start,
-            teacher,
-            batches,
-            config,
-            heldout=heldout,
-            loss=own,
-            checkpoint=checkpoint,
-            progress=not as_json,
-        )
+    @contextmanager
+    def tuned(
+        start: Any, teacher: Any, batches: Sequence[Any], heldout: Sequence[Any]
+    ) -> Iterator[Any]:
+        with keeping_state(context, out, checkpoint, batches, heldout) as state:
+            yield train(
+                start,
+                teacher,
+                batches,
+                config,
+                heldout=heldout,
+                loss=own,
+                checkpoint=state,
+                progress=not as_json,
+            )
 
     _improve(small, dense, out, data, place, seed, own, config.to_dict(), tuned, as_json)
 
@@ -87,16 +89,20 @@ def compensate(
     as_json: Json = False,
 ) -> None:
     """Refit an extracted model to the dense one, layer by layer, without training."""
+    from solpath.cli.batches import FITTED
     from solpath.refining.compensation import compensate as refit
     from solpath.refining.fitting import CHECKED
 
-    data = replace(data, batches=data.batches or _BATCHES)
+    data = replace(data, batches=data.batches or FITTED)
     if (data.batches or 0) < CHECKED:
         raise ConfigError(f"batches must be at least {CHECKED} for compensate, got {data.batches}.")
     config, own = {"batches": data.batches}, loss_of(loss)
 
-    def refitted(start: Any, teacher: Any, batches: Sequence[Any], heldout: Sequence[Any]) -> Any:
-        return refit(start, teacher, batches, loss=own, progress=not as_json)
+    @contextmanager
+    def refitted(
+        start: Any, teacher: Any, batches: Sequence[Any], heldout: Sequence[Any]
+    ) -> Iterator[Any]:
+        yield refit(start, teacher, batches, loss=own, progress=not as_json)
 
     _improve(small, dense, out, data, place, seed, own, config, refitted, as_json)
 
@@ -110,10 +116,10 @@ def _improve(
     seed: int,
     loss: Any,
     config: dict[str, Any],
-    improved: Callable[[Any, Any, Sequence[Any], Sequence[Any]], Any],
+    improved: Callable[[Any, Any, Sequence[Any], Sequence[Any]], AbstractContextManager[Any]],
     as_json: bool,
 ) -> None:
-    """Save what ``improved(small, dense, batches, heldout)`` returns, and print how near it is."""
+    """Save what ``improved(small, dense, batches, heldout)`` yields, and print how near it is."""
     from solpath.cli.batches import split_batches
     from solpath.files import check_output
     from solpath.measuring.evaluation import evaluate
@@ -122,7 +128,7 @@ def _improve(
 
     check_output(out)
     start, teacher = load_small(small, place), load_any(dense, place)
-    batches, heldout = split_batches(
+    batches, heldout, _ = split_batches(
         dense,
         teacher,
         data,
@@ -130,8 +136,8 @@ def _improve(
         labels=None if loss is not None else False,
         device=device_for(place),
     )
-    better = improved(start, teacher, batches, heldout)
-    save(better, out, tokenizer=load_processor(dense))
+    with improved(start, teacher, batches, heldout) as better:
+        save(better, out, tokenizer=load_processor(dense))
     before, after = (
         dict(evaluate(m, teacher, heldout, loss=loss).metrics) for m in (start, better)
     )

@@ -4,7 +4,7 @@ import functools
 import inspect
 import json
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
@@ -17,14 +17,14 @@ from solpath.errors import ConfigError
 FILE = "settings.toml"
 """The file in the folder that a command wrote."""
 
-_NOT_KEPT = frozenset({"out", "json", "checkpoint", "settings", "help"})  # of one run alone
+_NOT_KEPT = frozenset({"out", "save", "json", "checkpoint", "settings", "help"})  # of one run alone
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the option ``--settings FILE``, and let it keep its settings.
 
     What the file says counts where the command line says nothing. If the command has an argument
-    ``out`` and that is a folder in the end, `FILE` in it says what was used.
+    ``out`` or ``save`` and that is a folder in the end, `FILE` in it says what was used.
 
     Args:
         command: The command, with the annotations of typer.
@@ -38,9 +38,9 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     def with_option(context_: typer.Context, settings: Path | None, **given: Any) -> None:
         own = {} if context_name is None else {context_name: context_}
         command(**given, **own)
-        out = given.get("out")
-        if isinstance(out, Path) and out.is_dir():
-            _keep(context_, out / FILE)
+        for out in (given.get("out"), given.get("save")):
+            if isinstance(out, Path) and out.is_dir():
+                _keep(context_, out / FILE)
 
     added = [
         inspect.Parameter("context_", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
@@ -124,28 +124,45 @@ class _One:
     nargs = 1
 
 
+def given(context: typer.Context) -> dict[str, Any]:
+    """Return name to plain value of all that a command was given, defaults included.
+
+    What is of one run alone, such as ``out``, is left out, and so is what has no value.
+
+    Args:
+        context: The command.
+    """
+    found = {}
+    for name, parameter in _options(context).items():
+        value = context.params.get(str(parameter.name))
+        if name not in _NOT_KEPT and value is not None and value != [] and value != ():
+            found[name] = _without_types(value)
+    return found
+
+
+def _without_types(value: Any) -> Any:
+    """Return an option's value as JSON and TOML know it."""
+    if isinstance(value, list | tuple):
+        return [_without_types(part) for part in value]
+    if isinstance(value, Enum):
+        return value.value
+    return value if isinstance(value, bool | int | float) else str(value)
+
+
 def _keep(context: typer.Context, file: Path) -> None:
     """Write what a command was given, defaults included."""
     from solpath import __version__
     from solpath.files import write_file
 
     lines = [f"# solpath {context.info_name} --settings FILE --out FOLDER; solpath {__version__}"]
-    for name, parameter in _options(context).items():
-        value = context.params.get(str(parameter.name))
-        if name in _NOT_KEPT or value is None or value == [] or value == ():
-            continue
-        lines.append(f"{name} = {_toml(value)}")
+    lines += [f"{name} = {_toml(value)}" for name, value in given(context).items()]
     write_file(file, ("\n".join(lines) + "\n").encode())
 
 
 def _toml(value: Any) -> str:
     """Return a plain value in TOML."""
-    if isinstance(value, Mapping):
-        raise TypeError("no option is a table")
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, Enum):
-        value = value.value
     if isinstance(value, bool | int | float):
         return json.dumps(value)
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,5 +1,6 @@
 """What the command line prints: results to stdout, everything else to stderr."""
 
+import contextlib
 import json
 import shlex
 import sys
@@ -9,8 +10,9 @@ from typing import Any
 
 
 def fail(text: str) -> None:
-    """Print an error as one line to stderr."""
-    print(f"solpath: {' '.join(text.split())}", file=sys.stderr)
+    """Print an error as one line to stderr, if there is still somebody to read it."""
+    with contextlib.suppress(OSError):  # the terminal was closed
+        print(f"solpath: {' '.join(text.split())}", file=sys.stderr)
 
 
 def say(text: str) -> None:
@@ -18,13 +20,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def say_next(*words: str | Path) -> None:
+def say_next(*words: str | Path, first: str = "Next") -> None:
     """Print the command that most people run after this one.
 
     Args:
         words: The words after ``solpath``.
+        first: What the line begins with.
     """
-    print(f"Next: solpath {shlex.join(map(str, words))}")
+    print(f"{first}: solpath {shlex.join(map(str, words))}")
 
 
 def print_json(value: Mapping[str, Any]) -> None:

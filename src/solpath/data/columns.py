@@ -88,11 +88,11 @@ def _only(table: Table, role: Role, columns: Sequence[str]) -> str:
     if columns:
         raise ConfigError(
             f"{table.name} has several columns that could be the {role}: {', '.join(columns)}; "
-            f"choose one with {role}=COLUMN."
+            f"choose one with --column {role}=COLUMN."
         )
     raise ConfigError(
         f"{table.name} has no column that could be the {role} among {', '.join(table.holds)}; "
-        f"choose one with {role}=COLUMN."
+        f"choose one with --column {role}=COLUMN."
     )
 
 

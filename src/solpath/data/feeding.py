@@ -68,6 +68,7 @@ def feed(
     *,
     columns: Mapping[Role, str] | None = None,
     labels: bool | None = False,
+    pack: bool | None = None,
     batch_size: int | None = None,
     length: int | None = None,
     limit: int | None = None,
@@ -77,8 +78,8 @@ def feed(
 ) -> Feed:
     """Return batches of what a model takes, from the columns that `find_columns` finds.
 
-    Decoders get full blocks, classifiers pairs of texts as one row, and other models of text both
-    texts of a pair as rows of their own.
+    Decoders get full blocks unless `pack` says otherwise, classifiers pairs of texts as one row,
+    and other models of text both texts of a pair as rows of their own.
 
     Args:
         model: The model, of text, of images, or of pairs of both.
@@ -86,6 +87,8 @@ def feed(
         tables: The tables, with their weights; see `solpath.data.mixture.shares`.
         columns: Role to column, for roles whose column is not found by its name.
         labels: Whether classifiers get ``labels``. None adds them where all tables have some.
+        pack: Whether texts are joined and cut into full blocks, or a row each. None takes blocks
+            for decoders.
         batch_size: Samples per batch. None takes 16 texts or blocks, or 32 images.
         length: Tokens per text or block. None takes 128, or all that the model allows if that is
             less; with images it takes all that the tokenizer allows.
@@ -122,7 +125,7 @@ def feed(
     known = None
     if "label" in roles:
         known = Labels(model.config, [(table, found["label"]) for table, found in parts])
-    pack = model.can_generate()
+    pack = model.can_generate() if pack is None else pack
     together = is_classifier(model)
     paired = {"pair" in found for _, found in parts}
     if len(paired) == 2:

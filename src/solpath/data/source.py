@@ -167,6 +167,31 @@ def batch_size(batch: Any) -> int:
     raise BatchError(f"a batch is a dict of tensors or a tensor, got {type(batch).__name__}.")
 
 
+def work_of(batch: Any) -> tuple[int, str]:
+    """Return how much there is to compute in a batch, and in which unit.
+
+    It is the number of tokens of text, padding left out, and of all else the number of samples. No
+    device is waited for: where the attention mask is not in the memory of the CPU, padding counts.
+
+    Args:
+        batch: A mapping of tensors, or a tensor.
+
+    Example:
+        >>> mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+        >>> work_of({"input_ids": torch.ones_like(mask), "attention_mask": mask})
+        (4, 'tokens')
+        >>> work_of({"pixel_values": torch.zeros(2, 3, 8, 8)})
+        (2, 'samples')
+    """
+    named = batch if isinstance(batch, Mapping) else {}
+    ids, mask = named.get("input_ids"), named.get("attention_mask")
+    if not isinstance(ids, Tensor) or "pixel_values" in named:
+        return batch_size(batch), "samples"
+    if isinstance(mask, Tensor) and mask.device.type == "cpu" and mask.shape == ids.shape:
+        return int(mask.count_nonzero()), "tokens"
+    return ids.numel(), "tokens"
+
+
 def shapes_of(batch: Any) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor in a batch, by name. A bare tensor is called ``input``."""
     named = batch.items() if isinstance(batch, Mapping) else [("input", batch)]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from solpath.data.preparation import Preparation, preparing
-from solpath.data.source import batch_size, check_ends, slice_samples
+from solpath.data.source import batch_size, check_ends, slice_samples, work_of
 from solpath.errors import BatchError, ConfigError, NonFiniteLossError, UnsupportedModelError
 from solpath.model.extraction import copy_extracted
 from solpath.model.linear import linear_map
@@ -157,7 +157,9 @@ def _compensate(
             raise BatchError(f"compensate needs at least {CHECKED} batches, got {len(known)}.")
         share = share_of(known)
         sample = slice_samples(known[0], 0, min(_SAMPLES, batch_size(known[0])))
-        _refit_(refitted, dense, pairs, share, sample, prepare, ridge, progress)
+        works = [work_of(batch) for batch in known]
+        work = sum(amount for amount, _ in works), works[0][1]
+        _refit_(refitted, dense, pairs, share, sample, prepare, ridge, work, progress)
         errors = _losses(dense, models, refitted, known, share, prepare, loss)
     everyone.clear()
     results: list[Model] = []
@@ -206,6 +208,7 @@ def _refit_(
     sample: Batch,
     prepare: Preparation,
     ridge: float,
+    work: tuple[int, str],
     progress: bool,
 ) -> None:
     """Refit every layer of `models` that belongs to a pair, in the order they run, in place."""
@@ -240,8 +243,9 @@ def _refit_(
 
     targets = _DenseTargets(wanted, len(models))
     with undoing(close), progress_bar("compensate", "", len(groups), 0, show=progress) as report:
+        amount, unit = work  # goes through all groups once, and a step is one of them
         for _ in zip_longest(*map(refits, models, given)):
-            report()
+            report(work=(amount / len(groups), unit))
 
 
 def _groups(

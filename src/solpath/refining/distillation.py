@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from solpath.data.preparation import Preparation
-from solpath.data.source import BatchSource, check_device, local_samples
+from solpath.data.source import BatchSource, check_device, local_samples, work_of
 from solpath.errors import BatchError
 from solpath.objective import Loss, Objective, Targets
 from solpath.running.forward import Batch, device_of, output_tensor, row_not_finite, run
@@ -24,6 +24,7 @@ class DistillationBatch(NamedTuple):
         low: The number of the first sample of `inputs` in the batch.
         samples: Number of samples in `inputs`.
         total: Number of samples of the batch over all processes.
+        work: How much there is to compute in the batch over all processes, with its unit.
     """
 
     inputs: Batch
@@ -32,6 +33,7 @@ class DistillationBatch(NamedTuple):
     low: int
     samples: int
     total: int
+    work: tuple[int, str]
 
 
 class Distillation:
@@ -72,7 +74,8 @@ class Distillation:
         target = None
         if self._loss is None:
             target = self._targets.get(self._source.index(step), lambda: self._target(inputs))
-        return DistillationBatch(inputs, target, step, low, high - low, total)
+        work = work_of(self._source[step])
+        return DistillationBatch(inputs, target, step, low, high - low, total, work)
 
     def _first(self) -> Batch:
         return self._source[0]

@@ -41,7 +41,7 @@ class Training:
         losses: The loss of every step.
         checks: Step and held-out divergence of every check; the first is before any update.
         best: The trained parameters at the best check, on the CPU: what this process holds of them.
-        samples: The samples of the last batch, over all processes.
+        work: How much there was to compute in the last batch, over all processes, with its unit.
         settled: False while an update is under way.
     """
 
@@ -65,7 +65,7 @@ class Training:
         self.losses: list[float] = []
         self.checks: list[tuple[int, float]] = []
         self.best = {name: own_part(p) for name, p in self._trained.items()}
-        self.samples = 0
+        self.work = 0, "samples"
         self.settled = True
 
     @property
@@ -121,7 +121,7 @@ class Training:
         config, done = self._config, self.steps
         self._optimizer.zero_grad()
         batch = self._taught[done]
-        self.samples = batch.total
+        self.work = batch.work
         errors = self._taught.errors(self._model, batch)
         loss = errors.mean()
         [value] = self._taught.sum(float(loss.detach()) * batch.samples / batch.total)
@@ -274,7 +274,7 @@ def train_(
             training.check_()
             values = [value for _, value in training.checks]
             figures = {"loss": training.losses[-1], "now": values[-1], "best": min(values)}
-            report(**figures, samples=training.samples)
+            report(**figures, work=training.work)
             if training.steps % every == 0 or training.finished:
                 saved = save()
     except NonFiniteLossError as error:

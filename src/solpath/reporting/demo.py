@@ -34,9 +34,10 @@ from solpath.reporting.family import (
     Stage,
     Timing,
 )
-from solpath.reporting.making import Scores, members, publish
+from solpath.reporting.making import members, publish
 from solpath.reporting.report import check_installed
 from solpath.reporting.retrieval import Embed, embedder, installed_model, retrieval_hits
+from solpath.reporting.scores import Scores
 from solpath.running.progress import progress_bar
 from solpath.running.provenance import peak_resident_bytes, provenance
 from solpath.searching.search import search

@@ -3,7 +3,6 @@
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ from torch import nn
 from solpath.config import check_number
 from solpath.data.source import check_ends
 from solpath.errors import ConfigError
-from solpath.files import check_output
+from solpath.files import new_folder
 from solpath.measuring.evaluation import Result, evaluate
 from solpath.measuring.measurement import Measurement, measure
 from solpath.model.extraction import extract, in_dtype_of
 from solpath.objective import Loss
 from solpath.planning.path import SolutionPath
+from solpath.planning.plan import Plan
 from solpath.refining.compensation import compensate
 from solpath.reporting.family import (
     DenseModel,
@@ -26,39 +26,16 @@ from solpath.reporting.family import (
     Judged,
     Member,
     MethodRun,
-    Metric,
     Point,
     SearchRun,
     Timing,
 )
 from solpath.reporting.report import check_installed, write_report
+from solpath.reporting.scores import DISTANCES, Scores, Task, both, metrics_of, scores_at
 from solpath.running.progress import progress_bar
 from solpath.running.provenance import provenance
 from solpath.storing.reading import load
 from solpath.storing.writing import save
-
-METRICS = (
-    Metric("loss", "Loss", lower=True),
-    Metric("task", "Task", lower=False),
-    Metric("kl", "KL from the dense model, nats", lower=True),
-    Metric("agreement", "Agreement with the dense model", lower=False),
-    Metric("cosine", "Cosine to the dense model", lower=False),
-    Metric("relative_error", "Squared error ÷ squared output", lower=True),
-)
-"""The metrics of `solpath.evaluate`, the one that people decide by first."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How good one model is.
-
-    Attributes:
-        metrics: Name of a metric to its value.
-        intervals: Name of a metric to the ends of its 95 % confidence interval, where it has one.
-    """
-
-    metrics: Mapping[str, float]
-    intervals: Mapping[str, Sequence[float]]
 
 
 def make_family(
@@ -69,6 +46,7 @@ def make_family(
     *,
     sizes: Sequence[float] = (0.2, 0.4, 0.6),
     compensate_on: Iterable[Any] | None = None,
+    task: Task | None = None,
     loss: Loss | None = None,
     for_: str | None = None,
     tokenizer: Any = None,
@@ -79,7 +57,8 @@ def make_family(
     """Cut a path at some sizes, judge and measure every member, and write all of it with a report.
 
     The folder gets the path, the members, ``family.json`` and ``report.html``, the page to choose a
-    size by. All members are in memory while they are judged and timed beside the dense model.
+    size by. It appears whole or not at all. All members are in memory while they are judged and
+    timed beside the dense model.
 
     Args:
         model: The dense model, which is left as it was found.
@@ -89,6 +68,10 @@ def make_family(
         out: A folder that is new or empty.
         sizes: The sparsity of every member, ascending.
         compensate_on: Batches that every member is refitted on; None leaves the weights as cut.
+        task: A function that scores a model at its task, as for `solpath.evaluate`. It is called
+            with every model, and its metrics come first in the report, the main one ahead. It may
+            return one number, a mapping from name to number, or a `solpath.reporting.scores.Scores`
+            with intervals, which also says of which metrics lower values are better.
         loss: See `solpath.evaluate`.
         for_: A target that all members are cut for, see `SolutionPath.plan`.
         tokenizer: Tokenizer or processor to save with every member.
@@ -101,7 +84,8 @@ def make_family(
 
     Raises:
         ConfigError: `sizes` are not numbers that ascend between 0 and 1; or jinja2 or matplotlib
-            is not installed.
+            is not installed; or the task gives some models other metrics, one that is not finite,
+            or one that the distance has.
         SolpathError: See `extract`, `compensate`, `save`, `evaluate` and `measure`.
 
     Example:
@@ -111,6 +95,12 @@ def make_family(
         >>> [member.name for member in family.members], family.metrics[0].key
         (['dense', 's50'], 'kl')
         >>> low, high = family.members[1].intervals["kl"]
+        >>> kept = lambda model: {"biases": sum(p.dim() == 1 for p in model.parameters())}
+        >>> family = solpath.make_family(
+        ...     model, path, batches, "kept", sizes=[0.5], task=kept, repeats=1, progress=False
+        ... )
+        >>> [metric.key for metric in family.metrics][:2]
+        ['biases', 'kl']
     """
     named = _named(sizes)
     check_installed()
@@ -118,11 +108,60 @@ def make_family(
     if compensate_on is not None:
         check_ends(compensate_on, "compensate_on")
     heldout = list(heldout)
-    folder = Path(out)
-    check_output(folder)
     plans = {member: path.plan(sparsity=size, for_=for_) for member, size in named.items()}
+    with new_folder(out) as folder:
+        fitted = _cut(model, plans, folder, compensate_on, tokenizer, progress)
+        path.save(folder / "path")
+        models = {"dense": model, **{one: load(folder / "models" / one) for one in named}}
+        found = evaluate(models, model, heldout, loss=loss)
+        scores = {name: _scores(result) for name, result in found.items()}
+        metrics = tuple(one for one in DISTANCES if one.key in scores["dense"].metrics)
+        if task is not None:
+            at_task = scores_at(task, models)
+            scores = {name: both(at_task[name], scores[name]) for name in models}
+            metrics = metrics_of(at_task["dense"]) + metrics
+        measured = measure(models, heldout[0], repeats=repeats)
+        points = [Point(named.get(name, 0.0), one.metrics) for name, one in scores.items()]
+        batch = heldout[0]
+        tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        family = Family(
+            model=DenseModel(
+                name=name or _name(model),
+                architecture=type(model).__name__,
+                sha256=None,
+                units=sum(pair.units for pair in path.pairs),
+                prunable=path.costs.prunable(path.pairs),
+            ),
+            search=SearchRun(
+                path.method, None, path.config.get("steps"), path.config.get("seed"), fitted, ""
+            ),
+            metrics=metrics,
+            judged=Judged("held-out samples", found["dense"].samples),
+            methods=(MethodRun(path.method, None, tuple(points)),),
+            members=members(model, path, named, scores, measured, for_=for_),
+            measured=Timing(
+                samples=measured["dense"].samples,
+                tokens=None if tokens is None else int(tokens.shape[-1]),
+                repeats=repeats,
+            ),
+            provenance=provenance(),
+            target=for_,
+        )
+        publish(family, folder)
+    return family
+
+
+def _cut(
+    model: nn.Module,
+    plans: Mapping[str, Plan],
+    folder: Path,
+    compensate_on: Iterable[Any] | None,
+    tokenizer: Any,
+    progress: bool,
+) -> float | None:
+    """Save all members; return the seconds of compensation, None if there is none."""
     seconds = 0.0
-    with progress_bar("family", "{task.fields[name]}", len(named), 0, show=progress, name="") as at:
+    with progress_bar("family", "{task.fields[name]}", len(plans), 0, show=progress, name="") as at:
         for member, plan in plans.items():
             cut = extract(model, plan)
             if compensate_on is not None:
@@ -131,41 +170,7 @@ def make_family(
                 seconds += time.perf_counter() - start
             save(cut, folder / "models" / member, tokenizer=tokenizer)
             at(name=member)
-    path.save(folder / "path")
-    small = {member: load(folder / "models" / member) for member in named}
-    found = evaluate({"dense": model, **small}, model, heldout, loss=loss)
-    batch = heldout[0]
-    measured = measure({"dense": model, **small}, batch, repeats=repeats)
-    scores = {member: _scores(result) for member, result in found.items()}
-    points = [Point(0.0, scores["dense"].metrics)]
-    points += [Point(size, scores[member].metrics) for member, size in named.items()]
-    tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    fitted = None if compensate_on is None else seconds
-    family = Family(
-        model=DenseModel(
-            name=name or _name(model),
-            architecture=type(model).__name__,
-            sha256=None,
-            units=sum(pair.units for pair in path.pairs),
-            prunable=path.costs.prunable(path.pairs),
-        ),
-        search=SearchRun(
-            path.method, None, path.config.get("steps"), path.config.get("seed"), fitted, ""
-        ),
-        metrics=tuple(one for one in METRICS if one.key in scores["dense"].metrics),
-        judged=Judged("held-out samples", found["dense"].samples),
-        methods=(MethodRun(path.method, None, tuple(points)),),
-        members=members(model, path, named, scores, measured, for_=for_),
-        measured=Timing(
-            samples=measured["dense"].samples,
-            tokens=None if tokens is None else int(tokens.shape[-1]),
-            repeats=repeats,
-        ),
-        provenance=provenance(),
-        target=for_,
-    )
-    publish(family, folder)
-    return family
+    return None if compensate_on is None else seconds
 
 
 def _named(sizes: Any) -> dict[str, float]:
@@ -242,7 +247,7 @@ def publish(family: Family, folder: Path) -> None:
 
 
 def _scores(result: Result) -> Scores:
-    known = {one.key for one in METRICS}
+    known = {one.key for one in DISTANCES}
     return Scores(
         {name: value for name, value in result.metrics.items() if name in known},
         {name: list(ends) for name, ends in result.intervals.items() if name in known},

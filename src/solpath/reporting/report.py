@@ -12,6 +12,7 @@ from solpath.files import write_file
 from solpath.planning.path import SolutionPath
 from solpath.reporting.charts import LEVELS, Series, entry_chart, quality_chart
 from solpath.reporting.family import Family, Member
+from solpath.reporting.scores import shown
 
 LABELS = {
     "spp": "solpath",
@@ -105,10 +106,10 @@ def render(family: Family, path: SolutionPath, *, beside: SolutionPath | None = 
     }
     dense, *small = family.members
     costs = {name: title for name, title in COSTS.items() if name != "cache" or dense.cache}
-    shown = family.metrics[:2]
+    main = shown(family.metrics)
     charts = {}
     for size in ("wide", "narrow"):
-        for metric, cost in product(shown, costs):
+        for metric, cost in product(main, costs):
             name = f"{metric.key}_{cost}_{size}"
             series = _series(family, metric.key, cost)
             charts[name] = Markup(quality_chart(series, name=name, narrow=size == "narrow"))
@@ -120,7 +121,7 @@ def render(family: Family, path: SolutionPath, *, beside: SolutionPath | None = 
         small=small,
         lead=_lead(family),
         costs=costs,
-        shown=shown,
+        shown=main,
         charts=charts,
         heat=heat_maps(family, path),
         kinds=KINDS,

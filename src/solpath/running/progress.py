@@ -1,6 +1,6 @@
 """Show the progress bar of long work, which imports this module and is never imported by it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,8 +9,8 @@ from solpath.running.modes import undoing
 Report = Callable[..., None]
 """A function that moves the bar by one step: ``report(**fields)``.
 
-The fields are the figures in the text beside the bar; ``samples`` are those of the step, of which
-the bar shows how many go through in a second.
+The fields are the figures in the text beside the bar. ``work`` is how much there was in the step, a
+number and its unit such as ``(512, "tokens")``; the bar shows how much goes through in a second.
 """
 
 
@@ -45,9 +45,11 @@ def progress_bar(
     )
     from rich.text import Text
 
+    works: list[tuple[float, str]] = []
+
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(rate(task.finished_speed or task.speed, task.fields.get("samples")))
+            return Text(rate(task.finished_speed or task.speed, works))
 
     columns = (
         TextColumn(title),
@@ -61,24 +63,33 @@ def progress_bar(
     with undoing(bar.stop):
         bar.start()
         task = bar.add_task(title, total=total, completed=done, **fields)
-        yield lambda **fields: bar.update(task, advance=1, **fields)
+
+        def report(*, work: tuple[float, str] | None = None, **fields: Any) -> None:
+            if work is not None:
+                works.append(work)
+            bar.update(task, advance=1, **fields)
+
+        yield report
 
 
-def rate(steps: float | None, samples: int | None) -> str:
-    """Return samples per second as text; nothing while they are not known.
+def rate(steps: float | None, works: Sequence[tuple[float, str]]) -> str:
+    """Return the work per second as text; nothing while it is not known.
 
     Args:
         steps: Steps per second.
-        samples: Samples of a step.
+        works: The work of every step so far, with its unit. Steps differ, so their mean counts.
 
     Example:
-        >>> rate(2.5, 16), rate(0.1, 4), rate(None, 16)
-        ('40 samples/s', '0.4 samples/s', '')
+        >>> rate(2.5, [(15, "samples"), (17, "samples")]), rate(0.1, [(4, "tokens")])
+        ('40 samples/s', '0.4 tokens/s')
+        >>> rate(None, [(4, "tokens")])
+        ''
     """
-    if steps is None or samples is None:
+    if steps is None or not works:
         return ""
-    value = steps * samples
-    return f"{value:,.0f} samples/s" if value >= 10 else f"{value:.1f} samples/s"
+    value = steps * sum(amount for amount, _ in works) / len(works)
+    unit = works[-1][1]
+    return f"{value:,.0f} {unit}/s" if value >= 10 else f"{value:.1f} {unit}/s"
 
 
 def say(text: str) -> None:

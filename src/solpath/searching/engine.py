@@ -68,6 +68,13 @@ class Engine(Protocol):
             BatchError: The batch has no tensor or no samples.
         """
 
+    def work(self, step: int) -> tuple[int, str]:
+        """Return how much there is to compute in batch `step`; see `solpath.data.source.work_of`.
+
+        Args:
+            step: Batch number.
+        """
+
     def gradients(self, step: int, mask: Tensor, *, binary: bool) -> tuple[float, Tensor, Tensor]:
         """Return the loss, the masks and the mask gradients of one batch.
 

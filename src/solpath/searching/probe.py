@@ -17,6 +17,7 @@ from solpath.data.source import (
     derive_seed,
     local_samples,
     slice_samples,
+    work_of,
 )
 from solpath.errors import NonFiniteLossError, UnsupportedModelError
 from solpath.model.basis import Basis, rotated
@@ -242,6 +243,10 @@ class Probe:
     def batch_size(self, step: int) -> int:
         """See `Engine.batch_size`."""
         return batch_size(self._source[step])
+
+    def work(self, step: int) -> tuple[int, str]:
+        """See `Engine.work`."""
+        return work_of(self._source[step])
 
     def step_memory(self) -> int:
         """Return about how many bytes a pass has alive beyond the weights.

@@ -333,7 +333,7 @@ def _run(
         for k in range(done, steps):
             after, loss, keep = method.step(engine, state, k)
             state = after | {"history": _record(state, loss, keep)}
-            report(loss=loss, size=keep, samples=engine.batch_size(k))
+            report(loss=loss, size=keep, work=engine.work(k))
             if (k + 1) % every == 0 or k + 1 == steps:
                 saved = _save(file, header, state)
     except NonFiniteLossError as error:
