@@ -94,7 +94,7 @@ def test_choose(path, tmp_path, capsys):
     params = sum(p.numel() for p in solpath.load(small).parameters())
     assert params == found["tests"][0]["params"]
     assert run([*arguments, "--json", "--metric", "accuracy"]) == 2
-    assert "needs labels" in capsys.readouterr().err
+    assert "is no classifier" in capsys.readouterr().err
 
 
 def test_a_latency_is_measured_once_and_planned_again(tmp_path, monkeypatch, capsys):
