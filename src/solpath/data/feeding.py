@@ -51,7 +51,7 @@ def takes(model: Any) -> set[str]:
 
 def is_classifier(model: Any) -> bool:
     """Return whether a model puts whole texts or images into classes."""
-    name = type(model).__mro__[0].__name__
+    name = type(model).__name__
     return any(kind in name for kind in ("ForSequenceClassification", "ForImageClassification"))
 
 

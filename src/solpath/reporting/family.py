@@ -5,23 +5,19 @@ here once.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
 from solpath.errors import FileError
 from solpath.files import json_bytes, write_file
 from solpath.planning.path import SolutionPath
 from solpath.reading import check_format, read_json
+from solpath.reporting.plain import LARGEST, built, is_number, plain
 
 FORMAT, FORMAT_VERSION = "solpath.family", 3
 FILE = "family.json"
 """The name of the file, in the folder of the family."""
-
-_LARGEST = 1e200  # of numbers, so that charts can take differences and squares of them
-
-Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -280,7 +276,7 @@ class Family:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `family.json` holds."""
-        return {"format": FORMAT, "version": FORMAT_VERSION, **_plain(self)}
+        return {"format": FORMAT, "version": FORMAT_VERSION, **plain(self)}
 
     def write(self, folder: Path) -> None:
         """Write `family.json` atomically. Raise `FileError` if it cannot be written."""
@@ -297,12 +293,12 @@ class Family:
         file = folder / FILE
         value = read_json(file)
         check_format(file, value, FORMAT, FORMAT_VERSION)
-        family = _built(cls, file, "", value)
+        family = built(cls, file, "", value)
         if type(family.provenance.get("threads")) is not int:
             raise FileError(f"{file}: provenance.threads is not a number.")
         dense = family.members[0]
         for name in ("params", "macs", "bytes", "latency_ms"):  # the report divides by them
-            if not getattr(dense, name) > 1 / _LARGEST:
+            if not getattr(dense, name) > 1 / LARGEST:
                 raise FileError(f"{file}: members[0].{name} must be positive.")
         keys = [metric.key for metric in family.metrics]
         for i, metric in enumerate(family.metrics):
@@ -337,73 +333,13 @@ def _check_sparsity(file: Path, where: str, value: float) -> None:
         raise FileError(f"{file}: {where}.sparsity is {value!r}, not a share.")
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= _LARGEST
-
-
 def _check_metrics(file: Path, where: str, found: Mapping[str, Any], keys: Sequence[str]) -> None:
     for key in keys:
-        if not _is_number(found.get(key)):
+        if not is_number(found.get(key)):
             raise FileError(f"{file}: {where}.metrics.{key} is {found.get(key)!r}, not a number.")
 
 
 def _check_intervals(file: Path, where: str, found: Mapping[str, Any]) -> None:
     for name, ends in found.items():
-        if not isinstance(ends, list) or [_is_number(end) for end in ends] != [True] * 2:
+        if not isinstance(ends, list) or [is_number(end) for end in ends] != [True] * 2:
             raise FileError(f"{file}: {where}.{name} is {ends!r}, expected two numbers.")
-
-
-def _plain(value: Any) -> Any:
-    """Return a dataclass, and everything in it, as plain values."""
-    if is_dataclass(value):
-        return {_key(part): _plain(getattr(value, part.name)) for part in fields(value)}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    return value
-
-
-def _key(part: Any) -> str:
-    key: str = part.metadata.get("key", part.name)
-    return key
-
-
-def _built(kind: type[Part], file: Path, where: str, value: Any) -> Part:
-    """Build the dataclass `kind` from plain values, checked against the types of its fields."""
-    if not isinstance(value, dict):
-        raise FileError(f"{file}: {where} is missing or not an object.")
-    hints, parts = get_type_hints(kind), {}
-    for part in fields(kind):  # type: ignore[arg-type]
-        key = _key(part)
-        if key in value or part.default is MISSING:
-            place = f"{where}.{key}" if where else key
-            parts[part.name] = _checked(hints[part.name], file, place, value.get(key))
-    return kind(**parts)
-
-
-def _checked(hint: Any, file: Path, where: str, value: Any) -> Any:
-    """Return `value` as the type `hint`. Raise `FileError` if it is something else."""
-    options: Sequence[Any] = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if value is None and NoneType in options:
-        return None
-    [kind] = [option for option in options if option is not NoneType]
-    if is_dataclass(kind):
-        return _built(kind, file, where, value)  # type: ignore[arg-type]
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list) or not value:
-            raise FileError(f"{file}: {where} is missing, empty or not a list.")
-        item = get_args(kind)[0]
-        return tuple(_checked(item, file, f"{where}[{i}]", v) for i, v in enumerate(value))
-    if kind is str:
-        if not isinstance(value, str):
-            raise FileError(f"{file}: {where} is missing or not text.")
-    elif kind is bool:
-        if not isinstance(value, bool):
-            raise FileError(f"{file}: {where} is {value!r}, expected true or false.")
-    elif kind in (int, float):
-        if not _is_number(value):
-            raise FileError(f"{file}: {where} is {value!r}, expected a number.")
-    elif not isinstance(value, dict):
-        raise FileError(f"{file}: {where} is missing or not an object.")
-    return value
