@@ -14,6 +14,7 @@ from solpath.exporting.parity import check_parity
 from solpath.exporting.tracing import check_traceable, checked_batches, trace
 
 FRACTIONS = (0.5, 0.25, 0.75)
+SUPPRESSED = list(range(3, 50))
 SHAPES = {"random", "given", "one more sample", "one sample", "longer texts"}
 
 
@@ -37,6 +38,7 @@ def llama(tmp_path_factory):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     small = cut("llama", num_hidden_layers=1)
+    small.generation_config.suppress_tokens = SUPPRESSED
     folder = tmp_path_factory.mktemp("llama") / "out"
     return small, solpath.export(small, folder, "onnx")
 
@@ -100,11 +102,12 @@ def test_sentence_transformers_finds_its_files(bert):
 def openvino_llama(tmp_path_factory):
     pytest.importorskip("openvino")
     small = cut("llama", num_hidden_layers=1)
+    small.generation_config.suppress_tokens = SUPPRESSED
     folder = tmp_path_factory.mktemp("openvino_llama") / "out"
     return small, solpath.export(small, folder, "openvino")
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}], ids=str)
 @pytest.mark.parametrize("runtime", ["llama", "openvino_llama"])
 def test_decoders_generate_the_same_tokens(runtime, options, request):
     from solpath.exporting.decoder import OnnxDecoder, OpenVinoDecoder
@@ -119,6 +122,7 @@ def test_decoders_generate_the_same_tokens(runtime, options, request):
         found = decoder.generate(**batch)
         assert found.shape == (samples, 7 + 16)
         assert torch.equal(found, small.generate(**batch))
+        assert not torch.isin(found[:, 7:], torch.tensor(SUPPRESSED)).any()
 
 
 def test_a_cache_that_the_graph_keeps_is_not_mistaken_for_another(openvino_llama):

@@ -122,6 +122,24 @@ def step_defaults(batch: Batch, past: int) -> dict[str, Tensor]:
     }
 
 
+def without_padding(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Return a batch whose decoder ids are never that of padding, which M2M-100 does not count.
+
+    Its positions after such an id depend on whether the id is in the cache.
+
+    Args:
+        model: The model.
+        batch: ``decoder_input_ids``, ``[batch, tokens]``, and other inputs.
+    """
+    config: Any = model.config
+    ids: Tensor = batch["decoder_input_ids"]
+    padding = getattr(config, "pad_token_id", None)
+    if padding is None:
+        return dict(batch)
+    other = 1 if padding == 0 else 0
+    return {**batch, "decoder_input_ids": ids.masked_fill(ids == padding, other)}
+
+
 def padded_targets(batch: Batch) -> dict[str, Tensor]:
     """Return a batch in which the ids of the decoder have padding at their start, in all but one.
 

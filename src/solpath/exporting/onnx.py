@@ -15,7 +15,12 @@ from typing import Any
 from torch import nn
 
 from solpath.errors import ExportError
-from solpath.exporting.encoder_decoder import padded_targets, trace_halves, translates
+from solpath.exporting.encoder_decoder import (
+    padded_targets,
+    trace_halves,
+    translates,
+    without_padding,
+)
 from solpath.exporting.formats import Format, Load, Runner
 from solpath.exporting.onnx_graphs import (
     FILE,
@@ -132,7 +137,8 @@ def _share(values: list[Any], path: Path) -> None:
     """Write weights into a file, equal ones once, and let graphs point there."""
     import onnx_ir
 
-    keys, once = [], {}
+    keys: list[Any] = []
+    once: dict[Any, Any] = {}
     for value in values:
         weight = value.const_value
         digest = hashlib.sha256(weight.tobytes()).digest()
@@ -208,6 +214,7 @@ def _command(model: nn.Module, folder: Path) -> str:
 def _batches(model: nn.Module, batches: Mapping[str, Batch]) -> dict[str, Batch]:
     found = checked_batches(model, batches)
     if translates(model, found["random"]):
+        found = {n: b if n == "given" else without_padding(model, b) for n, b in found.items()}
         found["padded targets"] = padded_targets(found["one more sample"])
     return found
 

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from solpath.exporting.formats import Format, Load, Outputs, Runner
 from solpath.exporting.onnx_graphs import in_steps
-from solpath.exporting.tracing import check_traceable, checked_batches, completed, trace, write_settings
+from solpath.exporting.tracing import (
+    check_traceable,
+    checked_batches,
+    completed,
+    trace,
+    write_settings,
+)
 from solpath.running.forward import Batch
 
 FILE = "openvino_model.xml"

@@ -145,7 +145,9 @@ class OnnxWhisper(WhisperGenerationMixin, OnnxSeq2Seq):  # type: ignore[no-untyp
         first, second = SimpleNamespace(stride=(1,)), SimpleNamespace(stride=(2,))  # all that
         self.model = SimpleNamespace(encoder=SimpleNamespace(conv1=first, conv2=second))  # it reads
 
-    def generate(self, input_features: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(  # type: ignore[override]
+        self, input_features: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """Generate as Whisper of transformers does.
 
         Raises:

@@ -244,6 +244,8 @@ def write_settings(model: Any, folder: Path, tokenizer: Any) -> None:
     """Write what stands beside a graph: how the model is made, how it generates, its tokenizer."""
     model.config.save_pretrained(folder)
     if (generation := getattr(model, "generation_config", None)) is not None:
+        generation = copy.deepcopy(generation)
+        generation._from_model_config = False  # of others, fields that are not its own are not read
         generation.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
