@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from solpath.exporting.tracing import exported, traced_batch, tracing
+from solpath.exporting.tracing import exported, traced_batch, tracing, twice
 from solpath.running.forward import Batch
 
 SELF = "cache.self_attention_cache."
@@ -87,11 +87,10 @@ def trace_halves(exporter: Any, config: Any, model: Any, batch: Batch) -> tuple[
     Raises:
         ExportError: transformers or torch cannot trace the model.
     """
-    full = traced_batch(model, batch)
+    full = twice(traced_batch(model, batch))
     takes = inspect.signature(model.forward).parameters
     source = {name: value for name, value in full.items() if not name.startswith(_PREFIX)}
-    source = {name: _two(value) for name, value in source.items()}
-    start = _two(full["decoder_input_ids"])[:, :1]
+    start = full["decoder_input_ids"][:, :1]
     with tracing(model):
         with torch.no_grad():
             past = start.repeat(1, _PAST)
@@ -156,8 +155,3 @@ def _empty() -> Any:
     from transformers import DynamicCache, EncoderDecoderCache
 
     return EncoderDecoderCache(DynamicCache(), DynamicCache())
-
-
-def _two(value: Tensor) -> Tensor:
-    """Return a batch of at least two samples: a graph that is traced with one takes only one."""
-    return value if len(value) > 1 else torch.cat([value, value])

@@ -198,7 +198,7 @@ def trace(exporter: Any, config: Any, model: Any, batch: Batch) -> Any:
     from transformers import DynamicCache
     from transformers.exporters.utils import decompose_for_generation
 
-    inputs: dict[str, Any] = copy.deepcopy(traced_batch(model, batch))
+    inputs: dict[str, Any] = copy.deepcopy(twice(traced_batch(model, batch)))
     with tracing(model):
         if decodes(model, inputs):
             inputs.pop("position_ids", None)  # they are counted while generating
@@ -207,6 +207,12 @@ def trace(exporter: Any, config: Any, model: Any, batch: Batch) -> Any:
             given = parts["decode"][1]
             inputs = {k: v for k, v in given.items() if v is not None and type(v) is not bool}
         return exported(exporter, config, model, inputs)
+
+
+def twice(batch: Batch) -> dict[str, Any]:
+    """Return a batch of one sample twice over: a graph that is traced with one takes only one."""
+    single = all(value.dim() and len(value) == 1 for value in batch.values())
+    return {name: torch.cat([v, v]) if single else v for name, v in batch.items()}
 
 
 def exported(exporter: Any, config: Any, module: Any, inputs: Mapping[str, Any]) -> Any:
