@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import rich
 import torch
 
 import solpath
@@ -13,6 +14,7 @@ from solpath.data.source import work_of
 @pytest.mark.parametrize(("label", "unit"), [("bert", "tokens"), ("vit", "samples")])
 def test_bars_show_the_rate_and_the_time_left(label, unit, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(rich, "_console", None)  # another test may have made one for 80 columns
     model = build(label)
     data = 4 * batches(model)
     path = solpath.search(model, data, solpath.SearchConfig(steps=4, scale_batches=2))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -61,11 +62,16 @@ def stopped(words, number, home, calls) -> int:
     """Run a command in a process for some calls of the loss; stop it; return its exit code."""
     (home / "pause").write_text(str(calls))
     (home / "paused").unlink(missing_ok=True)
-    with subprocess.Popen([sys.executable, "-m", "solpath", *words]) as process:
-        while not (home / "paused").exists() and process.poll() is None:
-            time.sleep(0.02)
-        process.send_signal(number)
-        code = process.wait(60)
+    heard = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # even if the tests run in nohup
+    command = [sys.executable, "-m", "solpath", *words]
+    with subprocess.Popen(command, preexec_fn=heard) as process:
+        try:
+            while not (home / "paused").exists() and process.poll() is None:
+                time.sleep(0.02)
+            process.send_signal(number)
+            code = process.wait(60)
+        finally:
+            process.kill()  # one that did not stop
     (home / "pause").unlink()
     return code
 
