@@ -64,7 +64,8 @@ def stopped(words, number, home, calls) -> int:
     (home / "paused").unlink(missing_ok=True)
     heard = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # even if the tests run in nohup
     command = [sys.executable, "-m", "solpath", *words]
-    with subprocess.Popen(command, preexec_fn=heard) as process:
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums of others differ in bits
+    with subprocess.Popen(command, preexec_fn=heard, env={**os.environ, **threads}) as process:
         try:
             while not (home / "paused").exists() and process.poll() is None:
                 time.sleep(0.02)
