@@ -390,3 +390,89 @@ def test_another_model_is_refused_before_it_is_run(bert, path, monkeypatch):
     small = solpath.extract(bert, path.plan(sparsity=0.3))
     with pytest.raises(UnsupportedModelError, match="already extracted"):
         solpath.choose(small, path, given, 0.5, **QUIET)
+
+
+def test_groups_are_the_draws(bert, path):
+    """The loss of a group is the mean over its samples, wherever they stand in the batches."""
+    batches = heldout(bert, 4)
+    groups = [f"document {i // 2}" for i in range(100)]
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(0)).tolist()
+    mixed = {name: torch.cat([batch[name] for batch in batches])[order] for name in batches[0]}
+    alone = choosing.choose(bert, path, batches, 1.9, clip=2.0, sizes=[0.4], **QUIET)
+    choice = solpath.choose(bert, path, batches, 1.9, clip=2.0, sizes=[0.4], groups=groups, **QUIET)
+    other = solpath.choose(
+        bert, path, [mixed], 1.9, clip=2.0, sizes=[0.4],
+        groups=np.array([i // 2 for i in order]), **QUIET,
+    )  # fmt: skip
+    assert (choice.samples, choice.groups, alone.groups) == (100, 50, None)
+    assert choice.tests[0].mean == pytest.approx(alone.tests[0].mean, rel=1e-6)
+    assert other.tests[0].mean == pytest.approx(alone.tests[0].mean, rel=1e-6)
+    assert other.groups == 50
+    assert "groups are independent" in choice.assumptions[0]
+    assert "100 samples of 50 groups" in repr(choice)
+    assert json.loads(json.dumps(choice.to_dict()))["groups"] == 50
+
+
+def test_rows_that_are_alike_prove_no_more_than_one_of_them(bert, path):
+    """Ten near copies of every sample: as samples they promise more than is known."""
+    [batch] = heldout(bert, 1, samples=60)
+    few = {name: value.repeat_interleave(10, 0) for name, value in batch.items()}
+    few["input_ids"][:, -1] = torch.arange(600) % 10 + 20
+    groups = [i // 10 for i in range(600)]
+    options = {"sizes": [0.4], "clip": 2.0, **QUIET}
+    naive = solpath.choose(bert, path, [few], 1.9, **options).tests[0].bound
+    honest = solpath.choose(bert, path, [few], 1.9, groups=groups, **options).tests[0].bound
+    single = solpath.choose(bert, path, [batch], 1.9, **options).tests[0].bound
+    assert naive < 0.8 * honest
+    assert honest > 0.5 * single
+
+
+def test_accuracies_of_groups_are_bounded_as_means(bert, path):
+    batches = heldout(bert, 4, labels=True)
+    each = solpath.choose(bert, path, batches, 0.5, sizes=[0.1], **QUIET).tests[0]
+    groups = list(range(100))
+    own = solpath.choose(bert, path, batches, 0.5, sizes=[0.1], groups=groups, **QUIET).tests[0]
+    assert own.mean == each.mean
+    assert own.bound > each.bound  # by betting; exact bounds are of -1, 0 and 1 alone
+
+
+def test_groups_of_the_batch_that_sets_a_scale_do_not_judge():
+    config = BertConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, num_labels=1, problem_type="regression",
+    )  # fmt: skip
+    model = randomise_(BertForSequenceClassification(config).eval())
+    path = solpath.baselines.magnitude(model, heldout(model, 1))
+    batches = heldout(model, 3)
+    groups = [*range(25), *[0] * 5, *range(100, 120), *range(200, 225)]
+    choice = solpath.choose(model, path, batches, 0.9, sizes=[0.1], groups=groups, **QUIET)
+    assert (choice.samples, choice.groups) == (45, 45)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([0] * 99, "99 entries for 100 rows"),
+        (list(range(101)), "101 entries for 100 rows"),
+        ([None] * 100, "entry 0 of groups is None"),
+        ([1.0] * 99 + [math.nan], "entry 99 of groups is nan"),
+        ([[1]] * 100, "entry 0 of groups is a list"),
+        ([torch.tensor(1)] * 100, "entry 0 of groups is a Tensor"),
+        ("patient", "groups must be a list"),
+    ],
+)
+def test_groups_must_name_every_row(bert, path, groups, message):
+    with pytest.raises(BatchError, match=message):
+        solpath.choose(bert, path, heldout(bert, 4), 0.5, groups=groups, **QUIET)
+
+
+def test_groups_follow_rows_of_padding_that_are_left_out(bert, path):
+    batches = heldout(bert, 2)
+    batches[0]["attention_mask"] = torch.ones_like(batches[0]["input_ids"])
+    batches[0]["attention_mask"][0] = 0
+    groups = ["gone", *["a"] * 24, *["b"] * 25]
+    with pytest.warns(UserWarning, match="skipped 1 row"):
+        choice = solpath.choose(
+            bert, path, batches, 1.9, clip=2.0, sizes=[0.1], groups=groups, confidence=0.3, **QUIET
+        )
+    assert (choice.samples, choice.groups) == (49, 2)

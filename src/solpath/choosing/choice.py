@@ -43,6 +43,7 @@ class Choice:
         confidence: Probability, at least, with which a choice keeps the promise.
         metric: ``"accuracy"`` or ``"divergence"``.
         samples: Number of samples that judged.
+        groups: Number of groups that they are from; None if each is a draw of its own.
         tests: The sizes that were tested, from the largest member down to the first that failed.
         assumptions: What the promise stands on, in sentences.
         compensated: Whether the members that were tested are compensated.
@@ -59,6 +60,7 @@ class Choice:
     assumptions: tuple[str, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     compensated: bool = False
+    groups: int | None = None
 
     @property
     def sparsity(self) -> float:
@@ -66,7 +68,7 @@ class Choice:
         return max((test.sparsity for test in self.tests if test.passed), default=0.0)
 
     def samples_needed(self, max_loss: float, *, sparsity: float | None = None) -> int:
-        """Return about how many samples it takes to promise another largest loss.
+        """Return about how many samples, or groups, it takes to promise another largest loss.
 
         If the mean loss and the spread stay as they are, the distance of the bound from the mean
         falls with the root of the number of samples. Near the limit chance decides: with these many
@@ -94,9 +96,8 @@ class Choice:
                 f"max_loss: the mean loss at sparsity {asked:g} was {test.mean:.4g}, so no number "
                 f"of samples is likely to show that it is at most {max_loss:g}."
             )
-        return max(
-            1, math.ceil(self.samples * ((test.bound - test.mean) / (max_loss - test.mean)) ** 2)
-        )
+        draws = self.samples if self.groups is None else self.groups
+        return max(1, math.ceil(draws * ((test.bound - test.mean) / (max_loss - test.mean)) ** 2))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON: the plan as its summary, and no model."""
@@ -107,6 +108,7 @@ class Choice:
             "confidence": self.confidence,
             "metric": self.metric,
             "samples": self.samples,
+            "groups": self.groups,
             "tests": [asdict(test) for test in self.tests],
             "assumptions": list(self.assumptions),
             "provenance": dict(self.provenance),
@@ -115,10 +117,11 @@ class Choice:
 
     def __repr__(self) -> str:
         """The promise in a sentence, and a row for every size that was tested."""
+        groups = "" if self.groups is None else f" of {self.groups:,} groups"
         size = "the dense model: no size passed" if self.plan is None else f"{self.sparsity:g}"
         lines = [
             f"Choice(sparsity {size}; expected loss of {self.metric} at most {self.max_loss:g} "
-            f"with {self.confidence} confidence, by {self.samples:,} samples)",
+            f"with {self.confidence} confidence, by {self.samples:,} samples{groups})",
             f"{'sparsity':>8}  {'parameters':>14}  {'mean loss':>9}  {'bound':>8}",
         ]
         lines += [
@@ -129,5 +132,6 @@ class Choice:
         last = self.tests[-1]
         if not last.passed and last.mean < self.max_loss:
             more = self.samples_needed(self.max_loss, sparsity=last.sparsity)
-            lines.append(f"about {more:,} samples would do for {last.sparsity:g} at this mean loss")
+            unit = "samples" if self.groups is None else "groups"
+            lines.append(f"about {more:,} {unit} would do for {last.sparsity:g} at this mean loss")
         return "\n".join(lines)

@@ -8,7 +8,7 @@ Angelopoulos, Bates, Candès, Jordan & Lei 2021, arXiv 2110.01052, section 4).
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch import nn
 
 from solpath.choosing.choice import Choice, SizeTest
 from solpath.choosing.losses import Metric, metric_for
-from solpath.choosing.samples import rows_of, sample_digests
+from solpath.choosing.samples import Samples
 from solpath.config import check_number
-from solpath.data.preparation import Preparation, preparing
+from solpath.data.preparation import preparing
 from solpath.data.source import check_ends
 from solpath.errors import BatchError, ConfigError
 from solpath.model.discovery import survey
@@ -51,6 +51,7 @@ def choose(
     clip: float = 1.0,
     sizes: Sequence[float] = SIZES,
     compensate: Iterable[Any] | None = None,
+    groups: Sequence[Hashable] | None = None,
     progress: bool = True,
     **constraints: Any,
 ) -> Choice:
@@ -77,6 +78,9 @@ def choose(
         sizes: The sparsities to test, in any order. Choose them without looking at `batches`.
         compensate: Batches to refit every member on; see `solpath.compensate`. None of their
             samples may be in `batches`.
+        groups: What each row of `batches` is from, in their order, if rows are not independent: a
+            document, a video, a patient. Then groups are the independent draws, and the loss of one
+            is the mean over its rows. None takes every row as a draw of its own.
         progress: Whether to show a progress bar.
         constraints: Constraints of `SolutionPath.plan`, such as ``multiple_of=8`` or
             ``for_="onnx"``.
@@ -88,8 +92,8 @@ def choose(
         ConfigError: A setting is out of range, or a budget is among the constraints.
         BudgetError: A size is not reachable.
         BatchError: `batches` are too few to show so small a loss, share a sample with `compensate`,
-            give other samples when they are read again, have no labels, or are not what the model
-            takes.
+            give other samples when they are read again, have no labels, are not what the model
+            takes, or `groups` has another length.
         FingerprintError: The path belongs to another model.
         UnsupportedModelError: The model was extracted already, or is quantised.
         NonFiniteLossError: An output is not finite.
@@ -114,17 +118,17 @@ def choose(
         progress_bar("choose", "", len(plans) + 1, 0, show=progress) as report,
     ):
         check_fingerprint(path.fingerprint, path.pairs, model, survey(model)[0])
-        samples = _Samples(known, prepare)
+        samples = Samples(known, prepare, groups)
         if fitted is not None:
             samples.check_apart(fitted, model)
         with inferring(model):
-            judge = metric_for(metric, model, samples.first(), clip)
+            judge = metric_for(metric, model, samples.first(), clip, grouped=groups is not None)
             if not max_loss < judge.highest:
                 raise ConfigError(f"max_loss must be below {judge.highest:g}, got {max_loss!r}.")
-            samples.start = judge.skip
+            samples.judge_from(judge.skip)
             for i, batch in samples:
                 judge.see_dense(i, batch, partial(samples.place, i))
-        _check_count(judge, samples.count, max_loss, delta)
+        _check_count(judge, samples, max_loss, delta)
         judge.check()
         report()
         best: tuple[Plan | None, nn.Module] = (None, model)
@@ -135,7 +139,7 @@ def choose(
                 small = refit(small, model, fitted, progress=False)
             with inferring(model, small):
                 found = [judge.losses(small, i, b, partial(samples.place, i)) for i, b in samples]
-            losses = np.concatenate(found)
+            losses = samples.drawn(np.concatenate(found))
             bound = judge.upper(losses, delta)
             passed = bound <= max_loss
             params = plan.achieved.params
@@ -150,75 +154,12 @@ def choose(
         confidence=confidence,
         metric=judge.name,
         samples=samples.count,
+        groups=None if groups is None else samples.draws,
         tests=tuple(tests),
-        assumptions=_assumptions(judge, samples.repeated, compensated=fitted is not None),
+        assumptions=_assumptions(judge, samples, compensated=fitted is not None),
         provenance=provenance(device_of(model)),
         compensated=fitted is not None,
     )
-
-
-class _Samples:
-    """The distinct samples of batches, which can be read again and must be the same then.
-
-    Attributes:
-        start: Number of the first batch that is judged.
-        count: Number of distinct samples of the judged batches.
-        repeated: Number of samples that were left out because they repeat others.
-    """
-
-    def __init__(self, batches: Sequence[Any], prepare: Preparation) -> None:
-        self._batches, self._prepare = batches, prepare
-        self._kept: dict[int, list[int]] = {}
-        self._digests: dict[int, list[bytes]] = {}
-        self._known: dict[bytes, tuple[int, int]] = {}
-        self.start = self.repeated = 0
-        for i in range(len(batches)):
-            self._digests[i] = sample_digests(prepare(i, batches[i]))
-            self._kept[i] = [
-                row
-                for row, digest in enumerate(self._digests[i])
-                if self._known.setdefault(digest, (i, row)) == (i, row)
-            ]
-            self.repeated += len(self._digests[i]) - len(self._kept[i])
-        if not self._known:
-            raise BatchError("batches is empty; give at least one held-out batch.")
-
-    @property
-    def count(self) -> int:
-        return sum(len(rows) for i, rows in self._kept.items() if i >= self.start)
-
-    def place(self, index: int, row: int | None = None) -> str:
-        """Return the words for a row of a batch that was yielded, see `Preparation.place`."""
-        return self._prepare.place(index, None if row is None else self._kept[index][row])
-
-    def first(self) -> Any:
-        """The first batch, whole."""
-        return self._prepare(0, self._batches[0])
-
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """Yield number and samples of every judged batch that has any."""
-        for i, kept in self._kept.items():
-            if i < self.start or not kept:
-                continue
-            batch = self._prepare(i, self._batches[i])
-            if sample_digests(batch) != self._digests[i]:
-                raise BatchError(
-                    f"batch {i} has other samples than when it was read first, so members cannot "
-                    "be compared; give list(batches)."
-                )
-            yield i, rows_of(batch, kept)
-
-    def check_apart(self, batches: Sequence[Any], model: nn.Module) -> None:
-        """Raise `BatchError` if one of the samples is in other batches, too."""
-        prepare = Preparation(model, name="compensation batch")
-        for i, batch in enumerate(batches):
-            for row, digest in enumerate(sample_digests(prepare(i, batch))):
-                if digest in self._known:
-                    index, own = self._known[digest]
-                    raise BatchError(
-                        f"{prepare.place(i, row)} is also {self._prepare.place(index, own)}; what "
-                        "members were fitted on cannot judge them, so give batches apart."
-                    )
 
 
 def _check(max_loss: float, confidence: float, clip: float, constraints: dict[str, Any]) -> None:
@@ -257,27 +198,37 @@ def _listed(batches: Iterable[Any]) -> list[Any]:
     return list(batches)
 
 
-def _check_count(judge: Metric, count: int, max_loss: float, delta: float) -> None:
+def _check_count(judge: Metric, samples: Samples, max_loss: float, delta: float) -> None:
     """Raise `BatchError` unless a member that loses nothing would pass."""
-    if not count:
+    if not samples.count:
         raise BatchError(
             "the first batch sets the scale of a regression and is not judged, and no sample is "
             "left to judge by; give more batches."
         )
+    count = samples.draws
     least = judge.upper(np.zeros(count), delta)
     if least <= max_loss:
         return
     raise BatchError(
-        f"{count:,} samples cannot show a loss of at most {max_loss:g}: without any loss the bound "
-        f"would be {least:.3g}; give {int(count * least / max_loss) + 1:,} or more, and some times "
-        "as many for members that lose something."
+        f"{count:,} {samples.unit}s cannot show a loss of at most {max_loss:g}: without any loss "
+        f"the bound would be {least:.3g}; give {int(count * least / max_loss) + 1:,} or more, and "
+        "some times as many for members that lose something."
     )
 
 
-def _assumptions(judge: Metric, repeated: int, *, compensated: bool) -> tuple[str, ...]:
+def _assumptions(judge: Metric, samples: Samples, *, compensated: bool) -> tuple[str, ...]:
+    if samples.grouped:
+        draws = (
+            "The groups are independent draws of the data that the promise is about. The loss of a "
+            "group is the mean over its samples, so large and small groups count alike."
+        )
+    else:
+        draws = (
+            "The samples are independent draws of the data that the promise is about. Rows of one "
+            "document, video or patient are not: say with groups= which belong together."
+        )
     found = [
-        "The samples are independent draws of the data that the promise is about. Rows of one "
-        "document, video or patient are not: give one row of each.",
+        draws,
         "Nothing was trained, searched, tuned or chosen on these samples. Whether the search saw "
         "them is not recorded in a path, so this was not checked.",
         "Sizes, metric and max_loss were fixed before these samples were looked at, and choose was "
@@ -286,9 +237,11 @@ def _assumptions(judge: Metric, repeated: int, *, compensated: bool) -> tuple[st
     ]
     if compensated:
         found.append("The member that was tested is compensated; the plan alone is not.")
-    if repeated:
+    if compensated and samples.grouped:
+        found.append("No sample that members were fitted on is from one of these groups.")
+    if samples.repeated:
         found.append(
-            f"{repeated:,} samples that repeat others were left out: the promise is about distinct "
-            "samples."
+            f"{samples.repeated:,} samples that repeat others were left out: the promise is about "
+            "distinct samples."
         )
     return tuple(found)

@@ -48,10 +48,17 @@ class Metric(Protocol):
         """Return the loss of every sample of a batch that `see_dense` has seen, ``[batch]``."""
 
     def upper(self, losses: Array, delta: float) -> float:
-        """Return a bound of the expected loss, too low with a probability of at most `delta`."""
+        """Return a bound of the expected loss, too low with a probability of at most `delta`.
+
+        Args:
+            losses: The losses of independent draws: of samples, or means over groups of them.
+            delta: The probability, in (0, 1).
+        """
 
 
-def metric_for(name: str | None, dense: nn.Module, first: Batch, clip: float) -> Metric:
+def metric_for(
+    name: str | None, dense: nn.Module, first: Batch, clip: float, *, grouped: bool = False
+) -> Metric:
     """Return a metric by its name, or the one that suits the first batch.
 
     Args:
@@ -60,6 +67,7 @@ def metric_for(name: str | None, dense: nn.Module, first: Batch, clip: float) ->
         dense: The dense model, in eval mode.
         first: The first batch.
         clip: The largest divergence of a sample.
+        grouped: Whether what is bounded are means over groups of samples.
 
     Raises:
         ConfigError: The name is unknown.
@@ -80,7 +88,7 @@ def metric_for(name: str | None, dense: nn.Module, first: Batch, clip: float) ->
             f"{type(dense).__name__} predicts {kind}, and batch 0 has "
             f"{'labels' if labels is not None else 'no labels'}; take metric='divergence'."
         )
-    return Accuracy(dense, kind, by_sample=labels.dim() == 1)
+    return Accuracy(dense, kind, by_sample=labels.dim() == 1, grouped=grouped)
 
 
 class Accuracy:
@@ -90,12 +98,14 @@ class Accuracy:
         dense: The dense model.
         kind: What its outputs mean.
         by_sample: Whether each sample has one label, and so is right or wrong.
+        grouped: Whether what is bounded are means over groups of samples.
     """
 
     name, highest, skip = "accuracy", 1.0, 0
 
-    def __init__(self, dense: nn.Module, kind: Kind, *, by_sample: bool) -> None:
+    def __init__(self, dense: nn.Module, kind: Kind, *, by_sample: bool, grouped: bool) -> None:
         self._dense, self._kind, self._by_sample = dense, kind, by_sample
+        self._exact = by_sample and not grouped
         self._right: dict[int, Array] = {}
 
     @property
@@ -128,7 +138,7 @@ class Accuracy:
 
     def upper(self, losses: Array, delta: float) -> float:
         """See `Metric`. Exact where samples are right or wrong, otherwise by betting."""
-        if self._by_sample:
+        if self._exact:
             worse, better = int((losses > 0).sum()), int((losses < 0).sum())
             return paired_upper(worse, better, len(losses), delta)
         return 2 * _bet((losses + 1) / 2, delta) - 1

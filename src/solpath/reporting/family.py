@@ -230,6 +230,7 @@ class Promise:
         mean: The loss on them.
         bound: The upper confidence bound of the true loss.
         compensated: Whether the members that were tested are compensated; None if it is not known.
+        groups: The number of groups that the samples are from; None if each is a draw of its own.
     """
 
     sparsity: float
@@ -240,6 +241,7 @@ class Promise:
     mean: float
     bound: float
     compensated: bool | None = None
+    groups: int | None = None
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ def read_promise(file: Path, path: SolutionPath) -> Promise:
             metric=str(value["metric"]),
             samples=int(value["samples"]),
             compensated=value.get("compensated"),
+            groups=value.get("groups"),
             **{name: float(number) for name, number in numbers.items()},
         )
     except (KeyError, TypeError, ValueError) as error:
