@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from record import RESULTS, save, show
 from solpath.config import SearchConfig
-from solpath.exporting import onnx
+from solpath.exporting import onnx, onnx_graphs
 from solpath.exporting.export import export
 from solpath.exporting.tracing import completed
 from solpath.measuring.memory import bytes_on_disk
@@ -119,7 +119,8 @@ def variants(model: nn.Module, folder: Path, batch: Batch, threads: int) -> Any:
     yield "float32", model
     file = export(model, folder / "onnx", "onnx", batch=batch, int8=True).folder / onnx.FILE
     yield "onnxruntime float32", Graph(file, threads)
-    yield "onnxruntime int8 dynamic", Graph(file.parent.parent / onnx.INT8, threads)
+    int8 = Path(onnx_graphs.named(str(file), onnx_graphs.INT8))
+    yield "onnxruntime int8 dynamic", Graph(int8, threads)
     few = {
         "torchao int8 weights": quantization.Int8WeightOnlyConfig(),
         "torchao int8 dynamic": quantization.Int8DynamicActivationInt8WeightConfig(),

@@ -19,7 +19,7 @@ from torch import nn
 
 from record import RESULTS, save, show
 from solpath.config import SearchConfig
-from solpath.exporting import onnx, openvino
+from solpath.exporting import onnx, onnx_graphs, openvino
 from solpath.exporting.export import Exported, export
 from solpath.exporting.tracing import completed
 from solpath.measuring.timing import interquartile_range, latencies
@@ -30,7 +30,7 @@ from solpath.running.forward import Batch
 from solpath.searching.search import search
 from workloads import random_tokens, workload
 
-FILES = {"onnx": (onnx.FILE,), "onnx int8": (onnx.INT8,)}
+FILES = {"onnx": (onnx.FILE,), "onnx int8": (onnx_graphs.named(onnx.FILE, onnx_graphs.INT8),)}
 FILES |= {"openvino": (openvino.FILE, openvino.FILE.replace(".xml", ".bin"))}
 
 
