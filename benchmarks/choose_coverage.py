@@ -28,6 +28,7 @@ VALUES: dict[str, tuple[Callable[[Any, Any], Array], float]] = {
     "small": (lambda rng, shape: rng.beta(1, 99, shape), 0.01),
     "halves": (lambda rng, shape: rng.integers(0, 2, shape).astype(float), 0.5),
 }
+GROUPS, ROWS = 100, 10  # of documents in a world, and of rows in each
 SHARE = 0.05  # of pairs that differ, in the table of samples that are needed
 
 
@@ -91,6 +92,13 @@ def main(
             for name, bound in BOUNDS.items()
             if name != "exact"
         ]
+    grouped = []
+    for alike in (0.0, 0.3, 1.0):
+        rows, mean = documents(rng, worlds, alike)
+        for name, values in (("rows", rows.reshape(worlds, -1)), ("groups", rows.mean(-1))):
+            grouped.append(
+                {"alike": alike, "draws": name} | judged("betting", betting(values), mean)
+            )
     needed = [
         {
             "max_loss": limit,
@@ -104,16 +112,29 @@ def main(
     ]
     rows = [[*row.values()] for row in coverage]
     show(f"bounds at {1 - DELTA:.0%}", ["values", "samples", "bound", "too low", "above"], rows)
+    rows = [[*row.values()] for row in grouped]
+    show("rows of documents", [*grouped[0]], rows)
     rows = [[*row.values()] for row in needed]
     show("samples for every second choice to pass", [*needed[0]], rows)
     settings = {"worlds": worlds, "delta": DELTA, "share_of_pairs_that_differ": SHARE}
-    save(out, settings, {"coverage": coverage, "needed": needed})
+    settings |= {"groups": GROUPS, "rows_of_a_group": ROWS}
+    save(out, settings, {"coverage": coverage, "grouped": grouped, "needed": needed})
 
 
 def paired(rng: Any, worlds: int, samples: int, worse: float, better: float) -> Array:
     """1 where a pair is worse, -1 where it is better, otherwise 0: ``[worlds, samples]``."""
     chance = rng.random((worlds, samples))
     return (chance < worse).astype(float) - (chance > 1 - better)
+
+
+def documents(rng: Any, worlds: int, alike: float) -> tuple[Array, float]:
+    """Losses of rows in documents, ``[worlds, GROUPS, ROWS]``, and their expectation.
+
+    A row loses what its document loses with the probability `alike`, otherwise what another would.
+    """
+    shape = (worlds, GROUPS, ROWS)
+    own = rng.beta(0.2, 3.8, (worlds, GROUPS, 1))
+    return np.where(rng.random(shape) < alike, own, rng.beta(0.2, 3.8, shape)), 0.05
 
 
 def judged(name: str, bounds: Array, mean: float) -> dict[str, Any]:

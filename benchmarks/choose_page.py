@@ -25,6 +25,16 @@ def bounds() -> Rows:
         )
 
 
+def groups() -> Rows:
+    """How often a bound is too low by rows of documents, and by the documents."""
+    yield "rows that lose what their document loses", "rows as draws", "documents as draws"
+    found: dict[float, dict[str, float]] = {}
+    for row in _results()["grouped"]:
+        found.setdefault(row["alike"], {})[row["draws"]] = row["too_low"]
+    for alike, low in found.items():
+        yield f"{alike:.0%}", f"too low {low['rows']:.1%}", f"{low['groups']:.1%}"
+
+
 def needed() -> Rows:
     """Samples for every second choice to pass."""
     yield "true loss (points)", "`max_loss` (points)", *SHOWN.values(), "normal approximation"
@@ -37,7 +47,11 @@ def needed() -> Rows:
         yield f"{100 * loss:g}", f"{100 * limit:g}", *counts
 
 
-TABLES: Mapping[str, Callable[[], Rows]] = {"choose_bounds": bounds, "choose_needed": needed}
+TABLES: Mapping[str, Callable[[], Rows]] = {
+    "choose_bounds": bounds,
+    "choose_groups": groups,
+    "choose_needed": needed,
+}
 """Name to the rows of a table, its header first."""
 
 

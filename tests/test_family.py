@@ -227,3 +227,55 @@ def test_a_tie_is_no_find():
     found = tasks._recall(torch.eye(6))
     assert found.metrics == {"recall@1": 1.0, "recall@5": 1.0}
     assert found.intervals["recall@1"][0] < 1
+
+
+def test_rows_of_one_document_are_one_draw(home, tmp_path, capsys):
+    """By a column, and both texts of a pair; no group is both fitted on and judged by."""
+    with (home / "rows.csv").open() as stream:
+        rows = list(csv.DictReader(stream))[:200]  # of which none comes twice
+    for i, row in enumerate(rows):
+        row["patient"] = f"p{i // 4}"
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = Data(data=[str(tmp_path / "rows.jsonl")], column=["group=patient"], length=8,
+                batch_size=8, batches=5)  # fmt: skip
+    name, path = str(home / "bert"), str(home / "bert-path")
+    model = BertForSequenceClassification.from_pretrained(name)
+    for fit in (False, True):
+        split = choice_batches(name, model, data, labels=False, fit=fit, device="cpu")
+        assert len(split.groups) == sum(map(batch_size, split.heldout)) == 40
+        tokenizer = solpath.pretrained.load_processor(name)
+        of = {row["text"]: row["patient"] for row in rows}
+
+        def patients(batches, tokenizer=tokenizer, of=of):
+            return [of[tokenizer.decode(ids, skip_special_tokens=True)] for batch in batches
+                    for ids in batch["input_ids"]]  # fmt: skip
+
+        assert patients(split.heldout) == list(split.groups)
+        assert not set(patients(split.batches)) & set(split.groups)
+        assert bool(split.batches) == fit
+    words = ["choose", name, path, "--data", str(tmp_path / "rows.jsonl"), *_SIZE, "--json"]
+    words += ["--max-loss", "0.9", "--sizes", "0.1"]
+    capsys.readouterr()
+    assert run([*words, "--column", "group=patient"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["groups"] == len({row["patient"] for row in rows})
+    assert "groups are independent" in found["assumptions"][0]
+    encoder = saved(build("bert", num_hidden_layers=1, vocab_size=70), tmp_path / "encoder")
+    pairs = Data(data=[str(home / "pairs.jsonl")], length=8, batch_size=8)
+    dense = solpath.pretrained.from_pretrained(encoder)
+    split = choice_batches(encoder, dense, pairs, labels=False, fit=False, device="cpu")
+    assert (len(set(split.groups)), len(split.groups)) == (240, 480 - 27)  # 27 halves are blank
+    assert run(["search", name, "--out", str(tmp_path / "path"), *words[3:7],
+                "--column", "group=patient"]) == 2  # fmt: skip
+    assert "is for solpath choose" in capsys.readouterr().err
+
+
+def test_the_score_at_a_task_has_an_interval(home, capsys):
+    words = ["eval", str(home / "bert"), "--reference", str(home / "bert"), *_SIZE]
+    words += ["--data", str(home / "rows.csv"), "--task", "classification"]
+    assert run([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["task"]
+    low, high = found["intervals"]["model"]["accuracy"]
+    assert 0 <= low < found["model"]["accuracy"] < high <= 1
+    assert run(words) == 0
+    assert f"{low:.4f} to {high:.4f}" in " ".join(capsys.readouterr().out.split())

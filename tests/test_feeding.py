@@ -271,3 +271,23 @@ def test_splits_are_no_labels(tmp_path):
     table = images_table("photos", tmp_path)
     assert dict(table.holds) == {"image": "image"}
     assert len(table) == 2
+
+
+def test_samples_have_the_groups_of_their_rows():
+    rows = [{"text": text, "doc": f"d{i // 2}"} for i, text in enumerate(["w1", " ", "w2", "w3"])]
+    table = Table("rows", rows, {"text": "text", "doc": "text"})
+    model = build("bert")
+    options = {"columns": {"group": "doc"}, "length": 4, "batch_size": 2, "seed": 3}
+    found = feed(model, tokenizer(**PADDED), [(table, None)], **options)
+    ids = [int(ids[0]) for batch in found.batches for ids in batch["input_ids"]]
+    assert dict(zip(ids, found.groups, strict=True)) == {1: "d0", 2: "d1", 3: "d1"}
+    assert found.batches.select([2, 0])[0]["input_ids"][:, 0].tolist() == [ids[2], ids[0]]
+    decoder = build("llama")
+    with pytest.raises(ConfigError, match="no groups"):
+        feed(decoder, tokenizer(**PADDED, **ENDED), [(table, None)], **options)
+    bare = Table("bare", [{"text": "w4"}], {"text": "text"})
+    with pytest.raises(ConfigError, match="no column 'doc'"):
+        feed(model, tokenizer(**PADDED), [(table, None), (bare, None)], **options)
+    holes = Table("holes", [{"text": "w4", "doc": None}], {"text": "text", "doc": "text"})
+    with pytest.raises(ConfigError, match="rows without a group"):
+        feed(model, tokenizer(**PADDED), [(holes, None)], **options)

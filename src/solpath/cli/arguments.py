@@ -193,8 +193,8 @@ DATA: dict[str, tuple[Any, Any]] = {
         Annotated[
             list[str] | None,
             typer.Option(
-                help="Column to read, or ROLE=COLUMN with text, pair, image or label; repeatable. "
-                "Default: found by its name."
+                help="Column to read, or ROLE=COLUMN with text, pair, image, label or, to choose "
+                "a size, group (which rows belong together); repeatable. Default: by its name."
             ),
         ],
         None,

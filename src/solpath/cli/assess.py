@@ -1,6 +1,6 @@
 """Commands that measure models."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -64,21 +64,34 @@ def evaluate_(
     scores: dict[str, Any] = {}
     if task is not None:
         score = scorer(task, dense, found.batches, pairs or pairs_of(found), reference, length)
-        scores = {"model": dict(score(small).metrics), "dense": dict(score(dense).metrics)}
+        scores = {"model": score(small), "dense": score(dense)}
     if as_json:
-        at_task = {} if task is None else {"task": {"name": task.value, **scores}}
+        at_task = {} if task is None else {"task": {"name": task.value, **_plain(scores)}}
         return print_json(result.to_dict() | at_task)
     names = {"task": "retrieval accuracy@1"}
     rows = []
     for name, value in result.metrics.items():
-        ends = result.intervals.get(name)
-        between = "" if ends is None else "{:.4f} to {:.4f}".format(*ends)
-        rows.append((names.get(name, name), f"{value:.4f}", between))
+        rows.append((names.get(name, name), f"{value:.4f}", _between(result.intervals, name)))
     print_table(("distance to the dense model", "value", "95 % confidence"), rows)
     if task is not None:
-        of_small, of_dense = scores["model"], scores["dense"]
-        rows = [(name, f"{of_small[name]:.4f}", f"{of_dense[name]:.4f}") for name in of_small]
-        print_table((task.value, "model", "dense"), rows)
+        table = [
+            (name, *(cell for one in scores.values() for cell in (
+                f"{one.metrics[name]:.4f}", _between(one.intervals, name))))
+            for name in scores["model"].metrics
+        ]  # fmt: skip
+        print_table((task.value, "model", "95 % confidence", "dense", "95 % confidence"), table)
+
+
+def _plain(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Return scores for JSON: the metrics of every model, and all intervals beside them."""
+    intervals = {name: dict(one.intervals) for name, one in scores.items()}
+    return {name: dict(one.metrics) for name, one in scores.items()} | {"intervals": intervals}
+
+
+def _between(intervals: Mapping[str, Sequence[float]], name: str) -> str:
+    """Return the ends of the interval of a metric; nothing if it has none."""
+    ends = intervals.get(name)
+    return "" if ends is None else "{:.4f} to {:.4f}".format(*ends)
 
 
 @app.command()

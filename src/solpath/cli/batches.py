@@ -1,6 +1,6 @@
 """Batches of the data that a command's options name. Commands import this when they run."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -61,6 +61,7 @@ def batches_for(
     *,
     labels: bool | None = False,
     pack: bool | None = None,
+    grouped: bool = False,
     device: Any = "cpu",
 ) -> Feed:
     """Return batches of the data that was named, or of the docstrings of installed packages.
@@ -75,6 +76,7 @@ def batches_for(
         labels: See `solpath.data.feeding.feed`.
         pack: See `solpath.data.feeding.feed`. A row of its own for every text is padded with the
             end token where there is no token for it.
+        grouped: Whether a column may say which rows belong together.
         device: The device of the batches.
 
     Raises:
@@ -85,12 +87,14 @@ def batches_for(
         return docstring_batches(model, load_processor(name), known, data, device)
     if labels and not data.named:
         raise ConfigError("there are no labels without data; give some with --data.")
-    tables = _tables(name, model, data)
+    tables, columns = _tables(name, model, data), _columns(model, data.column or ())
+    if "group" in columns and not grouped:
+        raise ConfigError("a column of groups is for solpath choose; leave group= out here.")
     found = feed(
         model,
         _padding(load_processor(name), pack),
         tables,
-        columns=_columns(model, data.column or ()),
+        columns=columns,
         labels=labels,
         pack=pack,
         batch_size=data.batch_size,
@@ -212,11 +216,13 @@ class Split(NamedTuple):
         heldout: The batches to judge by.
         pairs: The pairs of texts in the second part, where the data has pairs for a model that
             takes single texts.
+        groups: What every sample of the second part is from; None if each stands for itself.
     """
 
     batches: Sequence[Any]
     heldout: Sequence[Any]
     pairs: Sequence[TextPair] = ()
+    groups: Sequence[Hashable] | None = None
 
 
 def split_batches(
@@ -262,8 +268,9 @@ def choice_batches(
 ) -> Split:
     """Return the batches to choose a size by, and if members are fitted, batches apart for that.
 
-    Texts are a row each, for decoders too. Members are fitted on `FITTED` batches of docstrings, or
-    of the user's data, of which they get half at most. What both parts hold is judged by only.
+    Texts are a row each, for decoders too, and both texts of a pair belong together. Members are
+    fitted on `FITTED` batches of docstrings, or of the user's data, of which they get half at most
+    and whole groups. What both parts hold is judged by only.
 
     Args:
         name: See `batches_for`.
@@ -277,31 +284,50 @@ def choice_batches(
         ConfigError: There are too few batches to fit on, or the model takes something else.
     """
     whole = replace(data, batches=None)
-    judged: Sequence[Any]
     fitted: Sequence[Any]
     if not data.named and not labels and takes(model) == {"text"}:
         corpus, tokenizer = read_corpus(search=2048, calibration=0), load_processor(name)
-        judged, fitted = (
-            docstring_batches(model, tokenizer, texts_of(pairs), whole, device, pack=False).batches
+        judged, other = (
+            docstring_batches(model, tokenizer, texts_of(pairs), whole, device, pack=False)
             for pairs in (corpus.test, corpus.search)
         )
+        of = {text: i for i, pair in enumerate(corpus.test) for text in pair}
+        held, fitted = judged.batches, other.batches
+        groups: Sequence[Hashable] | None = [of[row["text"]] for row in judged.rows]
     else:
-        judged = batches_for(
-            name, model, whole, 0, labels=labels, pack=False, device=device
-        ).batches
-        count = min(FITTED, len(judged) // 2) if fit else 0
-        judged, fitted = judged[count:], judged[:count]
-    judged = judged[: data.batches]
+        found = batches_for(
+            name, model, whole, 0, labels=labels, pack=False, grouped=True, device=device
+        )
+        most = found.batches.batch_size * min(FITTED, len(found.batches) // 2) if fit else 0
+        apart = found.groups or range(found.batches.samples)
+        first, rest = _halves(apart, most)
+        held, fitted = found.batches.select(rest), found.batches.select(first)
+        groups = None if found.groups is None else [apart[i] for i in rest]
+    if data.batches is not None:
+        held = held.select(range(min(held.samples, data.batches * held.batch_size)))
+    groups = None if groups is None else groups[: held.samples]
     if not fit:
-        return Split((), judged)
-    known = {digest for batch in judged for digest in sample_digests(batch)}
-    apart = list(batches_apart(fitted[:FITTED], known))
-    if len(apart) < CHECKED:
+        return Split((), held, groups=groups)
+    known = {digest for batch in held for digest in sample_digests(batch)}
+    kept = list(batches_apart(fitted[:FITTED], known))
+    if len(kept) < CHECKED:
         raise ConfigError(
-            f"members are fitted on half of the data, and {len(apart)} batches apart from the rest "
+            f"members are fitted on half of the data, and {len(kept)} batches apart from the rest "
             f"are too few; give data for {CHECKED} or more, or smaller batches."
         )
-    return Split(apart, judged)
+    return Split(kept, held, groups=groups)
+
+
+def _halves(groups: Sequence[Hashable], most: int) -> tuple[list[int], list[int]]:
+    """Return the samples of the first groups that are `most` together or fewer, and the others."""
+    of: dict[Hashable, list[int]] = {}
+    for i, group in enumerate(groups):
+        of.setdefault(group, []).append(i)
+    first: set[int] = set()
+    for samples in of.values():
+        if len(first) + len(samples) <= most:
+            first.update(samples)
+    return sorted(first), [i for i in range(len(groups)) if i not in first]
 
 
 def pairs_of(found: Feed, last: int | None = None) -> list[TextPair]:

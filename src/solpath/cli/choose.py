@@ -81,6 +81,7 @@ def choose(
         clip=clip,
         sizes=grid,
         compensate=batches.batches if compensate else None,
+        groups=batches.groups,
         progress=not as_json,
         **constraints,
     )

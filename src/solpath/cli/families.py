@@ -111,7 +111,7 @@ def family(
     check_output(out)
     own, device, order = loss_of(loss), device_for(place), path_of(path)
     dense = load_any(model, place)
-    batches, held, pairs = split_batches(
+    split = split_batches(
         model,
         dense,
         replace(data, batches=data.batches or FITTED),
@@ -126,11 +126,13 @@ def family(
     found = make_family(
         dense,
         order,
-        held,
+        split.heldout,
         out,
         sizes=numbers(sizes),
-        compensate_on=batches if compensate else None,
-        task=None if task is None else scorer(task, dense, held, pairs, model, length),
+        compensate_on=split.batches if compensate else None,
+        task=None
+        if task is None
+        else scorer(task, dense, split.heldout, split.pairs, model, length),
         loss=own,
         for_=for_,
         tokenizer=load_processor(model),

@@ -128,7 +128,7 @@ def _improve(
 
     check_output(out)
     start, teacher = load_small(small, place), load_any(dense, place)
-    batches, heldout, _ = split_batches(
+    split = split_batches(
         dense,
         teacher,
         data,
@@ -136,10 +136,10 @@ def _improve(
         labels=None if loss is not None else False,
         device=device_for(place),
     )
-    with improved(start, teacher, batches, heldout) as better:
+    with improved(start, teacher, split.batches, split.heldout) as better:
         save(better, out, tokenizer=load_processor(dense))
     before, after = (
-        dict(evaluate(m, teacher, heldout, loss=loss).metrics) for m in (start, better)
+        dict(evaluate(m, teacher, split.heldout, loss=loss).metrics) for m in (start, better)
     )
     if as_json:
         return print_json({"out": str(out), "config": config, "before": before, "after": after})

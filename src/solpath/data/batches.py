@@ -35,14 +35,25 @@ class Batches(Sequence[Tensors]):
     Args:
         make: Turns indices of samples into a batch.
         order: The indices of the samples, in the order of the batches.
-        size: The number of samples per batch.
+        batch_size: The number of samples per batch.
     """
 
-    def __init__(self, make: Callable[[Sequence[int]], Tensors], order: Sequence[int], size: int):
-        self._make, self._order, self._size = make, order, size
+    def __init__(
+        self, make: Callable[[Sequence[int]], Tensors], order: Sequence[int], batch_size: int
+    ) -> None:
+        self._make, self._order, self.batch_size = make, order, batch_size
+
+    @property
+    def samples(self) -> int:
+        """The number of samples in all batches."""
+        return len(self._order)
+
+    def select(self, samples: Iterable[int]) -> "Batches":
+        """Return batches of some samples, by their numbers in the order of these batches."""
+        return Batches(self._make, [self._order[i] for i in samples], self.batch_size)
 
     def __len__(self) -> int:
-        return -(-len(self._order) // self._size)
+        return -(-len(self._order) // self.batch_size)
 
     @overload
     def __getitem__(self, index: int) -> Tensors: ...
@@ -51,12 +62,12 @@ class Batches(Sequence[Tensors]):
     def __getitem__(self, index: int | slice) -> Tensors | Sequence[Tensors]:
         places = range(len(self))[index]
         if not isinstance(places, range):
-            start = places * self._size
-            return self._make(self._order[start : start + self._size])
+            start = places * self.batch_size
+            return self._make(self._order[start : start + self.batch_size])
         if places.step != 1:
             return [self[place] for place in places]
-        part = self._order[places.start * self._size : places.stop * self._size]
-        return Batches(self._make, part, self._size)
+        part = self._order[places.start * self.batch_size : places.stop * self.batch_size]
+        return Batches(self._make, part, self.batch_size)
 
 
 class Broken:

@@ -6,9 +6,12 @@ from typing import Any, Literal, TypeAlias
 from solpath.data.tables import Table
 from solpath.errors import ConfigError
 
-Role: TypeAlias = Literal["text", "pair", "image", "label"]
-"""What a column is for; ``"pair"`` is a second text."""
-ROLES: tuple[Role, ...] = ("text", "pair", "image", "label")
+Role: TypeAlias = Literal["text", "pair", "image", "label", "group"]
+"""What a column is for: ``"pair"`` is a second text, ``"group"`` what a row is from."""
+ROLES: tuple[Role, ...] = ("text", "pair", "image", "label", "group")
+_NAMES = frozenset({"whole", "names", "text"})
+_HOLDS = {"image": frozenset({"image"}), "label": _NAMES, "group": _NAMES}
+_WORDS = {"image": "images", "label": "whole numbers or names", "group": "whole numbers or names"}
 
 TEXTS = ("text", "sentence", "content", "prompt", "caption", "document")
 """Names by which a column of texts is known."""
@@ -28,6 +31,7 @@ def find_columns(table: Table, roles: Iterable[Role], given: Mapping[Role, str])
     - Text: the two columns of `PAIRS`, or the one of `TEXTS`, or the only one that holds text.
     - Image: the only column that holds images.
     - Label: the one of `LABELS`.
+    - Group: none but the one that is given.
 
     Args:
         table: The table.
@@ -48,9 +52,8 @@ def find_columns(table: Table, roles: Iterable[Role], given: Mapping[Role, str])
             raise ConfigError(
                 f"{table.name} has no column {column!r}; its columns are {', '.join(table.holds)}."
             )
-        kinds = {"image": {"image"}, "label": {"whole", "names", "text"}}.get(role, {"text"})
-        if table.holds[column] not in kinds:
-            what = {"image": "images", "label": "whole numbers or names"}.get(role, "texts")
+        if table.holds[column] not in _HOLDS.get(role, {"text"}):
+            what = _WORDS.get(role, "texts")
             raise ConfigError(f"column {column!r} of {table.name} does not hold {what}.")
         found[role] = column
     for role in roles:

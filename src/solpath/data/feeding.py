@@ -1,7 +1,7 @@
 """Make batches for a model from tables: what it takes decides which columns, and how."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,8 @@ class Feed(NamedTuple):
         rows: The rows that they are made of, as mappings from role to value.
         paired: Whether the rows are both texts of pairs in turn.
         labels: What their ``labels`` mean; None if they have none.
+        groups: What every sample is from, by a column of groups or as one of a pair of texts; None
+            if there is neither.
     """
 
     batches: Batches
@@ -34,6 +36,7 @@ class Feed(NamedTuple):
     rows: Mixture
     paired: bool
     labels: Labels | None
+    groups: Sequence[Hashable] | None
 
 
 def takes(model: Any) -> set[str]:
@@ -99,7 +102,7 @@ def feed(
 
     Raises:
         ConfigError: The model takes something else, a column is missing or not clear, labels do not
-            fit its classes, or it allows fewer tokens.
+            fit its classes, it allows fewer tokens, or texts with groups are packed.
         BatchError: The tables hold less than one batch of text, or something that is no text.
     """
     kinds = takes(model)
@@ -162,7 +165,23 @@ def feed(
     ]
     if known is not None and known.note:
         said.append(known.note)
-    return Feed(made, said, rows, apart, known)
+    groups = None
+    if kinds != {"text"}:
+        groups = rows.groups()
+    elif not pack:
+        groups = _of_filled(rows)
+    elif any("group" in found for _, found in parts):
+        raise ConfigError("blocks of several texts have no groups; give every text a row.")
+    return Feed(made, said, rows, apart, known, groups)
+
+
+def _of_filled(rows: Mixture) -> list[Hashable] | None:
+    """Return the groups of rows without those of blank texts, which are no samples."""
+    groups = rows.groups()
+    if groups is None:
+        return None
+    texts = ([row[role] for role in ("text", "pair") if role in row] for row in rows)
+    return [g for g, both in zip(groups, texts, strict=True) if all(t.strip() for t in both)]
 
 
 def _has_label(table: Table) -> bool:

@@ -1,7 +1,7 @@
 """Mix the rows of several tables by shares, in one order that a seed gives."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -113,6 +113,26 @@ class Mixture(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def groups(self) -> list[Hashable] | None:
+        """Return what every row is from: its value in the column of groups, or its pair of texts.
+
+        None if there is no such column and no pair.
+
+        Raises:
+            ConfigError: Some tables have a column of groups and others none, or a row has no group.
+        """
+        named = [columns.get("group") for _, columns in self._parts]
+        if not any(named):
+            return [place[:2] for place in self._places] if self._apart else None
+        values: list[list[Hashable]] = []
+        for (table, _), column in zip(self._parts, named, strict=True):
+            if column is None:
+                raise ConfigError(f"{table.name} has no column of groups, and other sources do.")
+            values.append(table.column(column))
+            if None in values[-1] or "" in values[-1]:
+                raise ConfigError(f"column {column!r} of {table.name} has rows without a group.")
+        return [values[part][row] for part, row, _ in self._places]
+
     def __getitem__(self, index: Any) -> Any:
         part, row, role = self._places[index]
         table, columns = self._parts[part]
@@ -120,6 +140,7 @@ class Mixture(Sequence[dict[str, Any]]):
         if self._apart:
             return {"text": found[columns[role]]}
         values: dict[str, Any] = {role: found[column] for role, column in columns.items()}
+        values.pop("group", None)
         if self._labels is None:
             values.pop("label", None)
         elif "label" in values:

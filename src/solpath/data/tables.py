@@ -55,6 +55,13 @@ class Table:
         """Return the columns that hold one of these kinds, in their order."""
         return [column for column, kind in self.holds.items() if kind in kinds]
 
+    def column(self, column: str) -> list[Any]:
+        """Return the values of a column, row by row."""
+        rows: Any = self.rows
+        if hasattr(rows, "unique"):  # of `datasets`, which decodes whole rows
+            return list(rows[column])
+        return [row[column] for row in rows]
+
     def values(self, column: str) -> set[Any]:
         """Return the distinct values of a column."""
         rows: Any = self.rows
