@@ -94,7 +94,7 @@ def main(
         ]
     grouped = []
     for alike in (0.0, 0.3, 1.0):
-        rows, mean = documents(rng, worlds, alike)
+        rows, mean = documents(np.random.default_rng(0), worlds, alike)
         for name, values in (("rows", rows.reshape(worlds, -1)), ("groups", rows.mean(-1))):
             grouped.append(
                 {"alike": alike, "draws": name} | judged("betting", betting(values), mean)
@@ -146,7 +146,7 @@ def judged(name: str, bounds: Array, mean: float) -> dict[str, Any]:
     }
 
 
-def samples_for(name: str, limit: float, loss: float, rng: Any, worlds: int = 21) -> int:
+def samples_for(name: str, limit: float, loss: float, rng: Any, worlds: int = 201) -> int:
     """The least number of samples, within 5 %, at which half of the bounds are below a limit.
 
     For the exact bound, which is slower, the outcome that is expected stands for the middle one.
