@@ -1,14 +1,19 @@
 """How often a choice breaks its promise on real models, and what it costs.
 
+    python examples/zoo/train.py vit
     python benchmarks/choose_real.py --model minilm --model digits
+    python benchmarks/choose_real.py --model gemma --checkpoint FILE --pool 128  # adds to the JSON
 
-Every member's loss is measured once on a large pool of held-out samples, whose mean is the true
-loss. Then small sets of samples are drawn from the pool, with replacement, and a size is chosen by
+Every member's loss is measured once on a pool of held-out samples, whose mean is the true loss of
+the pool. Then small sets of samples are drawn from it, with replacement, and a size is chosen by
 each, in the way of `solpath.choose`. A promise is broken if the true loss of what was chosen is
-above the limit.
+above the limit. Limits are those that are hardest to keep: just below the true loss of a size, so
+that one step too far breaks them.
 """
 
+import json
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,8 +34,10 @@ from solpath.running.modes import inferring
 from solpath.searching.search import search
 from workloads import workload
 
-LIMITS = {"accuracy": (0.01, 0.02), "divergence": (0.05, 0.1)}
 DELTA = 0.05
+LIMITS = 4  # that are tried of every metric
+GRIDS = {"digits": tuple(i / 50 for i in range(25, 49)), "gemma": (0.05, 0.1, 0.2, 0.3, 0.4)}
+"""The sizes, where they are others than `solpath.choosing.choose.SIZES`."""
 
 
 def main(
@@ -40,34 +47,35 @@ def main(
     samples: Annotated[int, typer.Option(help="Samples of a small set.")] = 500,
     pool: Annotated[int | None, typer.Option(help="Samples of the pool; default: all.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Where the dense model is.")] = None,
-    out: Annotated[Path, typer.Option(help="JSON to write.")] = RESULTS / "choose_real.json",
+    order: Annotated[Path | None, typer.Option(help="Path to take in place of a search.")] = None,
+    out: Annotated[Path, typer.Option(help="JSON to add to.")] = RESULTS / "choose_real.json",
 ) -> None:
     """Search, measure the losses of the members on the pool, draw small sets, choose by each."""
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = json.loads(out.read_text())["results"] if out.exists() else {}
     for name in model:
         work = workload(name, checkpoint, pool)
         size = work.batch_size
-        path = search(
-            work.model,
-            work.batches(0, steps, size),
-            SearchConfig(steps=steps),
-            progress=False,
-        )
-        batches = labelled(name, work.heldout)
+        if order is None:
+            config = SearchConfig(steps=steps)
+            path = search(work.model, work.batches(0, steps, size), config, progress=False)
+        else:
+            path = SolutionPath.load(order)
+        batches, sizes = labelled(name, work.heldout), GRIDS.get(name, SIZES)
         results[name] = {
-            kind: promises(work.model, path, batches, kind, draws, samples)
+            kind: promises(work.model, path, batches, kind, sizes, draws, samples)
             for kind in (["accuracy"] if name == "digits" else []) + ["divergence"]
         }
-        results[name]["cost"] = cost(work.model, path, batches)
+        results[name]["steps"] = path.config["steps"]
+        results[name]["cost"] = cost(work.model, path, batches, sizes)
     rows = [
-        [name, kind, f"{limit}", row["broken"], row["mean_sparsity"], row["best_sparsity"]]
+        [name, kind, limit["max_loss"], limit["broken"], limit["sparsity"], limit["most"]]
         for name, found in results.items()
-        for kind in LIMITS
-        for limit, row in found.get(kind, {}).get("limits", {}).items()
+        for kind in ("accuracy", "divergence")
+        for limit in found.get(kind, {}).get("limits", [])
     ]
     columns = ["model", "metric", "limit", "broken", "mean sparsity", "largest true one"]
     show(f"promises at {1 - DELTA:.0%}, {samples} samples", columns, rows)
-    save(out, {"steps": steps, "draws": draws, "samples": samples, "delta": DELTA}, results)
+    save(out, {"draws": draws, "samples": samples, "delta": DELTA}, results)
 
 
 def labelled(name: str, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -86,46 +94,59 @@ def promises(
     path: SolutionPath,
     batches: list[Any],
     kind: str,
+    sizes: Sequence[float],
     draws: int,
     samples: int,
 ) -> dict[str, Any]:
     """True losses of all sizes, and for every limit what choices by small sets come to."""
     with inferring(model):
         judge = metric_for(kind, model, batches[0], 1.0)
-        table = losses_of(judge, model, path, batches)
+        table = losses_of(judge, model, path, batches, sizes)
     truth, rng = table.mean(1), np.random.default_rng(0)
     sets = rng.integers(0, table.shape[1], (draws, samples))
-    bounds = np.array(
-        [[judge.upper(row[drawn], DELTA) for row in walk(table, truth, kind)] for drawn in sets]
-    )
-    found: dict[str, Any] = {}
-    for limit in LIMITS[kind]:
+    limits = hard_limits(truth, judge.upper(np.zeros(samples), DELTA))
+    tested = table[: int(np.argmax(truth > max(limits))) + 1]  # no choice should come further
+    bounds = np.array([[judge.upper(row[drawn], DELTA) for row in tested] for drawn in sets])
+    sparsity = np.array([0.0, *sizes])
+    found = []
+    for limit in limits:
         passed = np.logical_and.accumulate(bounds <= limit, axis=1).sum(1)
         broken = [bool(count) and truth[count - 1] > limit for count in passed]
-        good = np.logical_and.accumulate(truth <= limit).sum()
-        sparsity = [0.0, *SIZES]
-        found[str(limit)] = {
-            "broken": float(np.mean(broken)),
-            "mean_sparsity": float(np.mean([sparsity[count] for count in passed])),
-            "best_sparsity": float(sparsity[good]),
-        }
-    true = dict(zip(map(str, SIZES), truth.tolist(), strict=True))
+        good = int(np.logical_and.accumulate(truth <= limit).sum())
+        found.append(
+            {
+                "max_loss": limit,
+                "broken": float(np.mean(broken)),
+                "sparsity": float(sparsity[passed].mean()),
+                "most": float(sparsity[good]),
+            }
+        )
+    true = dict(zip(map(str, sizes), truth.tolist(), strict=True))
     return {"pool": table.shape[1], "true_loss": true, "limits": found}
 
 
-def walk(table: Any, truth: Any, kind: str) -> Any:
-    """The losses of the sizes that any limit lets a choice come to, within reason."""
-    last = int((truth <= 2 * max(LIMITS[kind])).sum()) + 1
-    return table[:last]
+def hard_limits(truth: Any, least: float) -> list[float]:
+    """Limits just below the true losses of some sizes, of all that so few samples could show."""
+    rising = [t for i, t in enumerate(truth) if t > max(least, *truth[:i], 0)]
+    if not rising:
+        raise SystemExit("no size loses enough to break a promise; take smaller ones.")
+    picked = np.unique(np.linspace(0, len(rising) - 1, LIMITS).round().astype(int))
+    return [float(0.999 * rising[i]) for i in picked]
 
 
-def losses_of(judge: Metric, model: nn.Module, path: SolutionPath, batches: list[Any]) -> Any:
+def losses_of(
+    judge: Metric,
+    model: nn.Module,
+    path: SolutionPath,
+    batches: list[Any],
+    sizes: Sequence[float],
+) -> Any:
     """The loss of every size on every sample, ``[sizes, samples]``."""
     prepare = Preparation(model)
     for i, batch in enumerate(batches):
         judge.see_dense(i, batch, partial(prepare.place, i))
     rows = []
-    for sparsity in SIZES:
+    for sparsity in sizes:
         small = extract(model, path.plan(sparsity=sparsity), check=False)
         with inferring(small):
             rows.append(
@@ -139,10 +160,12 @@ def losses_of(judge: Metric, model: nn.Module, path: SolutionPath, batches: list
     return np.stack(rows)
 
 
-def cost(model: nn.Module, path: SolutionPath, batches: list[Any]) -> dict[str, float]:
+def cost(
+    model: nn.Module, path: SolutionPath, batches: list[Any], sizes: Sequence[float]
+) -> dict[str, float]:
     """Seconds of a choice, and of evaluating the same sizes one by one."""
     start = time.perf_counter()
-    choice = choose(model, path, batches, 0.1, metric="divergence", progress=False)
+    choice = choose(model, path, batches, 0.1, metric="divergence", sizes=sizes, progress=False)
     chosen = time.perf_counter() - start
     start = time.perf_counter()
     for test in choice.tests:
