@@ -7,6 +7,7 @@ from typing import Any
 from record import RESULTS
 
 Rows = Iterator[tuple[str, ...]]
+MODELS = {"minilm": "MiniLM", "digits": "ViT on digits", "gemma": "Gemma 3 270M"}
 SHOWN = {"exact": "exact", "betting": "betting", "bernstein": "empirical Bernstein"}
 
 
@@ -35,6 +36,17 @@ def groups() -> Rows:
         yield f"{alike:.0%}", f"too low {low['rows']:.1%}", f"{low['groups']:.1%}"
 
 
+def real() -> Rows:
+    """What choices on real models came to, a row for every limit."""
+    yield "model", "metric", "`max_loss`", "broken", "mean sparsity chosen", "largest true one"
+    found = json.loads((RESULTS / "choose_real.json").read_text())["results"]
+    for name, words in MODELS.items():
+        for metric in ("accuracy", "divergence"):
+            for limit in found.get(name, {}).get(metric, {}).get("limits", []):
+                shares = (f"{limit[key]:.1%}" for key in ("broken", "sparsity", "most"))
+                yield words, metric, f"{limit['max_loss']:.4f}", *shares
+
+
 def needed() -> Rows:
     """Samples for every second choice to pass."""
     yield "true loss (points)", "`max_loss` (points)", *SHOWN.values(), "normal approximation"
@@ -51,6 +63,7 @@ TABLES: Mapping[str, Callable[[], Rows]] = {
     "choose_bounds": bounds,
     "choose_groups": groups,
     "choose_needed": needed,
+    "choose_real": real,
 }
 """Name to the rows of a table, its header first."""
 

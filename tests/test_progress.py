@@ -28,6 +28,15 @@ def test_bars_show_the_rate_and_the_time_left(label, unit, monkeypatch, capsys):
         assert float(found[1].replace(",", "")) > 0
 
 
+def test_a_bar_keeps_to_one_line_of_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(rich, "_console", None)
+    model = build("bert")
+    solpath.search(model, batches(model), solpath.SearchConfig(steps=40, scale_batches=2))
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert re.search(r"^search .*40/40 loss .* size .* tokens/s +\d:\d\d:\d\d$", last), last
+
+
 def test_padding_is_no_work():
     ids = torch.ones(2, 5, dtype=torch.long)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])

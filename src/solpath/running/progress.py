@@ -43,6 +43,7 @@ def progress_bar(
         TextColumn,
         TimeRemainingColumn,
     )
+    from rich.table import Column
     from rich.text import Text
 
     works: list[tuple[float, str]] = []
@@ -52,12 +53,12 @@ def progress_bar(
             return Text(rate(task.finished_speed or task.speed, works))
 
     columns = (
-        TextColumn(title),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(text),
-        Rate(),
-        TimeRemainingColumn(),
+        TextColumn(title, table_column=Column(no_wrap=True)),
+        BarColumn(None, table_column=Column(ratio=1, max_width=40)),  # as much as is left
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn(text, table_column=Column(no_wrap=True)),
+        Rate(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
     )
     bar = Progress(*columns)
     with undoing(bar.stop):
