@@ -15,7 +15,7 @@ import solpath
 from conftest import build, inputs, randomise_
 from solpath.choosing import choose as choosing
 from solpath.choosing.bounds import mean_upper, paired_upper
-from solpath.choosing.samples import sample_digests
+from solpath.data.samples import sample_digests
 from solpath.errors import BatchError, ConfigError, FingerprintError, UnsupportedModelError
 
 QUIET = {"progress": False}

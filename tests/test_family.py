@@ -17,10 +17,10 @@ from transformers import (
 import conftest
 import solpath
 from conftest import build
-from solpath.choosing.samples import sample_digests
 from solpath.cli.arguments import Data
 from solpath.cli.batches import choice_batches, split_batches
 from solpath.cli.main import run
+from solpath.data.samples import sample_digests
 from solpath.data.source import batch_size
 from solpath.errors import ConfigError
 from solpath.reporting import tasks

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from solpath.choosing.samples import batches_apart, sample_digests
 from solpath.cli.arguments import Data
 from solpath.cli.terminal import say
 from solpath.data.columns import ROLES, Role
 from solpath.data.docstrings import TextPair, read_corpus, texts_of
 from solpath.data.feeding import Feed, feed, longest_text, takes
 from solpath.data.mixture import split_weight
+from solpath.data.samples import batches_apart, sample_digests
 from solpath.data.source import batch_size
 from solpath.data.tables import Table, images_table, lines_table, open_table
 from solpath.errors import ConfigError
