@@ -145,9 +145,9 @@ class Samples:
         found = [place for digest, place in self._known.items() if digest in seen]
         if found:
             raise BatchError(
-                f"{self._prepare.place(*found[0])} was seen by the search, as were "
-                f"{len(found) - 1:,} others of {len(self._known):,} samples; what a path was "
-                "searched on cannot judge its members, so leave them out."
+                f"{self._prepare.place(*found[0])} was seen by the search, the first of "
+                f"{len(found):,} such among {len(self._known):,} samples; what a path was searched "
+                "on cannot judge its members, so leave them out."
             )
 
     def _judging_groups(self) -> Iterator[Hashable]:

@@ -289,9 +289,9 @@ class Probe:
 
     def estimate(self, passes: float, masks: int, looks: tuple[int, int] = (0, 0)) -> Estimate:
         """See `Engine.estimate`. Processes do not wait for each other."""
-        known, distinct = self._source.index(0) is not None, self._source.length
+        known, distinct = self._source.index(1) is not None, self._source.length
         start = perf_counter()
-        parts = list(self._parts(0))  # with their targets, which are remembered if they can be
+        parts = list(self._parts(1))  # with their targets, which are remembered if they can be
         target = perf_counter() - start
         start = perf_counter()
         for part in parts:
