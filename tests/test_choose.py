@@ -16,7 +16,8 @@ import solpath
 from conftest import build, inputs, randomise_
 from solpath.choosing import choose as choosing
 from solpath.choosing.bounds import mean_upper, paired_upper
-from solpath.data.samples import batches_apart, sample_digests
+from solpath.data.preparation import Preparation
+from solpath.data.samples import batches_apart, sample_digests, unseen_samples
 from solpath.errors import BatchError, ConfigError, FingerprintError, UnsupportedModelError
 
 QUIET = {"progress": False}
@@ -158,6 +159,19 @@ def test_what_the_search_saw_cannot_judge(bert, path):
     unknown = replace(path, seen=path.seen[:0])
     choice = solpath.choose(bert, unknown, [*fresh, batch], 0.5, **options)
     assert "is not recorded in this path" in choice.assumptions[1]
+
+
+def test_rows_that_were_seen_are_left_out_with_their_groups(bert):
+    batches = heldout(bert, 3, samples=4)
+    batches[0]["attention_mask"][0] = 0  # a row of padding alone, which is left out later
+    _, _, one, _ = sample_digests(batches[1])
+    prepare = Preparation(bert)
+    assert unseen_samples(batches, {one}, prepare, most=99) == ([*range(6), *range(7, 12)], 1)
+    assert unseen_samples(batches, {one}, prepare, most=6) == ([*range(6)], 1)
+    groups = [*"abcdefghfgfg"]
+    kept = [0, 1, 2, 3, 4, 5, 7, 8, 10]
+    assert unseen_samples(batches, {one}, prepare, most=9, groups=groups) == (kept, 3)
+    assert unseen_samples(batches, {one}, prepare, most=2, groups=groups) == ([0, 1], 3)
 
 
 def test_decoder_inputs_that_are_made_of_labels_are_known_again():

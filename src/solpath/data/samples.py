@@ -1,13 +1,23 @@
 """Tell the samples of batches apart: by digests of what a model gets of each."""
 
 import hashlib
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import (
+    Callable,
+    Container,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Set,
+)
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from solpath.data.preparation import Preparation
 from solpath.data.source import batch_size
 
 _SIDES = ("decoder_", "pixel_", "")  # each with a mask of its own
@@ -124,6 +134,45 @@ def batches_apart(batches: Iterable[Any], known: Container[int]) -> Iterator[Any
         rows = [i for i, digest in enumerate(sample_digests(batch)) if digest not in known]
         if rows:
             yield rows_of(batch, rows)
+
+
+def unseen_samples(
+    batches: Sequence[Any],
+    seen: Set[int],
+    prepare: Preparation,
+    *,
+    most: int,
+    groups: Sequence[Hashable] | None = None,
+) -> tuple[list[int], int]:
+    """Return the numbers of the first samples that were not seen, and how many were left out.
+
+    Numbers run over all batches. Without groups no more batches are read than are needed.
+
+    Args:
+        batches: The batches.
+        seen: Digests of the samples that were seen.
+        prepare: Checks and completes the batches.
+        most: The most samples to return.
+        groups: What every sample is from. One that was seen stands for all of its group.
+
+    Example:
+        >>> batches = [{"input_ids": torch.tensor([[5, 6], [7, 8]])}] * 2
+        >>> seen, _ = sample_digests(batches[0])
+        >>> unseen_samples(batches, {seen}, Preparation(model), most=9)
+        ([1, 3], 2)
+    """
+    group: list[Hashable] = []
+    known: set[Hashable] = set()
+    for i, batch in enumerate(batches):
+        if groups is None and len(group) - len(known) >= most:
+            break
+        first, size = len(group), batch_size(batch)
+        group += range(first, first + size) if groups is None else groups[first : first + size]
+        digests = sample_digests(prepare(i, batch))
+        rows = [row for row in range(size) if row not in prepare.skipped.get(i, ())]
+        known |= {group[first + row] for row, one in zip(rows, digests, strict=True) if one in seen}
+    kept = [number for number, one in enumerate(group) if one not in known]
+    return kept[:most], len(group) - len(kept)
 
 
 def rows_of(batch: Any, rows: list[int]) -> Any:
