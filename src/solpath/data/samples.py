@@ -54,13 +54,19 @@ class Recording:
         return torch.tensor(new, dtype=torch.int64)
 
 
-def union(*digests: Tensor) -> Tensor:
+def union(new: Tensor, known: Tensor | None = None) -> Tensor:
     """Return digests in ascending order, each once.
 
     Args:
-        digests: Digests of samples, int64 ``[samples]`` each.
+        new: Digests of samples, int64 ``[samples]``.
+        known: Others, which are in ascending order already, each once.
     """
-    return torch.from_numpy(np.unique(torch.cat(digests).numpy()))
+    added = np.unique(new.numpy())
+    if known is None:
+        return torch.from_numpy(added)
+    place = np.searchsorted(known.numpy(), added)
+    absent = place == np.searchsorted(known.numpy(), added, side="right")
+    return torch.from_numpy(np.insert(known.numpy(), place[absent], added[absent]))
 
 
 def sample_digests(batch: Any) -> list[int]:

@@ -365,7 +365,7 @@ def _seen(state: State, engine: Engine) -> State:
     if _SEEN not in state:
         return {}
     new = engine.new_samples()
-    return {_SEEN: union(state[_SEEN], new) if len(new) else state[_SEEN]}
+    return {_SEEN: union(new, state[_SEEN]) if len(new) else state[_SEEN]}
 
 
 def _record(state: State, loss: float, keep: float) -> Tensor:
