@@ -106,7 +106,7 @@ def sample_digests(batch: Any) -> list[int]:
             and value.is_floating_point()
             and name not in (*rows, "labels")
         ):
-            common.update(_bytes(name, value.detach().cpu()))
+            _add(common, name, value.detach().cpu())
     found = []
     for i in range(size):
         digest = common.copy()
@@ -117,7 +117,7 @@ def sample_digests(batch: Any) -> list[int]:
                 row = row[mask[i] != 0]
             if not row.is_floating_point():
                 row = row.long()
-            digest.update(_bytes(name, row))
+            _add(digest, name, row)
         found.append(int.from_bytes(digest.digest(), "little", signed=True))
     return found
 
@@ -200,6 +200,6 @@ def rows_of(batch: Any, rows: list[int]) -> Any:
     return part(batch)
 
 
-def _bytes(name: str, value: Tensor) -> bytes:
-    data: bytes = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return repr((name, tuple(value.shape))).encode() + data
+def _add(digest: Any, name: str, value: Tensor) -> None:
+    digest.update(repr((name, tuple(value.shape))).encode())
+    digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
