@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ import solpath
 from conftest import build, inputs, randomise_
 from solpath.choosing import choose as choosing
 from solpath.choosing.bounds import mean_upper, paired_upper
-from solpath.choosing.samples import sample_digests
+from solpath.data.preparation import Preparation
+from solpath.data.samples import batches_apart, sample_digests, unseen_samples
 from solpath.errors import BatchError, ConfigError, FingerprintError, UnsupportedModelError
 
 QUIET = {"progress": False}
@@ -136,6 +138,51 @@ def test_a_sample_is_known_under_padding_and_other_labels():
     assert one[1] != other[1]
     images = torch.zeros(2, 1, 4, 4, dtype=torch.bfloat16)
     assert len(set(sample_digests(images))) == 1
+
+
+def test_what_the_search_saw_cannot_judge(bert, path):
+    """However it is padded, and whatever its label."""
+    fresh = heldout(bert, 8)
+    choice = solpath.choose(bert, path, fresh, 0.5, sizes=[0.1], **QUIET)
+    assert "input that the search ran on, which was checked" in choice.assumptions[1]
+    [seen] = heldout(bert, 1, seed=101)  # the second batch of the path
+    batch = {name: value[:3].int() for name, value in seen.items()}
+    batch = {name: torch.nn.functional.pad(value, (0, 2)) for name, value in batch.items()}
+    batch["labels"] = torch.zeros(3, dtype=torch.int64)
+    batch["input_ids"][:2, 0] = torch.tensor([58, 59])  # of two rows, the first word is another
+    message = "row 2 of batch 8 was seen by the search, the first of 1 such among 203 samples;"
+    options = {"metric": "divergence", "sizes": [0.1], **QUIET}
+    with pytest.raises(BatchError, match=message):
+        solpath.choose(bert, path, [*fresh, batch], 0.5, **options)
+    left = list(batches_apart([*fresh, batch], set(path.seen.tolist())))
+    assert solpath.choose(bert, path, left, 0.5, **options).samples == 202
+    unknown = replace(path, seen=path.seen[:0])
+    choice = solpath.choose(bert, unknown, [*fresh, batch], 0.5, **options)
+    assert "is not recorded in this path" in choice.assumptions[1]
+
+
+def test_rows_that_were_seen_are_left_out_with_their_groups(bert):
+    batches = heldout(bert, 3, samples=4)
+    batches[0]["attention_mask"][0] = 0  # a row of padding alone, which is left out later
+    _, _, one, _ = sample_digests(batches[1])
+    prepare = Preparation(bert)
+    assert unseen_samples(batches, {one}, prepare, most=99) == ([*range(6), *range(7, 12)], 1)
+    assert unseen_samples(batches, {one}, prepare, most=6) == ([*range(6)], 1)
+    groups = [*"abcdefghfgfg"]
+    kept = [0, 1, 2, 3, 4, 5, 7, 8, 10]
+    assert unseen_samples(batches, {one}, prepare, most=9, groups=groups) == (kept, 3)
+    assert unseen_samples(batches, {one}, prepare, most=2, groups=groups) == ([0, 1], 3)
+
+
+def test_decoder_inputs_that_are_made_of_labels_are_known_again():
+    model = build("t5")
+    data = [{"input_ids": torch.tensor([[5, 6], [7, 8]]), "labels": torch.tensor([[3, 4], [4, 5]])}]
+    path = solpath.baselines.magnitude(model, data)
+    with pytest.raises(BatchError, match="row 0 of batch 0 was seen by the search"):
+        solpath.choose(model, path, data, 0.5, **QUIET)
+    other = [{**data[0], "labels": data[0]["labels"] + 1}]  # the decoder gets other inputs
+    with pytest.raises(BatchError, match="2 samples cannot show"):
+        solpath.choose(model, path, other, 0.5, **QUIET)
 
 
 def test_choosing_by_divergence(bert, path):
@@ -377,7 +424,7 @@ def test_a_regression_needs_a_batch_besides_the_first(bert):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_labels": 1}
     model = BertForSequenceClassification(BertConfig(vocab_size=60, **sizes)).eval()
     [batch] = heldout(bert, 1)
-    path = solpath.baselines.magnitude(model, [batch])
+    path = solpath.baselines.magnitude(model, heldout(bert, 1, seed=100))
     with pytest.raises(BatchError, match="the first batch sets the scale"):
         solpath.choose(model, path, [batch], 0.5, **QUIET)
 
@@ -442,7 +489,7 @@ def test_groups_of_the_batch_that_sets_a_scale_do_not_judge():
         intermediate_size=64, num_labels=1, problem_type="regression",
     )  # fmt: skip
     model = randomise_(BertForSequenceClassification(config).eval())
-    path = solpath.baselines.magnitude(model, heldout(model, 1))
+    path = solpath.baselines.magnitude(model, heldout(model, 1, seed=100))
     batches = heldout(model, 3)
     groups = [*range(25), *[0] * 5, *range(100, 120), *range(200, 225)]
     choice = solpath.choose(model, path, batches, 0.9, sizes=[0.1], groups=groups, **QUIET)

@@ -36,8 +36,10 @@ SHORT = SearchConfig(steps=4, scale_batches=2)
 
 
 def same(a, b) -> bool:
-    return torch.equal(flatten(a.pairs, a.score), flatten(b.pairs, b.score)) and torch.equal(
-        a.history, b.history
+    return (
+        torch.equal(flatten(a.pairs, a.score), flatten(b.pairs, b.score))
+        and torch.equal(a.history, b.history)
+        and torch.equal(a.seen, b.seen)
     )
 
 

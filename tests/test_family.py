@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ from transformers import (
 import conftest
 import solpath
 from conftest import build
-from solpath.choosing.samples import sample_digests
 from solpath.cli.arguments import Data
 from solpath.cli.batches import choice_batches, split_batches
 from solpath.cli.main import run
+from solpath.data.samples import sample_digests
 from solpath.data.source import batch_size
 from solpath.errors import ConfigError
 from solpath.reporting import tasks
@@ -174,7 +175,14 @@ def test_data_of_the_search_is_named(home, tmp_path, capsys):
     words.insert(1, str(path))
     capsys.readouterr()
     assert run(["choose", *words, "--max-loss", "0.9", "--sizes", "0.1"]) == 0
-    assert "was searched on this data, too" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "was searched on this data, too" in said
+    [left] = re.findall(r"left out (\d+) rows that the search saw", said)
+    assert int(left) >= len(solpath.SolutionPath.load(path).seen) > 0
+    words[1] = str(tmp_path / "all")
+    assert run(["search", *words[:1], *words[2:], "--steps", "100", "--out", words[1]]) == 0
+    assert run(["choose", *words, "--max-loss", "0.9"]) == 2
+    assert "the search saw all 400 rows of the data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What is read was written as it is: digests, one version at a time, and values that can be."""
 
+import hashlib
 import json
 import os
 import random
@@ -151,12 +152,59 @@ def forge_path(folder, change):
         (lambda head: head.update(basis=["x"]), "'x'"),
         (lambda head: head.update(steps_recorded=5), "history"),
         (lambda head: head.update(digests={}), "path.safetensors"),
+        (lambda head: head.update(samples_seen=3), "tensor 'seen' is"),
+        (lambda head: head.update(samples_seen=-1), "whole number"),
+        (lambda head: head.pop("samples_seen"), "'seen' is not expected"),
     ],
 )
 def test_values_that_cannot_be_are_refused(path, tmp_path, change, words):
     forge_path(tmp_path / "path", change)
     with pytest.raises(FileError, match=words):
         SolutionPath.load(tmp_path / "path")
+
+
+def forge_tensors(folder, change):
+    file = folder / "path.safetensors"
+    with safe_open(file, framework="pt") as stream:
+        tensors = {name: stream.get_tensor(name) for name in stream.offset_keys()}
+    change(tensors)
+    data = save(tensors)
+    file.write_bytes(data)
+    digests = {"path.safetensors": hashlib.sha256(data).hexdigest()}
+    forge_path(folder, lambda head: head.update(digests=digests))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda seen: seen.flip(0), lambda seen: seen * 0, lambda seen: seen.double()]
+)
+def test_digests_of_samples_that_cannot_be_are_refused(path, tmp_path, change):
+    forge_tensors(tmp_path / "path", lambda t: t.update(seen=change(t["seen"])))
+    with pytest.raises(FileError, match="seen"):
+        SolutionPath.load(tmp_path / "path")
+
+
+def test_paths_and_checkpoints_of_before_do_not_know_their_samples(bert, path, tmp_path):
+    """They are read as ever; a search goes on to the same path, which does not know them either."""
+    forge_tensors(tmp_path / "path", lambda tensors: tensors.pop("seen"))
+    forge_path(tmp_path / "path", lambda head: head.pop("samples_seen"))
+    found = SolutionPath.load(tmp_path / "path")
+    assert found.order().equal(path.order())
+    assert found.seen.equal(torch.zeros(0, dtype=torch.int64))
+    found.save(tmp_path / "path", overwrite=True)
+    assert SolutionPath.load(tmp_path / "path").seen.equal(found.seen)
+
+    def stopped():
+        yield from [*batches(bert), *batches(bert)][:3]
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        solpath.search(bert, stopped(), SEARCH, checkpoint=folder, progress=False)
+    forge_state(folder / "search.safetensors", lambda state: state.pop("seen"))
+    found = search(bert, folder)
+    assert found.history.equal(path.history)
+    assert found.order().equal(path.order())
+    assert not len(found.seen)
 
 
 def test_a_path_with_other_layers_does_not_cut(bert, path, tmp_path):
@@ -221,6 +269,10 @@ def repeated(state, name):
         (lambda state: [v.zero_() for n, v in state.items() if "basis/" in n], "no inverse"),
         (lambda state: state.update(reached=torch.zeros(2).bool()), "reached"),
         (lambda state: state.update(other=torch.zeros(2)), "other"),
+        (lambda state: state.update(seen=state["seen"].double()), "seen"),
+        (lambda state: state.update(seen=state["seen"].unsqueeze(0)), "seen"),
+        (lambda state: state.update(seen=state["seen"].flip(0)), "seen are not ascending"),
+        (lambda state: state.update(seen=state["seen"].repeat(2).sort().values), "seen are not"),
     ],
 )
 def test_states_that_no_search_can_have_are_refused(bert, path, tmp_path, change, words):

@@ -199,6 +199,8 @@ def test_path_round_trip(bert, tmp_path):
         assert getattr(again, field) == getattr(path, field)
     assert torch.equal(again.order(), path.order())
     assert torch.equal(again.history, path.history)
+    assert len(path.seen) == 12
+    assert torch.equal(again.seen, path.seen)
     assert again.plan(sparsity=0.5).to_dict() == path.plan(sparsity=0.5).to_dict()
     assert sum(f.stat().st_size for f in (tmp_path / "path").iterdir()) < 20_000
     header = json.loads((tmp_path / "path" / "path.json").read_text())

@@ -336,7 +336,7 @@ def test_the_promise_is_shown_and_the_page_begins_there(folder: Path) -> None:
 def test_a_choice_of_the_command_line_becomes_the_promise(tmp_path: Path) -> None:
     model, file = build("bert"), tmp_path / "choice.json"
     data = conftest.batches(model)
-    path = solpath.baselines.magnitude(model, data)
+    path = solpath.baselines.magnitude(model, [conftest.inputs(model, seed=9)])
     choice = solpath.choose(model, path, data, 0.9, confidence=0.6, sizes=[0.05, 0.1])
     file.write_text(json.dumps(choice.to_dict()))
     promise, last = read_promise(file, path), choice.tests[-1]

@@ -42,6 +42,9 @@ class Quadratic:
     def work(self, step):
         return 4, "samples"
 
+    def new_samples(self):
+        return torch.zeros(0, dtype=torch.int64)
+
     def gradients(self, step, mask, *, binary):
         rows = mask.expand(4, -1)
         if binary:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import solpath
 from conftest import batches, build, inputs
 from solpath import InclusionConfig, SearchConfig, baselines
+from solpath.data.samples import sample_digests
 from solpath.data.source import BatchSource
 from solpath.errors import (
     BatchError,
@@ -39,8 +40,10 @@ def run(model, data=None, config=QUICK, **options):
 
 
 def same(a, b) -> bool:
-    return torch.equal(flatten(a.pairs, a.score), flatten(b.pairs, b.score)) and torch.equal(
-        a.history, b.history
+    return (
+        torch.equal(flatten(a.pairs, a.score), flatten(b.pairs, b.score))
+        and torch.equal(a.history, b.history)
+        and torch.equal(a.seen, b.seen)
     )
 
 
@@ -109,6 +112,21 @@ def test_checkpoints_and_progress_have_no_influence(bert, tmp_path):
     for every in (1, 3, 100):
         assert same(plain, run(bert, checkpoint=tmp_path / str(every), checkpoint_every=every))
     assert same(plain, solpath.search(bert, batches(bert), QUICK, progress=True))
+
+
+def test_a_path_knows_the_samples_of_the_batches_that_were_read(bert):
+    """Each of them once, of however many steps, and none that was not needed."""
+    data = batches(bert, 9)
+    digests = [digest for batch in data for digest in sample_digests(batch)]
+    path = run(bert, iter(data), SearchConfig(steps=5, scale_batches=2))
+    assert path.seen.dtype == torch.int64
+    assert path.seen.tolist() == sorted(digests[:20])
+    for progress in (False, True):  # which looks at how long a step takes
+        short = SearchConfig(steps=2, scale_batches=1)
+        path = solpath.search(bert, data, short, progress=progress)
+        assert path.seen.tolist() == sorted(digests[:8])
+    rival = baselines.gauss_newton(bert, data, scale_batches=3)
+    assert rival.seen.tolist() == sorted(digests[:12])
 
 
 @pytest.mark.parametrize(
@@ -183,15 +201,18 @@ def test_two_processes_give_the_same_path(tmp_path):
         textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from conftest import batches, build
+        from conftest import batches, build, inputs
         import solpath
         model = build("bert").double()
         path = solpath.search(model, batches(model, samples=5),
                               solpath.SearchConfig(steps=10, scale_batches=2), progress=False)
         from solpath.searching.probe import process
         print("process %d %d\\n" % process(), end="", flush=True)
-        if process()[0] == 0:
+        rank, _ = process()
+        if rank == 0:
             path.save(sys.argv[1])
+        own = [inputs(model, samples=3 + rank, seed=10 + rank)]
+        solpath.baselines.random(model, own).save(f"{{sys.argv[1]}}-{{rank}}")
         """)
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -205,6 +226,12 @@ def test_two_processes_give_the_same_path(tmp_path):
     two, one = (solpath.SolutionPath.load(tmp_path / name) for name in ("two", "one"))
     assert torch.equal(two.order(), one.order())
     torch.testing.assert_close(two.history, one.history, rtol=1e-9, atol=1e-12)
+    assert len(one.seen) == 15
+    assert torch.equal(two.seen, one.seen)
+    of_each = [inputs(build("bert"), samples=3 + rank, seed=10 + rank) for rank in (0, 1)]
+    known = sorted(digest for batch in of_each for digest in sample_digests(batch))
+    for rank in (0, 1):  # what each of them ran on
+        assert solpath.SolutionPath.load(tmp_path / f"two-{rank}").seen.tolist() == known
 
 
 def test_a_checkpoint_of_another_search_is_refused(bert, tmp_path):

@@ -99,6 +99,8 @@ def test_a_killed_search_goes_on_to_the_same_bits(home, capsys):
     for name, score in one.score.items():
         assert torch.equal(score, two.score[name])
     assert torch.equal(one.history, two.history)
+    assert len(one.seen) == 48
+    assert torch.equal(one.seen, two.seen)
     assert run([*_SEARCH, "--out", "path"]) == 2
     assert "path is not empty" in capsys.readouterr().err
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from solpath.config import check_count, check_number
+from solpath.data.samples import union
 from solpath.data.source import check_batches
 from solpath.loading import for_batches
 from solpath.model.discovery import find_pairs
@@ -357,6 +358,7 @@ def _path(
         config=config,
         fingerprint=identity,
         energy=engine.energy,
+        seen=union(engine.new_samples()),
     )
 
 

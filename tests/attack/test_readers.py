@@ -36,9 +36,9 @@ def same_path(one, other):
     if not all(getattr(one, name) == getattr(other, name) for name in fields):
         return False
     maps = ("score", "entry_time", "energy", "basis")
-    return torch.equal(one.history, other.history) and all(
-        same_tensors(getattr(one, name), getattr(other, name)) for name in maps
-    )
+    return all(
+        torch.equal(getattr(one, name), getattr(other, name)) for name in ("history", "seen")
+    ) and all(same_tensors(getattr(one, name), getattr(other, name)) for name in maps)
 
 
 def same_tensors(one, other):

@@ -65,9 +65,10 @@ def choose(
         model: The dense model, which is left as it was found.
         path: Its path.
         batches: Held-out batches, with labels for the accuracy. Each row is a sample. Nothing may
-            have been searched, compensated, tuned or chosen on them before. They must have a
-            length, and are read once for every size that is tested. A sample that repeats an
-            earlier one is left out.
+            have been searched, compensated, tuned or chosen on them before; what the search ran on
+            is refused, if the path knows it (`SolutionPath.seen`). They must have a length, and are
+            read once for every size that is tested. A sample that repeats an earlier one is left
+            out.
         max_loss: The largest expected loss: of accuracy 0.01 is one point, of divergence it is in
             the unit of the search (`solpath.objective`).
         metric: ``"accuracy"``: that of the dense model less that of the member, on the ``labels``.
@@ -91,9 +92,9 @@ def choose(
     Raises:
         ConfigError: A setting is out of range, or a budget is among the constraints.
         BudgetError: A size is not reachable.
-        BatchError: `batches` are too few to show so small a loss, share a sample with `compensate`,
-            give other samples when they are read again, have no labels, are not what the model
-            takes, or `groups` has another length.
+        BatchError: `batches` are too few to show so small a loss, share a sample with the search or
+            with `compensate`, give other samples when they are read again, have no labels, are not
+            what the model takes, or `groups` has another length.
         FingerprintError: The path belongs to another model.
         UnsupportedModelError: The model was extracted already, or is quantised.
         NonFiniteLossError: An output is not finite.
@@ -118,7 +119,7 @@ def choose(
         progress_bar("choose", "", len(plans) + 1, 0, show=progress) as report,
     ):
         check_fingerprint(path.fingerprint, path.pairs, model, survey(model)[0])
-        samples = Samples(known, prepare, groups)
+        samples = Samples(known, prepare, groups, set(path.seen.tolist()))
         if fitted is not None:
             samples.check_apart(fitted, model)
         with inferring(model):
@@ -156,7 +157,9 @@ def choose(
         samples=samples.count,
         groups=None if groups is None else samples.draws,
         tests=tuple(tests),
-        assumptions=_assumptions(judge, samples, compensated=fitted is not None),
+        assumptions=_assumptions(
+            judge, samples, compensated=fitted is not None, checked=len(path.seen) > 0
+        ),
         provenance=provenance(device_of(model)),
         compensated=fitted is not None,
     )
@@ -216,7 +219,9 @@ def _check_count(judge: Metric, samples: Samples, max_loss: float, delta: float)
     )
 
 
-def _assumptions(judge: Metric, samples: Samples, *, compensated: bool) -> tuple[str, ...]:
+def _assumptions(
+    judge: Metric, samples: Samples, *, compensated: bool, checked: bool
+) -> tuple[str, ...]:
     if samples.grouped:
         draws = (
             "The groups are independent draws of the data that the promise is about. The loss of a "
@@ -227,10 +232,20 @@ def _assumptions(judge: Metric, samples: Samples, *, compensated: bool) -> tuple
             "The samples are independent draws of the data that the promise is about. Rows of one "
             "document, video or patient are not: say with groups= which belong together."
         )
+    if checked:
+        fresh = (
+            "Nothing was trained, searched, tuned or chosen on these samples. None of them is an "
+            "input that the search ran on, which was checked; the same text cut or packed "
+            "otherwise is another input."
+        )
+    else:
+        fresh = (
+            "Nothing was trained, searched, tuned or chosen on these samples. What the search ran "
+            "on is not recorded in this path, so this was not checked."
+        )
     found = [
         draws,
-        "Nothing was trained, searched, tuned or chosen on these samples. Whether the search saw "
-        "them is not recorded in a path, so this was not checked.",
+        fresh,
         "Sizes, metric and max_loss were fixed before these samples were looked at, and choose was "
         "not run on them again with others.",
         *judge.terms,

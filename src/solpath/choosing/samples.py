@@ -1,19 +1,16 @@
 """The samples that a size is chosen by: which are the same, and which belong together."""
 
-import hashlib
-from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from solpath.choosing.bounds import Array
 from solpath.data.preparation import Preparation
+from solpath.data.samples import rows_of, sample_digests
 from solpath.data.source import batch_size
 from solpath.errors import BatchError
-
-_SIDES = ("decoder_", "pixel_", "")  # each with a mask of its own
 
 
 class Samples:
@@ -25,23 +22,28 @@ class Samples:
         batches: The batches.
         prepare: Checks and completes them.
         groups: What every row of them is from, in their order; None if each is a draw of its own.
+        seen: Digests of the samples that the search ran on.
 
     Attributes:
         grouped: Whether groups were given.
         repeated: Number of samples that were left out because they repeat others.
 
     Raises:
-        BatchError: There are no batches, or as many groups as rows.
+        BatchError: There are no batches, not as many groups as rows, or the search ran on a sample.
     """
 
     def __init__(
-        self, batches: Sequence[Any], prepare: Preparation, groups: Iterable[Hashable] | None
+        self,
+        batches: Sequence[Any],
+        prepare: Preparation,
+        groups: Iterable[Hashable] | None,
+        seen: Container[int],
     ) -> None:
         groups = None if groups is None else _listed(groups)
         self._batches, self._prepare = batches, prepare
         self._kept: dict[int, list[int]] = {}
-        self._digests: dict[int, list[bytes]] = {}
-        self._known: dict[bytes, tuple[int, int]] = {}
+        self._digests: dict[int, list[int]] = {}
+        self._known: dict[int, tuple[int, int]] = {}
         self._groups: dict[int, list[Hashable]] = {}
         self.grouped = groups is not None
         self.repeated = rows = 0
@@ -61,6 +63,7 @@ class Samples:
             rows += batch_size(given)
         if not self._known:
             raise BatchError("batches is empty; give at least one held-out batch.")
+        self._check_fresh(seen)
         if groups is not None and len(groups) != rows:
             raise BatchError(
                 f"groups has {len(groups):,} entries for {rows:,} rows of batches; give one for "
@@ -137,6 +140,16 @@ class Samples:
                 )
             yield i, rows_of(batch, kept)
 
+    def _check_fresh(self, seen: Container[int]) -> None:
+        """Raise `BatchError` if the search ran on one of the samples."""
+        found = [place for digest, place in self._known.items() if digest in seen]
+        if found:
+            raise BatchError(
+                f"{self._prepare.place(*found[0])} was seen by the search, the first of "
+                f"{len(found):,} such among {len(self._known):,} samples; what a path was searched "
+                "on cannot judge its members, so leave them out."
+            )
+
     def _judging_groups(self) -> Iterator[Hashable]:
         """Yield the group of every sample that judges."""
         for i, kept in self._kept.items():
@@ -158,99 +171,3 @@ def _listed(groups: Iterable[Hashable]) -> list[Hashable]:
         if group is None or group != group:
             raise BatchError(f"entry {i} of groups is {group!r}; give every row a group.")
     return found
-
-
-def sample_digests(batch: Any) -> list[bytes]:
-    """Return a digest of every sample of a batch: of its inputs, without labels and padding.
-
-    Samples with equal digests are equal inputs. Padding is what the attention mask of the batch
-    leaves out, so a text has the same digest in a batch of longer ones.
-
-    Args:
-        batch: A mapping of tensors, or a tensor. A tensor of floats without a row for every sample,
-            such as the patches of all images end to end, counts for every sample; what else has no
-            row for each does not count.
-
-    Example:
-        >>> short, long = {"input_ids": torch.tensor([[5, 6]])}, {
-        ...     "input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
-        >>> sample_digests(short) == sample_digests(long)
-        True
-    """
-    size = batch_size(batch)
-    named = dict(batch) if isinstance(batch, Mapping) else {"input": batch}
-    rows = {
-        name: value.detach().cpu()
-        for name, value in sorted(named.items())
-        if isinstance(value, Tensor) and value.shape[:1] == (size,) and name != "labels"
-    }
-    masks = {
-        side: rows.pop(f"{side}attention_mask")
-        for side in _SIDES
-        if f"{side}attention_mask" in rows and rows[f"{side}attention_mask"].dim() == 2
-    }
-    common = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(named.items()):
-        if (
-            isinstance(value, Tensor)
-            and value.is_floating_point()
-            and name not in (*rows, "labels")
-        ):
-            common.update(_bytes(name, value.detach().cpu()))
-    found = []
-    for i in range(size):
-        digest = common.copy()
-        for name, value in rows.items():
-            mask = masks.get(next(side for side in _SIDES if name.startswith(side)))
-            row = value[i]
-            if mask is not None and value.shape[:2] == mask.shape:
-                row = row[mask[i] != 0]
-            if not row.is_floating_point():
-                row = row.long()
-            digest.update(_bytes(name, row))
-        found.append(digest.digest())
-    return found
-
-
-def batches_apart(batches: Iterable[Any], known: Container[bytes]) -> Iterator[Any]:
-    """Yield batches without the samples that are known; one of which none is left is left out.
-
-    Args:
-        batches: The batches.
-        known: Digests of samples, from `sample_digests`.
-
-    Example:
-        >>> batch = {"input_ids": torch.tensor([[5, 6], [7, 8]])}
-        >>> known = sample_digests({"input_ids": torch.tensor([[5, 6]])})
-        >>> [part] = batches_apart([batch], known)
-        >>> part["input_ids"]
-        tensor([[7, 8]])
-    """
-    for batch in batches:
-        rows = [i for i, digest in enumerate(sample_digests(batch)) if digest not in known]
-        if rows:
-            yield rows_of(batch, rows)
-
-
-def rows_of(batch: Any, rows: list[int]) -> Any:
-    """Return some samples of a batch.
-
-    Args:
-        batch: A mapping of tensors, or a tensor.
-        rows: The numbers of the samples.
-    """
-    size = batch_size(batch)
-    if len(rows) == size:
-        return batch
-
-    def part(value: Any) -> Any:
-        return value[rows] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
-
-    if isinstance(batch, Mapping):
-        return {name: part(value) for name, value in batch.items()}
-    return part(batch)
-
-
-def _bytes(name: str, value: Tensor) -> bytes:
-    data: bytes = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return repr((name, tuple(value.shape))).encode() + data

@@ -1,18 +1,19 @@
 """Batches of the data that a command's options name. Commands import this when they run."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Sequence, Set
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from solpath.choosing.samples import batches_apart, sample_digests
 from solpath.cli.arguments import Data
 from solpath.cli.terminal import say
 from solpath.data.columns import ROLES, Role
 from solpath.data.docstrings import TextPair, read_corpus, texts_of
 from solpath.data.feeding import Feed, feed, longest_text, takes
 from solpath.data.mixture import split_weight
+from solpath.data.preparation import Preparation
+from solpath.data.samples import batches_apart, sample_digests, unseen_samples
 from solpath.data.source import batch_size
 from solpath.data.tables import Table, images_table, lines_table, open_table
 from solpath.errors import ConfigError
@@ -217,12 +218,15 @@ class Split(NamedTuple):
         pairs: The pairs of texts in the second part, where the data has pairs for a model that
             takes single texts.
         groups: What every sample of the second part is from; None if each stands for itself.
+        left_out: The number of samples that are not in the second part because a search ran on
+            them, or on others of their groups.
     """
 
     batches: Sequence[Any]
     heldout: Sequence[Any]
     pairs: Sequence[TextPair] = ()
     groups: Sequence[Hashable] | None = None
+    left_out: int = 0
 
 
 def split_batches(
@@ -264,7 +268,14 @@ def split_batches(
 
 
 def choice_batches(
-    name: str, model: Any, data: Data, *, labels: bool, fit: bool, device: Any
+    name: str,
+    model: Any,
+    data: Data,
+    *,
+    labels: bool,
+    fit: bool,
+    device: Any,
+    seen: Set[int] = frozenset(),
 ) -> Split:
     """Return the batches to choose a size by, and if members are fitted, batches apart for that.
 
@@ -279,9 +290,11 @@ def choice_batches(
         labels: See `batches_for`.
         fit: Whether members are fitted.
         device: See `batches_for`.
+        seen: Digests of the samples that the search ran on, which cannot judge.
 
     Raises:
-        ConfigError: There are too few batches to fit on, or the model takes something else.
+        ConfigError: There are too few batches to fit on, the search saw all of the data, or the
+            model takes something else.
     """
     whole = replace(data, batches=None)
     fitted: Sequence[Any]
@@ -303,19 +316,27 @@ def choice_batches(
         first, rest = _halves(apart, most)
         held, fitted = found.batches.select(rest), found.batches.select(first)
         groups = None if found.groups is None else [apart[i] for i in rest]
-    if data.batches is not None:
-        held = held.select(range(min(held.samples, data.batches * held.batch_size)))
-    groups = None if groups is None else groups[: held.samples]
-    if not fit:
-        return Split((), held, groups=groups)
-    known = {digest for batch in held for digest in sample_digests(batch)}
-    kept = list(batches_apart(fitted[:FITTED], known))
-    if len(kept) < CHECKED:
+    most = held.samples if data.batches is None else data.batches * held.batch_size
+    kept, left_out = list(range(min(most, held.samples))), 0
+    if seen:
+        kept, left_out = unseen_samples(held, seen, Preparation(model), most=most, groups=groups)
+    if not kept:
         raise ConfigError(
-            f"members are fitted on half of the data, and {len(kept)} batches apart from the rest "
-            f"are too few; give data for {CHECKED} or more, or smaller batches."
+            f"the search saw all {left_out:,} rows of the data, or others of their groups; give "
+            "rows that it did not see."
         )
-    return Split(kept, held, groups=groups)
+    held = held.select(kept)
+    groups = None if groups is None else [groups[i] for i in kept]
+    if not fit:
+        return Split((), held, groups=groups, left_out=left_out)
+    known = {digest for batch in held for digest in sample_digests(batch)}
+    others = list(batches_apart(fitted[:FITTED], known))
+    if len(others) < CHECKED:
+        raise ConfigError(
+            f"members are fitted on half of the data, and {len(others)} batches apart from the "
+            f"rest are too few; give data for {CHECKED} or more, or smaller batches."
+        )
+    return Split(others, held, groups=groups, left_out=left_out)
 
 
 def _halves(groups: Sequence[Hashable], most: int) -> tuple[list[int], list[int]]:

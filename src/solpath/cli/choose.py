@@ -67,10 +67,19 @@ def choose(
     order, device = path_of(path), device_for(place)
     dense = load_any(model, place)
     batches = choice_batches(
-        model, dense, data, labels=metric == "accuracy", fit=compensate, device=device
+        model,
+        dense,
+        data,
+        labels=metric == "accuracy",
+        fit=compensate,
+        device=device,
+        seen=set(order.seen.tolist()),
     )
+    if batches.left_out:
+        say(f"data: left out {batches.left_out:,} rows that the search saw")
     if searched_on(path, data):
-        say(f"{path} was searched on this data, too, which the promise does not allow for.")
+        where = " where it was packed or cut to another length" if len(order.seen) else ""
+        say(f"{path} was searched on this data, too, which the promise does not allow for{where}.")
     found = find(
         dense,
         order,

@@ -62,6 +62,10 @@ class SolutionPath:
             (see `solpath.model.basis`). Pairs that are not in it have the channels as units.
         unreached: Names of the pairs that no batch reached. They are not in `pairs`: they stay
             whole in every plan, and their parameters do not count as prunable.
+        seen: Digests of the samples that the method ran on, int64 ``[samples]``, ascending, by
+            which `solpath.choose` refuses them; empty if that is not known. Whoever has them can
+            tell whether a sample was among them, so short texts can be guessed:
+            ``dataclasses.replace(path, seen=path.seen[:0])`` is without.
 
     Example:
         >>> path
@@ -80,6 +84,7 @@ class SolutionPath:
     energy: Mapping[str, Tensor] = field(default_factory=dict)
     basis: Mapping[str, Tensor] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
+    seen: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     def order(self) -> Tensor:
         """Return all units, the most important first.

@@ -46,7 +46,7 @@ def write_path(
     """
     pairs = fields["pairs"]
     tensors = {name: flatten(pairs, fields[name]) for name in ("score", "entry_time")}
-    tensors["history"] = fields["history"].contiguous()
+    tensors |= {name: fields[name].contiguous() for name in ("history", "seen")}
     for kind in ("energy", "basis"):
         tensors |= {f"{kind}.{name}": value.contiguous() for name, value in fields[kind].items()}
     data = save(tensors)
@@ -61,6 +61,7 @@ def write_path(
         "steps_recorded": fields["history"].shape[1],
         "basis": list(fields["basis"]),
         "unreached": list(fields["unreached"]),
+        "samples_seen": len(fields["seen"]),
         "digests": {TENSORS: hashlib.sha256(data).hexdigest()},
     }
     with new_folder(folder, overwrite=overwrite) as temporary:
@@ -102,6 +103,9 @@ def _read(folder: Path) -> dict[str, Any]:
             "fingerprint": Fingerprint.from_dict(header["fingerprint"]),
             "unreached": tuple(str(name) for name in header["unreached"]),
         }
+        seen = {}  # earlier releases did not keep it
+        if "samples_seen" in header:
+            seen["seen"] = (torch.int64, (whole(header["samples_seen"]),))
         sha256 = str(header["digests"][TENSORS])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise FileError(f"{file}: {type(error).__name__} in field {error}.") from error
@@ -111,7 +115,7 @@ def _read(folder: Path) -> dict[str, Any]:
             shapes[f"energy.{pair.name}"] = (pair.heads, pair.left[0].repeat + 1, pair.width)
     for name, pair in rotated.items():
         shapes[f"basis.{name}"] = (pair.heads, pair.width, pair.width)
-    expected: Expected = {name: (torch.float64, shape) for name, shape in shapes.items()}
+    expected: Expected = {name: (torch.float64, shape) for name, shape in shapes.items()} | seen
     file = file_in(folder, TENSORS)
     tensors = read_sealed(file, sha256, expected)
     for name, value in tensors.items():
@@ -119,13 +123,27 @@ def _read(folder: Path) -> dict[str, Any]:
             raise FileError(f"{file}: {name} is not finite.")
     basis = {name: tensors[f"basis.{name}"] for name in rotated}
     check_axes(file, basis)
+    known = tensors.get("seen", torch.zeros(0, dtype=torch.int64))
+    check_seen(file, known)
     return fields | {
         "score": unflatten(pairs, tensors["score"]),
         "entry_time": unflatten(pairs, tensors["entry_time"]),
         "history": tensors["history"],
         "energy": {pair.name: tensors[f"energy.{pair.name}"] for pair in pairs if pair.norms},
         "basis": basis,
+        "seen": known,
     }
+
+
+def check_seen(file: Path, seen: Tensor) -> None:
+    """Raise `FileError` unless digests of samples are in ascending order, each once.
+
+    Args:
+        file: The file that they were read from, for the message.
+        seen: The digests, int64 ``[samples]``.
+    """
+    if not (seen[1:] > seen[:-1]).all():
+        raise FileError(f"{file}: the digests of samples in seen are not ascending.")
 
 
 def check_axes(file: Path, basis: Mapping[str, Tensor]) -> None:

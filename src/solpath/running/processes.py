@@ -1,4 +1,4 @@
-"""Tell which process of a distributed run this one is, and sum over all of them."""
+"""Tell which process of a distributed run this one is, and sum or join over all of them."""
 
 import atexit
 import gc
@@ -124,3 +124,22 @@ def sum_over_processes(values: Tensor) -> Tensor:
     moved = values.to(communication_device())
     torch.distributed.all_reduce(moved)
     return moved.cpu()
+
+
+def join_over_processes(values: Tensor) -> Tensor:
+    """Return the values of all processes, end to end by rank; for a single one, `values` itself.
+
+    Args:
+        values: A tensor on the CPU, of one dimension; its length may differ between processes.
+    """
+    rank, world = process()
+    if world == 1:
+        return values
+    counts = torch.zeros(world, dtype=torch.int64)
+    counts[rank] = len(values)
+    counts = sum_over_processes(counts)
+    rows = values.new_zeros(world, int(counts.max()))
+    rows[rank, : len(values)] = values
+    if rows.numel():
+        rows = sum_over_processes(rows)
+    return torch.cat([row[:count] for row, count in zip(rows, counts.tolist(), strict=True)])

@@ -75,6 +75,13 @@ class Engine(Protocol):
             step: Batch number.
         """
 
+    def new_samples(self) -> Tensor:
+        """Return digests of the samples that were first read since the last call, in all processes.
+
+        All processes must call it. What comes is int64 ``[samples]``, the same in each; a sample
+        may be among them twice, or again. See `solpath.data.samples.sample_digests`.
+        """
+
     def gradients(self, step: int, mask: Tensor, *, binary: bool) -> tuple[float, Tensor, Tensor]:
         """Return the loss, the masks and the mask gradients of one batch.
 

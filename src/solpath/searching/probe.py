@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from solpath.arch import is_foreign, type_of
 from solpath.data.preparation import preparing
+from solpath.data.samples import Recording
 from solpath.data.source import (
     BatchSource,
     batch_size,
@@ -38,7 +39,7 @@ from solpath.running.forward import Batch, device_of, output_tensor, row_not_fin
 from solpath.running.memory import fits, free_memory, peak_memory, resident_bytes
 from solpath.running.modes import differentiating, undoing
 from solpath.running.placement import offloads
-from solpath.running.processes import process, sum_over_processes
+from solpath.running.processes import join_over_processes, process, sum_over_processes
 from solpath.running.recompute import blocks_of, recomputing
 from solpath.searching.estimate import Estimate
 from solpath.searching.redundancy import Inputs
@@ -73,6 +74,7 @@ class Probe:
         model: The dense model.
         pairs: Its pairs.
         source: The batches, by step.
+        recording: What all of them pass through.
         compared: How far outputs are from those of the dense model.
         statistics: Of the dense model on the batches.
         masks: The masks that the hooked pairs obey.
@@ -89,6 +91,7 @@ class Probe:
         model: nn.Module,
         pairs: Sequence[Pair],
         source: BatchSource,
+        recording: Recording,
         compared: Objective,
         statistics: Statistics,
         masks: Masks,
@@ -97,7 +100,7 @@ class Probe:
         micro_batch: int | None,
     ) -> None:
         self._model, self._source, self._masks = model, source, masks
-        self._micro_batch = micro_batch
+        self._micro_batch, self._recording = micro_batch, recording
         self.recomputes = False
         self._loss, self._seed = loss, seed
         self._device = device_of(model)
@@ -118,6 +121,10 @@ class Probe:
     def generator(self, *stream: object) -> torch.Generator:
         """See `Engine.generator`."""
         return torch.Generator().manual_seed(derive_seed(self._seed, *stream))
+
+    def new_samples(self) -> Tensor:
+        """See `Engine.new_samples`."""
+        return join_over_processes(self._recording.take())
 
     def gradients(self, step: int, mask: Tensor, *, binary: bool) -> tuple[float, Tensor, Tensor]:
         """See `Engine.gradients`."""
@@ -405,7 +412,8 @@ def probing(
         differentiating(model),
         contextlib.ExitStack() as stack,
     ):
-        source = BatchSource(batches, seed, prepare)
+        recording = Recording(prepare)
+        source = BatchSource(batches, seed, recording)
         if is_foreign(type_of(model)):
             check_once(model, slice_samples(source[0], 0, 2))
         masks = stack.enter_context(mask_hooks(model, pairs))
@@ -413,7 +421,9 @@ def probing(
         objective = compared if loss is None else None
         statistics = Statistics(model, source, prepare, objective, *process(device_of(model)))
         stack.enter_context(undoing(statistics.close))
-        probe = Probe(model, pairs, source, compared, statistics, masks, loss, seed, micro_batch)
+        probe = Probe(
+            model, pairs, source, recording, compared, statistics, masks, loss, seed, micro_batch
+        )
         probe.measure_energy(_ENERGY_BATCHES)
         if recompute is None:
             recompute = any(map(offloads, model.modules())) or (

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from solpath.config import InclusionConfig, SearchConfig, check_count
+from solpath.data.samples import union
 from solpath.data.source import check_batches
 from solpath.errors import FileError, NonFiniteLossError
 from solpath.loading import for_batches
@@ -20,7 +21,7 @@ from solpath.model.fingerprint import fingerprint
 from solpath.objective import Loss
 from solpath.pair import Pair, unflatten
 from solpath.planning.path import SolutionPath
-from solpath.planning.path_files import check_axes
+from solpath.planning.path_files import check_axes, check_seen
 from solpath.pretrained import Name
 from solpath.reading import Expected
 from solpath.running.checkpoint import (
@@ -40,6 +41,7 @@ from solpath.searching.inclusion import InclusionSearch
 from solpath.searching.signal import keep_pairs
 
 _REACHED = "reached"  # bool [pairs], in a state, if not all of them are
+_SEEN = "seen"  # int64 [samples], in every state but those of older versions
 _BASIS = "basis/"  # prefix of the entries of a state that hold the axes of a pair
 _FIGURES = "loss {task.fields[loss]:.4f}  size {task.fields[size]:.0%}"
 
@@ -48,7 +50,7 @@ class Method(Protocol):
     """One way to search: where it starts, what a step does, and which order it ends with.
 
     A step changes nothing but the state, so that the state can be written to disk and resumed. The
-    entry ``history`` of the state belongs to `search`.
+    entries ``history`` and ``seen`` of the state belong to `search`.
 
     Attributes:
         name: Name of the method in its paths.
@@ -237,6 +239,7 @@ def _search(
                 basis = {name: axes for name, axes in basis.items() if name in names}
                 state |= {_BASIS + name: axes for name, axes in basis.items()}
                 state["history"] = torch.zeros(2, 0, dtype=torch.float64)
+                state[_SEEN] = union(engine.new_samples())
                 if len(names) < len(every):
                     state[_REACHED] = torch.tensor([pair.name in names for pair in every])
             with progress_bar(
@@ -258,6 +261,7 @@ def _search(
             energy=engine.energy,
             basis=basis,
             unreached=_unreached(every, engine.pairs),
+            seen=state.get(_SEEN, torch.zeros(0, dtype=torch.int64)),
         )
 
 
@@ -287,6 +291,8 @@ def _check(
     pairs: Sequence[Pair] = engine.pairs
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     expected["history"] = (torch.float64, (2, steps))
+    if _SEEN in state:
+        expected[_SEEN] = (torch.int64, (state[_SEEN].numel(),))
     if _REACHED in state:
         reached = state[_REACHED]
         expected[_REACHED] = (torch.bool, (len(pairs),))
@@ -308,6 +314,8 @@ def _check(
         raise FileError(f"{file}: no pair is reached.")
     basis = _basis_of(state)
     check_axes(file, basis)
+    if _SEEN in state:
+        check_seen(file, state[_SEEN])
     return basis
 
 
@@ -332,7 +340,7 @@ def _run(
     try:
         for k in range(done, steps):
             after, loss, keep = method.step(engine, state, k)
-            state = after | {"history": _record(state, loss, keep)}
+            state = after | {"history": _record(state, loss, keep)} | _seen(state, engine)
             report(loss=loss, size=keep, work=engine.work(k))
             if (k + 1) % every == 0 or k + 1 == steps:
                 saved = _save(file, header, state)
@@ -350,6 +358,14 @@ def _save(file: Path | None, header: Mapping[str, Any], state: State) -> int:
     if file is not None and process()[0] == 0:
         write_checkpoint(file, header, state)
     return state["history"].shape[1]
+
+
+def _seen(state: State, engine: Engine) -> State:
+    """Return the digests of all samples up to now, if those of earlier steps are known."""
+    if _SEEN not in state:
+        return {}
+    new = engine.new_samples()
+    return {_SEEN: union(new, state[_SEEN]) if len(new) else state[_SEEN]}
 
 
 def _record(state: State, loss: float, keep: float) -> Tensor:
