@@ -10,6 +10,7 @@ import transformers
 import solpath
 from conftest import build, inputs
 from solpath import baselines
+from solpath.cli.main import run
 from solpath.errors import ConfigError
 from solpath.exporting.export import FORMATS, RECORD
 from solpath.exporting.origin import Origin, origin_of
@@ -142,6 +143,48 @@ def test_an_evaluation_is_shown_and_must_be_of_this_model(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             solpath.export(small, tmp_path / "no", "hub", evaluation=wrong)
+    assert not (tmp_path / "no").exists()
+
+
+def test_the_command_takes_what_eval_printed(tmp_path, capsys):
+    model = build("bert")
+    path = baselines.magnitude(model, [inputs(model)])
+    small, other = (solpath.extract(model, path.plan(sparsity=s)) for s in (0.4, 0.2))
+    solpath.save(small, tmp_path / "small")
+    scores = {"model": {"accuracy": 0.875}, "dense": {"accuracy": 0.9375}}
+    task = {"task": {"name": "classification", **scores}}
+    value = solpath.evaluate(small, model, [inputs(model)]).to_dict() | task
+    file = tmp_path / "eval.json"
+    low, high = value["intervals"]["cosine"]
+
+    def exported(written, folder="no"):
+        file.write_text(json.dumps(written))
+        arguments = ["export", str(tmp_path / "small"), "--out", str(tmp_path / folder)]
+        code = run([*arguments, "--format", "hub", "--evaluation", str(file)])
+        return code, " ".join(capsys.readouterr().err.split())
+
+    assert exported(value, "out")[0] == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert f"| cosine | {value['metrics']['cosine']:.4g} | {low:.4g} to {high:.4g} |" in text
+    assert "| classification accuracy | 0.875 |" in text
+    assert "| classification accuracy, dense model | 0.9375 |" in text
+    record = json.loads((tmp_path / "out" / RECORD).read_text())["evaluation"]
+    assert record["intervals"] == json.loads(json.dumps(value["intervals"]))
+    for wrong, message in (
+        (solpath.evaluate(other, model, [inputs(model)]).to_dict(), "is of a model of"),
+        ({}, "cost is missing"),
+        (value | {"metrics": {"cosine": "1"}}, "metrics.cosine is not a number"),
+        (value | {"metrics": [1]}, "metrics is no object"),
+        (value | {"samples": 0}, "0 is not a whole number"),
+        (value | {"cost": [1]}, "cost is no object"),
+        (value | {"cost": {"params": 1}}, "achieved.bytes is missing"),
+        (value | {"intervals": {"cosine": [1]}}, "intervals.cosine is not the two ends"),
+        (value | {"task": {"name": "x", "model": 1}}, "task is not a name and scores"),
+    ):
+        code, error = exported(wrong)
+        assert code == 2
+        assert str(file) in error
+        assert message in error
     assert not (tmp_path / "no").exists()
 
 

@@ -266,6 +266,34 @@ def test_folders_and_pipes_are_no_images(tmp_path):
         read_images([("pipe", tmp_path / "b" / "pipe.png")], Broken("raise"))
 
 
+@pytest.mark.parametrize("names", ["file_name", "left_file_name,right_file_name", "file_names"])
+def test_images_that_no_metadata_lists_are_refused(tmp_path, names):
+    """`datasets` would drop them and say nothing."""
+    folder = tmp_path / "photos"
+    photos(folder, ["a.png", "b/c.png", ".hidden/d.png", "__old/e.png"])
+    values = [["a.png", "b/c.png"]] if names == "file_names" else ["a.png", "b/c.png"]
+    keys = names.split(",")
+    rows = [dict(zip(keys, values, strict=True))] if len(keys) == 2 else None
+    rows = rows or [{names: value} for value in values]
+    (folder / "metadata.jsonl").write_text(
+        "".join(json.dumps(row | {"text": "w1"}) + "\n" for row in rows)
+    )
+    assert len(open_table(str(folder))) == len(rows)
+    photos(folder, ["b/f.png", "g.png"])
+    with pytest.raises(FileError, match=r"2 of 4 images that its metadata does not list, b.f\.png"):
+        open_table(str(folder))
+
+
+def test_images_of_another_split_are_not_missed(tmp_path):
+    for split in ("train", "test"):
+        photos(tmp_path / split, ["a.png", "b.png"])
+        (tmp_path / split / "metadata.csv").write_text("file_name,text\na.png,w1\nb.png,w2\n")
+    photos(tmp_path / "test", ["c.png"])
+    assert len(open_table(str(tmp_path), split="train")) == 2
+    with pytest.raises(FileError, match=r"1 of 3 images that its metadata does not list, c\.png"):
+        open_table(str(tmp_path), split="test")
+
+
 def test_splits_are_no_labels(tmp_path):
     photos(tmp_path, ["train/0.png", "test/1.png"])
     table = images_table("photos", tmp_path)

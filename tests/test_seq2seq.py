@@ -1,4 +1,4 @@
-"""Encoder-decoders in ONNX: two graphs with a cache, one file of weights, transformers' tokens."""
+"""Encoder-decoders in ONNX and OpenVINO: two graphs with a cache, transformers' tokens."""
 
 import pytest
 import torch
@@ -8,8 +8,9 @@ import solpath
 from conftest import build
 from plans import random_plan
 from solpath.errors import ConfigError, ExportError
+from solpath.exporting.graphs import Graph, in_steps, named
 from solpath.exporting.onnx import _share
-from solpath.exporting.onnx_graphs import HALVES, INT8, Graph, Halves, in_steps, named
+from solpath.exporting.onnx_graphs import HALVES, INT8, RUNTIME
 from solpath.exporting.parity import check_parity
 
 SHAPES = {"random", "given", "one more sample", "one sample", "longer texts", "padded targets"}
@@ -23,34 +24,53 @@ MULTILINGUAL = {
 }
 
 
-def exported(label, folder, **options):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+ALL = ["t5", "whisper", "openvino_t5", "openvino_whisper"]
+
+
+def exported(label, folder, format, **options):
+    for package in {"onnx": ("onnxruntime", "onnxscript"), "openvino": ("openvino",)}[format]:
+        pytest.importorskip(package)
     dense = build(label, **SMALL[label])
     small = solpath.extract(dense, random_plan(dense, (0.5, 0.25, 0.75)))
     if label == "whisper":
         for name, value in MULTILINGUAL.items():
             setattr(small.generation_config, name, value)
-    return small, solpath.export(small, folder, "onnx", **options)
+    return small, solpath.export(small, folder, format, **options)
+
+
+def one_sample():
+    return {"input_ids": torch.arange(1, 8)[None], "decoder_input_ids": torch.arange(9)[None]}
 
 
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory):
-    batch = {"input_ids": torch.arange(1, 8)[None], "decoder_input_ids": torch.arange(9)[None]}
-    return exported("t5", tmp_path_factory.mktemp("t5") / "out", batch=batch, int8=True)
+    folder = tmp_path_factory.mktemp("t5") / "out"
+    return exported("t5", folder, "onnx", batch=one_sample(), int8=True)
 
 
 @pytest.fixture(scope="module")
 def whisper(tmp_path_factory):
-    return exported("whisper", tmp_path_factory.mktemp("whisper") / "out")
+    return exported("whisper", tmp_path_factory.mktemp("whisper") / "out", "onnx")
+
+
+@pytest.fixture(scope="module")
+def openvino_t5(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("openvino_t5") / "out"
+    return exported("t5", folder, "openvino", batch=one_sample())
+
+
+@pytest.fixture(scope="module")
+def openvino_whisper(tmp_path_factory):
+    return exported("whisper", tmp_path_factory.mktemp("openvino_whisper") / "out", "openvino")
 
 
 def opened(made, threads=1):
-    from solpath.exporting.seq2seq import OnnxSeq2Seq, OnnxWhisper
+    from solpath.exporting import seq2seq
 
     small, out = made
-    kind = OnnxWhisper if small.config.model_type == "whisper" else OnnxSeq2Seq
-    return kind(out.folder, threads=threads)
+    prefix = {"onnx": "Onnx", "openvino": "OpenVino"}[out.format]
+    kind = "Whisper" if small.config.model_type == "whisper" else "Seq2Seq"
+    return getattr(seq2seq, prefix + kind)(out.folder, threads=threads)
 
 
 def source(model, samples, tokens):
@@ -62,12 +82,12 @@ def source(model, samples, tokens):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("label", ["t5", "whisper"])
+@pytest.mark.parametrize("label", ALL)
 def test_both_graphs_are_the_model_on_every_shape(label, request):
     """Those of T5 were traced for a batch of one sample, and run on others."""
     _, out = request.getfixturevalue(label)
     rows = [row for row in out.parity if "int8" not in row.inputs]
-    assert {row.inputs for row in rows} == SHAPES - ({"given"} if label == "whisper" else set())
+    assert {row.inputs for row in rows} == SHAPES - ({"given"} if "whisper" in label else set())
     assert {row.output for row in rows} == {"logits", "encoder_last_hidden_state"}
     assert max(row.difference for row in rows) <= 1e-5
 
@@ -76,7 +96,7 @@ OPTIONS = [{}, {"num_beams": 3}, {"use_cache": False}, {"num_return_sequences": 
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("label", ["t5", "whisper"])
+@pytest.mark.parametrize("label", ALL)
 def test_tokens_are_those_of_transformers(label, options, request):
     small = request.getfixturevalue(label)[0]
     model = opened(request.getfixturevalue(label))
@@ -92,17 +112,21 @@ def test_tokens_are_those_of_transformers(label, options, request):
         assert len(found[0][0].unique()) > 3  # they are not all the same
 
 
-def test_logits_of_every_step_are_those_of_transformers(t5):
-    small, batch = t5[0], source(t5[0], 3, 9)
+@pytest.mark.parametrize("label", ["t5", "openvino_t5"])
+def test_logits_of_every_step_are_those_of_transformers(label, request):
+    made = request.getfixturevalue(label)
+    small, batch = made[0], source(made[0], 3, 9)
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     options |= {"output_logits": True, "return_dict_in_generate": True}
-    found, expected = (one.generate(**batch, **options) for one in (opened(t5), small))
+    found, expected = (one.generate(**batch, **options) for one in (opened(made), small))
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits))
 
 
-def test_a_decoder_that_starts_with_padding_sees_none_of_it(whisper):
+@pytest.mark.parametrize("label", ["whisper", "openvino_whisper"])
+def test_a_decoder_that_starts_with_padding_sees_none_of_it(label, request):
     """transformers counts Whisper's positions by the mask of the decoder; so must the graph."""
-    small, model = whisper[0], opened(whisper)
+    made = request.getfixturevalue(label)
+    small, model = made[0], opened(made)
     batch = source(small, 2, 0)
     ids = torch.tensor([[0, 0, 3, 21], [3, 17, 30, 31]])
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
@@ -119,9 +143,11 @@ def test_a_decoder_that_starts_with_padding_sees_none_of_it(whisper):
     torch.testing.assert_close(found[mask == 1], expected[mask == 1], rtol=1e-4, atol=1e-5)
 
 
-def test_whisper_speaks_the_language_that_is_asked_for(whisper):
+@pytest.mark.parametrize("label", ["whisper", "openvino_whisper"])
+def test_whisper_speaks_the_language_that_is_asked_for(label, request):
     """Languages, tasks and suppressed tokens are in the generation config, which is written."""
-    small, model = whisper[0], opened(whisper)
+    made = request.getfixturevalue(label)
+    small, model = made[0], opened(made)
     batch = source(small, 2, 0)
     options = {"language": "de", "task": "translate", "max_new_tokens": 6}
     options |= {"return_dict_in_generate": True, "repetition_penalty": 2.0}
@@ -132,8 +158,9 @@ def test_whisper_speaks_the_language_that_is_asked_for(whisper):
         model.generate(**batch, return_token_timestamps=True)
 
 
-def test_a_source_is_encoded_once(t5, monkeypatch):
-    runs = []
+@pytest.mark.parametrize("label", ["t5", "openvino_t5"])
+def test_a_source_is_encoded_once(label, request, monkeypatch):
+    made, runs = request.getfixturevalue(label), []
     run = Graph.__call__
 
     def counted(self, batch, past=None):
@@ -141,8 +168,8 @@ def test_a_source_is_encoded_once(t5, monkeypatch):
         return run(self, batch, past)
 
     monkeypatch.setattr(Graph, "__call__", counted)
-    model = opened(t5)
-    model.generate(**source(t5[0], 2, 7), max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    model = opened(made)
+    model.generate(**source(made[0], 2, 7), max_new_tokens=5, min_new_tokens=5, do_sample=False)
     assert runs == ["encoder"] + 5 * ["decoder"]
     assert set(model._graph.inputs) == {
         "decoder_input_ids",
@@ -172,6 +199,16 @@ def test_weights_that_both_graphs_need_lie_in_the_folder_once(t5):
     assert abs((out.folder / "onnx/weights.data").stat().st_size - size) < 0.05 * size
 
 
+def test_openvino_writes_no_weight_twice_but_the_embeddings(openvino_t5):
+    """Every graph of OpenVINO has a file of weights of its own."""
+    small, out = openvino_t5
+    size = sum(weight.nbytes for weight in small.parameters())
+    size += small.get_input_embeddings().weight.nbytes
+    files = [file for file in out.folder.iterdir() if file.suffix == ".bin"]
+    assert {file.name for file in files} == {"openvino_encoder.bin", "openvino_decoder.bin"}
+    assert abs(sum(file.stat().st_size for file in files) - size) < 0.05 * size
+
+
 def test_equal_bytes_of_other_shapes_are_not_one_weight(tmp_path):
     onnx_ir = pytest.importorskip("onnx_ir")
     arrays = [torch.ones(4, 2).numpy(), torch.ones(2, 4).numpy(), torch.ones(4, 2).numpy()]
@@ -191,7 +228,7 @@ def test_int8_halves_have_a_tolerance_of_their_own(t5):
     rows = [row for row in out.parity if row.inputs.endswith(", int8")]
     assert {row.inputs.removesuffix(", int8") for row in rows} == SHAPES
     assert max(row.difference for row in rows) > 1e-4
-    halves = Halves(out.folder, threads=1, ending=INT8)
+    halves = RUNTIME.open_halves(out.folder, threads=1, ending=INT8)
     batch = source(small, 3, 9) | {"decoder_input_ids": torch.ones(3, 1, dtype=torch.int64)}
     assert halves(batch)["logits"].shape == (3, 1, 60)
     sizes = [(out.folder / named("onnx/weights.data", end)).stat().st_size for end in (INT8, "")]
@@ -201,7 +238,7 @@ def test_int8_halves_have_a_tolerance_of_their_own(t5):
 def test_a_graph_that_is_wrong_for_one_token_is_not_written(t5):
     """Every step of generation has one token; a half of a text has more."""
     small, out = t5
-    halves = Halves(out.folder, threads=1)
+    halves = RUNTIME.open_halves(out.folder, threads=1)
     decoder = halves.decoder
 
     def wrong(batch, past=None):
@@ -232,17 +269,24 @@ def test_a_text_of_any_length_is_run_in_steps(steps):
     assert {one["other"] for one in seen} == {tokens}
 
 
-def test_what_cannot_run_a_folder_says_what_does(t5, whisper, tmp_path):
-    from solpath.exporting.decoder import OnnxDecoder
-    from solpath.exporting.seq2seq import OnnxSeq2Seq
+@pytest.mark.parametrize(
+    "labels", [("t5", "whisper", "Onnx"), ("openvino_t5", "openvino_whisper", "OpenVino")], ids=str
+)
+def test_what_cannot_run_a_folder_says_what_does(labels, request, tmp_path):
+    from solpath.exporting import decoder, seq2seq
 
-    with pytest.raises(ConfigError, match="OnnxSeq2Seq runs it"):
-        OnnxDecoder(t5[1].folder)
-    with pytest.raises(ConfigError, match="a Whisper, which OnnxWhisper runs"):
-        OnnxSeq2Seq(whisper[1].folder)
+    (t5, whisper), prefix = map(request.getfixturevalue, labels[:2]), labels[2]
+    for kind, folder, message in (
+        ("Seq2Seq", whisper, f"of the type whisper, which {prefix}Whisper runs"),
+        ("Whisper", t5, f"of the type t5, which {prefix}Seq2Seq runs"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            getattr(seq2seq, prefix + kind)(folder[1].folder)
+    with pytest.raises(ConfigError, match=f"{prefix}Seq2Seq runs it"):
+        getattr(decoder, f"{prefix}Decoder")(t5[1].folder)
     t5[0].config.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="holds no encoder-decoder"):
-        OnnxSeq2Seq(tmp_path)
+    with pytest.raises(ConfigError, match=f"exported to {t5[1].format}"):
+        getattr(seq2seq, f"{prefix}Seq2Seq")(tmp_path)
     model, ids = opened(t5), torch.ones(1, 1, dtype=torch.int64)
     foreign = BaseModelOutput(last_hidden_state=torch.zeros(1, 3, 32))
     with pytest.raises(ConfigError, match="what the encoder of this folder gave"):
@@ -251,7 +295,9 @@ def test_what_cannot_run_a_folder_says_what_does(t5, whisper, tmp_path):
         model(decoder_input_ids=ids)
 
 
-def test_the_card_and_the_command_name_what_runs_it(t5, whisper):
-    for (_, out), name in ((t5, "OnnxSeq2Seq"), (whisper, "OnnxWhisper")):
-        assert f"{name}(folder).generate(" in (out.folder / "README.md").read_text()
-        assert out.command == f'solpath.exporting.seq2seq.{name}("{out.folder}").generate(inputs)'
+@pytest.mark.parametrize("label", ALL)
+def test_the_card_and_the_command_name_what_runs_it(label, request):
+    _, out = made = request.getfixturevalue(label)
+    name = type(opened(made)).__name__
+    assert f"{name}(folder).generate(" in (out.folder / "README.md").read_text()
+    assert out.command == f'solpath.exporting.seq2seq.{name}("{out.folder}").generate(inputs)'

@@ -3,15 +3,17 @@
 import importlib
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from solpath.cli.arguments import Data, Placement, Precision
-from solpath.errors import ConfigError
+from solpath.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
     import torch
 
+    from solpath.measuring.evaluation import Result
     from solpath.planning.latency_table import LatencyTable
     from solpath.planning.path import SolutionPath
 
@@ -146,6 +148,29 @@ def table_of(file: Path) -> "LatencyTable":
     from solpath.planning.latency_table import LatencyTable
 
     return LatencyTable.load(file)
+
+
+def result_of(file: Path) -> "Result":
+    """Load what ``solpath eval --json`` printed; scores at a task become metrics of their own.
+
+    Raises:
+        FileError: The file cannot be read, or holds something else.
+    """
+    from solpath.measuring.evaluation import Result, numbers_of
+    from solpath.reading import read_json
+
+    value = read_json(file)
+    try:
+        found = Result.from_dict(value)
+        task = value.get("task")
+        if task is None:
+            return found
+        scores = {f"{task['name']} {n}": v for n, v in task["model"].items()}
+        scores |= {f"{task['name']} {n}, dense model": v for n, v in task["dense"].items()}
+        return replace(found, metrics={**found.metrics, **numbers_of("task", scores)})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = str(error) if type(error) is ValueError else "task is not a name and scores"
+        raise FileError(f"{file} is no result of solpath eval --json: {reason}.") from error
 
 
 def numbers(text: str) -> list[float]:

@@ -33,6 +33,7 @@ from solpath.cli.inputs import (
     load_small,
     loss_of,
     path_of,
+    result_of,
     table_of,
 )
 from solpath.cli.state import keeping_state
@@ -230,27 +231,37 @@ def export(
     multiple_of: Annotated[
         int | None, typer.Option(help="hub: heads are padded to a multiple of this; default 8.")
     ] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="What solpath eval --json printed of it, for the card.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a smaller model for another runtime, and run it there before it is done."""
     from solpath.exporting.export import export as write
     from solpath.exporting.export import options_of
+    from solpath.exporting.facts import check_evaluation
     from solpath.pretrained import load_processor, quiet_transformers
 
     quiet_transformers()
     given: dict[str, Any] = {"quantization": quantization, "multiple_of": multiple_of}
     given |= {"int8": int8 or None, "pad": pad or None}
     options = {name: value for name, value in given.items() if value is not None}
+    found = None if evaluation is None else result_of(evaluation)
     if "tokenizer" in options_of(format):
         try:
             options["tokenizer"] = load_processor(small)
         except FileError as error:
             say(f"no tokenizer or image processor is saved with it: {error}")
-    made = write(load_small(small, Placement(dtype=Precision.FLOAT32)), out, format, **options)
+    model = load_small(small, Placement(dtype=Precision.FLOAT32))
+    try:
+        check_evaluation(model, found)
+    except ConfigError as error:
+        raise ConfigError(f"--evaluation {evaluation}: {error}") from error
+    made = write(model, out, format, evaluation=found, **options)
     if as_json:
         parity = [asdict(row) for row in made.parity]
-        found = {"out": str(out), "format": format, "bytes": made.bytes, "parity": parity}
-        return print_json({**found, "command": made.command})
+        written = {"out": str(out), "format": format, "bytes": made.bytes, "parity": parity}
+        return print_json({**written, "command": made.command})
     rows = [(row.inputs, row.output, f"{row.difference:.1e}") for row in made.parity]
     print_table(("inputs", "output", "difference"), rows)
     print(f"{made.bytes / 1e6:.1f} MB written to {out}; to run it: {made.command}")

@@ -1,5 +1,6 @@
 """Open files, folders and data sets by name as tables: rows, and what each column holds."""
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,7 +83,8 @@ def open_table(name: str, *, config: str | None = None, split: str | None = None
         split: The split, if there are several. In a folder of images it is a subfolder.
 
     Raises:
-        FileError: There is no such source, or it cannot be read.
+        FileError: There is no such source, it cannot be read, or images are in a folder whose
+            metadata does not list them.
         ConfigError: There are several splits and none is chosen, the chosen one is missing, or the
             package datasets is needed and not installed.
 
@@ -149,7 +151,42 @@ def _check_cells(table: Table, path: Path) -> None:
 def _captioned(name: str, path: Path, split: str | None) -> Table:
     with _reading(name) as datasets:
         data = datasets.load_dataset("imagefolder", data_dir=_literal(path), drop_labels=False)
-    return _table(name, data, split)
+    table = _table(name, data, split)
+    inner = path / split if split else path
+    _check_listed(name, inner if inner.is_dir() else path, data.values())
+    return table
+
+
+def _check_listed(name: str, folder: Path, data: Iterable[Any]) -> None:
+    """Raise `FileError` if no row has an image of the folder, which `datasets` drops silently."""
+    chunks = [chunk for one in data for column in one.data.columns for chunk in column.chunks]
+    listed = {os.path.realpath(path) for chunk in chunks for path in _paths_in(chunk)}
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if is_image(file)
+        and not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
+    )
+    lost = [file for file in files if os.path.realpath(file) not in listed]
+    if lost:
+        raise FileError(
+            f"{name} has {len(lost):,} of {len(files):,} images that its metadata does not list, "
+            f"{lost[0].relative_to(folder)} the first; list them, or move them out of the folder."
+        )
+
+
+def _paths_in(array: Any) -> Iterator[str]:
+    """Yield the paths of images in an array of Arrow, at any depth."""
+    kind = type(array).__name__
+    if kind.endswith("ListArray"):
+        yield from _paths_in(array.flatten())
+    elif kind == "StructArray":
+        fields = [field.name for field in array.type]
+        if fields == ["bytes", "path"]:
+            yield from (path for path in array.field("path").to_pylist() if path)
+        else:
+            for field in fields:
+                yield from _paths_in(array.field(field))
 
 
 def _literal(path: Path) -> str:

@@ -18,8 +18,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from solpath.errors import ConfigError
-from solpath.exporting import onnx_graphs, openvino
+from solpath.exporting import onnx_graphs, openvino_graphs
 from solpath.exporting.formats import Outputs
+from solpath.exporting.graphs import Runtime
 from solpath.exporting.tracing import completed
 from solpath.running.forward import Batch
 
@@ -50,16 +51,20 @@ class _Decoder(Generates):  # type: ignore[no-untyped-call]
 
     Args:
         folder: A folder that `export` wrote from a decoder.
-        graph: The graph in it.
+        threads: Threads that it runs on; 0 lets the runtime choose.
     """
 
     main_input_name = "input_ids"
+    runtime: Runtime
 
-    def __init__(self, folder: str | os.PathLike[str], graph: Any) -> None:
+    def __init__(self, folder: str | os.PathLike[str], threads: int = 0) -> None:
         super().__init__(folder)
-        if not graph.cached:
+        if self.runtime.holds_halves(Path(folder)):
+            right = self.runtime.class_of(self)
+            raise ConfigError(f"{folder} holds no decoder alone: {right} runs it.")
+        self._graph: Any = self.runtime.graph(Path(folder) / self.runtime.file, threads)
+        if not self._graph.cached:
             raise ConfigError(f"{folder} holds no decoder: its graph takes no cache.")
-        self._graph = graph
 
     def forward(
         self,
@@ -105,10 +110,7 @@ class OnnxDecoder(_Decoder):  # type: ignore[no-untyped-call]
         ConfigError: The folder holds no decoder.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], threads: int = 0) -> None:
-        if onnx_graphs.holds_halves(Path(folder)):
-            raise ConfigError(f"{folder} holds no decoder alone: OnnxSeq2Seq runs it.")
-        super().__init__(folder, onnx_graphs.Graph(Path(folder) / onnx_graphs.FILE, threads))
+    runtime = onnx_graphs.RUNTIME
 
     def _run(self, batch: Batch, cache: Any) -> Outputs:
         outputs, whole = self._graph(batch, states_of(cache, "cache."))
@@ -185,10 +187,8 @@ class OpenVinoDecoder(_Decoder):  # type: ignore[no-untyped-call]
     """
 
     new_cache = KeptCache
-
-    def __init__(self, folder: str | os.PathLike[str], threads: int = 0) -> None:
-        super().__init__(folder, openvino.Graph(Path(folder) / openvino.FILE, threads))
-        self._last: KeptCache | None = None
+    runtime = openvino_graphs.RUNTIME
+    _last: KeptCache | None = None
 
     def _run(self, batch: Batch, cache: Any) -> Outputs:
         if not isinstance(cache, KeptCache) or (cache.tokens and cache is not self._last):

@@ -1,12 +1,13 @@
 """Trace an encoder-decoder in two halves: what a source is encoded to, and steps of the decoder."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from solpath.exporting.tracing import exported, traced_batch, tracing, twice
+from solpath.exporting.tracing import checked_batches, exported, traced_batch, tracing, twice
 from solpath.running.forward import Batch
 
 SELF = "cache.self_attention_cache."
@@ -121,14 +122,24 @@ def step_defaults(batch: Batch, past: int) -> dict[str, Tensor]:
     }
 
 
-def without_padding(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+def checked_halves(model: nn.Module, batches: Mapping[str, Batch]) -> dict[str, Batch]:
+    """Return what the graphs of a model are run on, as `checked_batches`, with padded targets.
+
+    Args:
+        model: The model. If it is none that is traced in two halves, nothing is added.
+        batches: ``"random"`` and perhaps ``"given"``.
+    """
+    found = checked_batches(model, batches)
+    if translates(model, found["random"]):
+        found = {n: b if n == "given" else _without_padding(model, b) for n, b in found.items()}
+        found["padded targets"] = _padded_targets(found["one more sample"])
+    return found
+
+
+def _without_padding(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Return a batch whose decoder ids are never that of padding, which M2M-100 does not count.
 
     Its positions after such an id depend on whether the id is in the cache.
-
-    Args:
-        model: The model.
-        batch: ``decoder_input_ids``, ``[batch, tokens]``, and other inputs.
     """
     config: Any = model.config
     ids: Tensor = batch["decoder_input_ids"]
@@ -139,12 +150,8 @@ def without_padding(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     return {**batch, "decoder_input_ids": ids.masked_fill(ids == padding, other)}
 
 
-def padded_targets(batch: Batch) -> dict[str, Tensor]:
-    """Return a batch in which the ids of the decoder have padding at their start, in all but one.
-
-    Args:
-        batch: ``decoder_input_ids``, ``[batch, tokens]``, and other inputs.
-    """
+def _padded_targets(batch: Batch) -> dict[str, Tensor]:
+    """Return a batch whose ids of the decoder have padding at their start, in all but one."""
     ids: Tensor = batch["decoder_input_ids"]
     samples, tokens = ids.shape
     gone = torch.arange(samples).clamp(max=tokens - 1).unsqueeze(1)

@@ -78,7 +78,8 @@ def export(
             wrote, all of which is replaced.
         format: The name of a format in `FORMATS`.
         batch: A real batch: keyword arguments of the model. None checks on random inputs alone.
-        evaluation: What `evaluate` found of `model`, for the model card.
+        evaluation: What `evaluate` found of `model`, for the model card. That it is of a model of
+            the same sizes is checked; more of its model a result does not say.
         overwrite: Whether to replace the folder. If the export fails, the folder is left untouched.
         options: What the format takes beside; see docs/runtimes.md.
 
@@ -87,7 +88,7 @@ def export(
 
     Raises:
         ConfigError: The format or an option is unknown, the runtime is not installed, or
-            `evaluation` is of another model.
+            `evaluation` is of a model of other sizes.
         ExportError: The format cannot hold the model, or the exported model gives other outputs.
         FileError: The folder is not empty, was not written by solpath or cannot be written.
         UnsupportedModelError: The model is quantised, and the format does not hold that.

@@ -19,7 +19,7 @@ _PACKAGES = ("solpath", "torch", "transformers")
 
 
 def check_evaluation(model: nn.Module, evaluation: Result | None) -> None:
-    """Raise `ConfigError` unless an evaluation is one of this model.
+    """Raise `ConfigError` unless an evaluation is one of a model of the sizes of this one.
 
     Args:
         model: The model that is exported.

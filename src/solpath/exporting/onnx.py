@@ -15,25 +15,12 @@ from typing import Any
 from torch import nn
 
 from solpath.errors import ExportError
-from solpath.exporting.encoder_decoder import (
-    padded_targets,
-    trace_halves,
-    translates,
-    without_padding,
-)
+from solpath.exporting.encoder_decoder import checked_halves, trace_halves, translates
 from solpath.exporting.formats import Format, Load, Runner
-from solpath.exporting.onnx_graphs import (
-    FILE,
-    HALVES,
-    INT8,
-    Graph,
-    Halves,
-    holds_halves,
-    named,
-    runner,
-)
+from solpath.exporting.graphs import named
+from solpath.exporting.onnx_graphs import FILE, HALVES, INT8, RUNTIME, Graph
 from solpath.exporting.sentences import MODULES, write_sentences
-from solpath.exporting.tracing import check_traceable, checked_batches, quiet, trace, write_settings
+from solpath.exporting.tracing import check_traceable, quiet, trace, write_settings
 from solpath.running.forward import Batch
 
 WEIGHTS = "onnx/weights.data"
@@ -41,7 +28,6 @@ WEIGHTS = "onnx/weights.data"
 _TOLERANCE = 1e-4
 _INT8_TOLERANCE = 0.25
 _ONE_FILE = 1 << 30  # bytes of weights that lie in the file of the graph; protobuf ends at 2 GiB
-_GENERATE = "onnxruntime, by transformers' generate"
 _SMALL = 256  # bytes of a constant that stays in the file of the graph
 
 
@@ -162,7 +148,7 @@ def _share(values: list[Any], path: Path) -> None:
 
 
 def _loads(model: nn.Module, folder: Path) -> list[Load]:
-    if holds_halves(folder):
+    if RUNTIME.holds_halves(folder):
         return _loads_of_halves(model, folder)
     graph = Graph(folder / FILE, threads=1)
     takes = ", ".join(graph.inputs) + (", and the cache" if graph.cached else "")
@@ -172,10 +158,7 @@ session = onnxruntime.InferenceSession(f"{{folder}}/{FILE}")
 outputs = session.run(None, inputs)  # arrays by name: {takes}"""
     found = [Load("onnxruntime", code)]
     if graph.cached:
-        code = """from solpath.exporting.decoder import OnnxDecoder
-
-tokens = OnnxDecoder(folder).generate(input_ids, max_new_tokens=16)"""
-        found.append(Load(_GENERATE, code))
+        found.append(RUNTIME.load("decoder", "OnnxDecoder", "input_ids"))
     if (folder / MODULES).exists():
         code = """from sentence_transformers import SentenceTransformer
 
@@ -185,7 +168,7 @@ model = SentenceTransformer(str(folder), backend="onnx")"""
 
 
 def _loads_of_halves(model: nn.Module, folder: Path) -> list[Load]:
-    halves = Halves(folder, threads=1)
+    halves = RUNTIME.open_halves(folder, threads=1)
     takes = [", ".join(graph.inputs) for graph in (halves.encoder, halves.decoder)]
     code = f"""import onnxruntime
 
@@ -193,36 +176,20 @@ encoder = onnxruntime.InferenceSession(f"{{folder}}/{HALVES[0]}")
 decoder = onnxruntime.InferenceSession(f"{{folder}}/{HALVES[1]}")
 encoded = encoder.run(None, inputs)  # arrays by name: {takes[0]}
 outputs = decoder.run(None, step)  # {takes[1]}, what was encoded, and the cache"""
-    main, name = halves.encoder.inputs[0], _class_of(model)
-    generate = f"""from solpath.exporting.seq2seq import {name}
-
-tokens = {name}(folder).generate({main}, max_new_tokens=16)"""
-    return [Load("onnxruntime", code), Load(_GENERATE, generate)]
-
-
-def _class_of(model: nn.Module) -> str:
-    config: Any = model.config
-    return "OnnxWhisper" if config.model_type == "whisper" else "OnnxSeq2Seq"
+    main = halves.encoder.inputs[0]
+    return [Load("onnxruntime", code), RUNTIME.load("seq2seq", RUNTIME.class_of(model), main)]
 
 
 def _command(model: nn.Module, folder: Path) -> str:
-    if holds_halves(folder):
-        return f'solpath.exporting.seq2seq.{_class_of(model)}("{{folder}}").generate(inputs)'
+    if RUNTIME.holds_halves(folder):
+        return f'solpath.exporting.seq2seq.{RUNTIME.class_of(model)}("{{folder}}").generate(inputs)'
     return f'onnxruntime.InferenceSession("{{folder}}/{FILE}").run(None, inputs)'
 
 
-def _batches(model: nn.Module, batches: Mapping[str, Batch]) -> dict[str, Batch]:
-    found = checked_batches(model, batches)
-    if translates(model, found["random"]):
-        found = {n: b if n == "given" else without_padding(model, b) for n, b in found.items()}
-        found["padded targets"] = padded_targets(found["one more sample"])
-    return found
-
-
 def _variants(folder: Path) -> dict[str, tuple[Runner, float]]:
-    first = HALVES[0] if holds_halves(folder) else FILE
+    first = HALVES[0] if RUNTIME.holds_halves(folder) else FILE
     there = (folder / named(first, INT8)).exists()
-    return {"int8": (runner(folder, INT8), _INT8_TOLERANCE)} if there else {}
+    return {"int8": (RUNTIME.runner(folder, INT8), _INT8_TOLERANCE)} if there else {}
 
 
 def _runtime() -> str:
@@ -236,11 +203,11 @@ FORMAT = Format(
     loads=_loads,
     check=check,
     write=write,
-    open=runner,
+    open=RUNTIME.runner,
     runtime=_runtime,
     tolerance=_TOLERANCE,
     command=_command,
-    batches=_batches,
+    batches=checked_halves,
     variants=_variants,
     quantised=True,
 )

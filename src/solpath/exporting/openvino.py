@@ -1,33 +1,25 @@
 """OpenVINO: one graph for any batch size and length, in ``openvino_model.xml`` and ``.bin``.
 
 The graph of a decoder of text keeps its cache within, as OpenVINO's own tools for language models
-expect: every call goes on where the last one ended, until ``reset_state``.
+expect: every call goes on where the last one ended, until ``reset_state``. An encoder-decoder that
+generates has two graphs in place of one, ``openvino_encoder.xml`` and ``openvino_decoder.xml``,
+each with its own ``.bin``. The decoder takes and gives its cache.
 """
 
 import importlib
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from solpath.exporting.formats import Format, Load, Outputs, Runner
-from solpath.exporting.onnx_graphs import in_steps
-from solpath.exporting.tracing import (
-    check_traceable,
-    checked_batches,
-    completed,
-    trace,
-    write_settings,
-)
+from solpath.exporting.encoder_decoder import checked_halves, trace_halves, translates
+from solpath.exporting.formats import Format, Load
+from solpath.exporting.openvino_graphs import FILE, FLOAT32, HALVES, RUNTIME, Graph
+from solpath.exporting.tracing import check_traceable, trace, write_settings
 from solpath.running.forward import Batch
 
-FILE = "openvino_model.xml"
-
 _TOLERANCE = 1e-4
-_FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}  # CPUs that can would round to bfloat16
-_BEAMS = "beam_idx"
 
 
 def check(model: nn.Module) -> None:
@@ -36,7 +28,7 @@ def check(model: nn.Module) -> None:
 
 
 def write(model: nn.Module, folder: Path, batch: Batch, *, tokenizer: Any = None) -> None:
-    """Write the graph of a model and its configuration.
+    """Write the graph of a model, or the two of an encoder-decoder, and its configuration.
 
     Args:
         model: The model, in eval mode, in float32 on the CPU. It is left untouched.
@@ -50,80 +42,54 @@ def write(model: nn.Module, folder: Path, batch: Batch, *, tokenizer: Any = None
     from transformers.exporters.configs import OpenVINOConfig
     from transformers.exporters.exporter_openvino import OpenVINOExporter
 
-    exported = trace(OpenVINOExporter, OpenVINOConfig, model, batch)
-    OpenVINOExporter.save_program(exported.program, folder / FILE)
+    if translates(model, batch):
+        config = partial(OpenVINOConfig, stateful=False)
+        parts = trace_halves(OpenVINOExporter, config, model, batch)
+        graphs = dict(zip(HALVES, parts, strict=True))
+    else:
+        graphs = {FILE: trace(OpenVINOExporter, OpenVINOConfig, model, batch)}
+    for file, graph in graphs.items():
+        OpenVINOExporter.save_program(graph.program, folder / file)
     write_settings(model, folder, tokenizer)
 
 
-class Graph:
-    """A graph that OpenVINO runs on the CPU in float32.
-
-    Attributes:
-        inputs: Names of its inputs.
-        cached: Whether it keeps a cache of keys and values.
-    """
-
-    def __init__(self, path: Path, threads: int = 0) -> None:
-        """Open a graph.
-
-        Args:
-            path: Its file.
-            threads: Threads that it runs on; 0 lets OpenVINO choose.
-        """
-        import openvino
-
-        settings = _FLOAT32 | {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
-        compiled = openvino.Core().compile_model(str(path), "CPU", settings)
-        self._request = compiled.create_infer_request()
-        self.inputs = [one.get_any_name() for one in compiled.inputs]
-        self.cached = _BEAMS in self.inputs
-
-    def __call__(
-        self,
-        batch: Batch,
-        past: Mapping[str, Tensor] | None = None,
-        order: Tensor | None = None,
-    ) -> tuple[Outputs, dict[str, Tensor] | None]:
-        """Run the graph.
-
-        Args:
-            batch: Its inputs; those that it does not take are left out.
-            past: None starts anew; anything else goes on where the last call ended.
-            order: Which sample of the last call each one goes on from, ``[batch]``. None lets each
-                go on from itself.
-
-        Returns:
-            The outputs by name, and what `past` is to go on.
-        """
-        if self.cached and past is None:
-            self._request.reset_state()
-        feed = {n: v.detach().numpy() for n, v in batch.items() if n in self.inputs}
-        if self.cached:
-            order = torch.arange(len(next(iter(feed.values())))) if order is None else order
-            feed[_BEAMS] = order.int().numpy()
-        found = self._request.infer(feed).to_dict()
-        tensors = {port.get_any_name(): torch.from_numpy(v.copy()) for port, v in found.items()}
-        return {name: value for name, value in tensors.items() if "." not in name}, {}
-
-
 def _loads(model: nn.Module, folder: Path) -> list[Load]:
-    takes = ", ".join(Graph(folder / FILE, threads=1).inputs)
+    if RUNTIME.holds_halves(folder):
+        return _loads_of_halves(model, folder)
+    graph = Graph(folder / FILE, threads=1)
     code = f"""import openvino
 
-settings = {_FLOAT32}
+settings = {FLOAT32}
 model = openvino.Core().compile_model(f"{{folder}}/{FILE}", "CPU", settings)
-outputs = model(inputs)  # arrays by name: {takes}"""
-    return [Load("OpenVINO", code.replace("'", '"'))]
+outputs = model(inputs)  # arrays by name: {", ".join(graph.inputs)}"""
+    found = [Load("OpenVINO", code.replace("'", '"'))]
+    if graph.cached:
+        found.append(RUNTIME.load("decoder", "OpenVinoDecoder", "input_ids"))
+    return found
 
 
-def _open(folder: Path) -> Runner:
-    graph = Graph(folder / FILE)
+def _loads_of_halves(model: nn.Module, folder: Path) -> list[Load]:
+    halves = RUNTIME.open_halves(folder, threads=1)
+    takes = [", ".join(graph.inputs) for graph in (halves.encoder, halves.decoder)]
+    code = f"""import openvino
 
-    def run(batch: Batch) -> Outputs:
-        full = completed(graph.inputs, batch)
-        return in_steps(graph, full) if graph.cached else graph(full)[0]
+core, settings = openvino.Core(), {FLOAT32}
+encoder = core.compile_model(f"{{folder}}/{HALVES[0]}", "CPU", settings)
+decoder = core.compile_model(f"{{folder}}/{HALVES[1]}", "CPU", settings)
+encoded = encoder(inputs)  # arrays by name: {takes[0]}
+outputs = decoder(step)  # {takes[1]}, what was encoded, and the cache"""
+    main = halves.encoder.inputs[0]
+    generate = RUNTIME.load("seq2seq", RUNTIME.class_of(model), main)
+    return [Load("OpenVINO", code.replace("'", '"')), generate]
 
-    return run
+
+def _command(model: nn.Module, folder: Path) -> str:
+    if RUNTIME.holds_halves(folder):
+        return f'solpath.exporting.seq2seq.{RUNTIME.class_of(model)}("{{folder}}").generate(inputs)'
+    return (
+        f'openvino.Core().compile_model("{{folder}}/{FILE}", "CPU", '
+        '{{"INFERENCE_PRECISION_HINT": "f32"}})(inputs)'
+    )
 
 
 def _runtime() -> str:
@@ -137,10 +103,9 @@ FORMAT = Format(
     loads=_loads,
     check=check,
     write=write,
-    open=_open,
+    open=RUNTIME.runner,
     runtime=_runtime,
     tolerance=_TOLERANCE,
-    command=f'openvino.Core().compile_model("{{folder}}/{FILE}", "CPU", '
-    '{{"INFERENCE_PRECISION_HINT": "f32"}})(inputs)',
-    batches=checked_batches,
+    command=_command,
+    batches=checked_halves,
 )

@@ -1,4 +1,4 @@
-"""Generate text with an encoder-decoder in ONNX, by transformers' own `generate`."""
+"""Generate text with an encoder-decoder in ONNX or OpenVINO, by transformers' own `generate`."""
 
 import os
 from pathlib import Path
@@ -12,9 +12,10 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
 
 from solpath.errors import ConfigError
-from solpath.exporting import onnx_graphs
+from solpath.exporting import onnx_graphs, openvino_graphs
 from solpath.exporting.decoder import Generates, add_states, states_of
 from solpath.exporting.encoder_decoder import CROSS, SELF, step_defaults
+from solpath.exporting.graphs import Runtime
 from solpath.exporting.tracing import completed
 
 
@@ -38,28 +39,22 @@ class _Encoder(nn.Module):
         return encoded
 
 
-class OnnxSeq2Seq(Generates):  # type: ignore[no-untyped-call]
-    """An encoder-decoder in onnxruntime, with all that ``generate`` of transformers can do.
-
-    ``OnnxSeq2Seq(folder).generate(input_ids, attention_mask=mask, max_new_tokens=16)``
-
-    The encoder runs once for a source. Attentions and hidden states are not to be had.
+class _Seq2Seq(Generates):  # type: ignore[no-untyped-call]
+    """An encoder-decoder whose graphs another runtime runs.
 
     Args:
         folder: A folder that `export` wrote from an encoder-decoder that generates.
-        threads: Threads that it runs on; 0 lets onnxruntime choose.
-
-    Raises:
-        ConfigError: The folder holds no encoder-decoder, or one of Whisper; see `OnnxWhisper`.
+        threads: Threads that each graph runs on; 0 lets the runtime choose.
     """
+
+    runtime: Runtime
 
     def __init__(self, folder: str | os.PathLike[str], threads: int = 0) -> None:
         super().__init__(folder)
-        if self.config.model_type == "whisper" and not isinstance(self, OnnxWhisper):
-            raise ConfigError(f"{folder} holds a Whisper, which OnnxWhisper runs.")
-        if not onnx_graphs.holds_halves(Path(folder)):
-            raise ConfigError(f"{folder} holds no encoder-decoder that was exported to onnx.")
-        halves = onnx_graphs.Halves(Path(folder), threads)
+        kind, right = self.config.model_type, self.runtime.class_of(self)
+        if (kind == "whisper") != isinstance(self, _Whisper):
+            raise ConfigError(f"{folder} holds a model of the type {kind}, which {right} runs.")
+        halves = self.runtime.open_halves(Path(folder), threads)
         self.encoder = _Encoder(halves.encoder)
         self.main_input_name = self.encoder.main_input_name
         self._graph = halves.decoder
@@ -127,23 +122,14 @@ class OnnxSeq2Seq(Generates):  # type: ignore[no-untyped-call]
         return Seq2SeqLMOutput(logits=outputs["logits"], cache=kept)
 
 
-class OnnxWhisper(WhisperGenerationMixin, OnnxSeq2Seq):  # type: ignore[no-untyped-call]
-    """A Whisper in onnxruntime, with transformers' ``generate`` of Whisper: languages, long sounds.
+class _Whisper(WhisperGenerationMixin, _Seq2Seq):  # type: ignore[no-untyped-call]
+    """A Whisper whose graphs another runtime runs."""
 
-    ``OnnxWhisper(folder).generate(input_features)``
-
-    Args:
-        folder: A folder that `export` wrote from a Whisper.
-        threads: Threads that it runs on; 0 lets onnxruntime choose.
-
-    Raises:
-        ConfigError: The folder holds no encoder-decoder.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], threads: int = 0) -> None:
-        super().__init__(folder, threads)
-        first, second = SimpleNamespace(stride=(1,)), SimpleNamespace(stride=(2,))  # all that
-        self.model = SimpleNamespace(encoder=SimpleNamespace(conv1=first, conv2=second))  # it reads
+    model = SimpleNamespace(  # all that `generate` reads of it
+        encoder=SimpleNamespace(
+            conv1=SimpleNamespace(stride=(1,)), conv2=SimpleNamespace(stride=(2,))
+        )
+    )
 
     def generate(  # type: ignore[override]
         self, input_features: Tensor | None = None, **kwargs: Any
@@ -165,3 +151,67 @@ class OnnxWhisper(WhisperGenerationMixin, OnnxSeq2Seq):  # type: ignore[no-untyp
             kwargs["decoder_position_ids"] = positions[:, -input_ids.shape[1] :]
         found: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         return found
+
+
+class OnnxSeq2Seq(_Seq2Seq):  # type: ignore[no-untyped-call]
+    """An encoder-decoder in onnxruntime, with all that ``generate`` of transformers can do.
+
+    ``OnnxSeq2Seq(folder).generate(input_ids, attention_mask=mask, max_new_tokens=16)``
+
+    The encoder runs once for a source. Attentions and hidden states are not to be had.
+
+    Args:
+        folder: A folder that `export` wrote from an encoder-decoder that generates.
+        threads: Threads that each graph runs on; 0 lets onnxruntime choose.
+
+    Raises:
+        ConfigError: The folder holds no encoder-decoder, or one of Whisper; see `OnnxWhisper`.
+    """
+
+    runtime = onnx_graphs.RUNTIME
+
+
+class OnnxWhisper(_Whisper, OnnxSeq2Seq):  # type: ignore[no-untyped-call]
+    """A Whisper in onnxruntime, with transformers' ``generate`` of Whisper: languages, long sounds.
+
+    ``OnnxWhisper(folder).generate(input_features)``
+
+    Args:
+        folder: A folder that `export` wrote from a Whisper.
+        threads: Threads that each graph runs on; 0 lets onnxruntime choose.
+
+    Raises:
+        ConfigError: The folder holds no Whisper.
+    """
+
+
+class OpenVinoSeq2Seq(_Seq2Seq):  # type: ignore[no-untyped-call]
+    """An encoder-decoder in OpenVINO, with all that ``generate`` of transformers can do.
+
+    ``OpenVinoSeq2Seq(folder).generate(input_ids, attention_mask=mask, max_new_tokens=16)``
+
+    The encoder runs once for a source. Attentions and hidden states are not to be had.
+
+    Args:
+        folder: A folder that `export` wrote from an encoder-decoder that generates.
+        threads: Threads that each graph runs on; 0 lets OpenVINO choose.
+
+    Raises:
+        ConfigError: The folder holds no encoder-decoder, or one of Whisper; see `OpenVinoWhisper`.
+    """
+
+    runtime = openvino_graphs.RUNTIME
+
+
+class OpenVinoWhisper(_Whisper, OpenVinoSeq2Seq):  # type: ignore[no-untyped-call]
+    """A Whisper in OpenVINO, with transformers' ``generate`` of Whisper: languages, long sounds.
+
+    ``OpenVinoWhisper(folder).generate(input_features)``
+
+    Args:
+        folder: A folder that `export` wrote from a Whisper.
+        threads: Threads that each graph runs on; 0 lets OpenVINO choose.
+
+    Raises:
+        ConfigError: The folder holds no Whisper.
+    """

@@ -20,6 +20,7 @@ from solpath.model.head import LazyLogits
 from solpath.objective import Loss
 from solpath.planning.cost import Achieved
 from solpath.planning.plan import plan_of
+from solpath.reading import whole
 from solpath.running.claims import claimed
 from solpath.running.forward import device_of, run
 from solpath.running.modes import contained, inferring
@@ -52,10 +53,53 @@ class Result:
         """Return plain values, for JSON."""
         return {**asdict(self), "cost": None if self.cost is None else self.cost.to_dict()}
 
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> "Result":
+        """Return the result that `to_dict` described.
+
+        Args:
+            value: What `to_dict` returned, also after a round trip through JSON.
+
+        Raises:
+            ValueError: A field is missing or is not what it should be. The message names it.
+        """
+        if missing := sorted(cls.__dataclass_fields__.keys() - value.keys()):
+            raise ValueError(f"{missing[0]} is missing")
+        for name in ("metrics", "intervals", "provenance"):
+            if not isinstance(value[name], Mapping):
+                raise ValueError(f"{name} is no object")
+        metrics, cost = numbers_of("metrics", value["metrics"]), value["cost"]
+        if not isinstance(cost, Mapping | None):
+            raise ValueError("cost is no object")
+        for name, ends in value["intervals"].items():
+            if name not in metrics or not isinstance(ends, Sequence) or len(ends) != 2:
+                raise ValueError(f"intervals.{name} is not the two ends of a metric")
+            numbers_of(f"intervals.{name}", dict(enumerate(ends)))
+        return cls(
+            metrics=metrics,
+            samples=whole(value["samples"], least=1),
+            cost=None if cost is None else Achieved.from_dict(cost),
+            provenance=dict(value["provenance"]),
+            intervals={name: (low, high) for name, (low, high) in value["intervals"].items()},
+        )
+
     def __repr__(self) -> str:
         metrics = ", ".join(f"{name}={value:.4f}" for name, value in self.metrics.items())
         size = f", {self.cost.params:,} parameters" if self.cost else ""
         return f"Result({metrics}, {self.samples:,} samples{size})"
+
+
+def numbers_of(name: str, value: Mapping[Any, Any]) -> dict[Any, float]:
+    """Return an object of numbers that was read from a file. Raise `ValueError` for another.
+
+    Args:
+        name: What the message calls it.
+        value: What was read.
+    """
+    for key, number in value.items():
+        if type(number) not in (int, float):
+            raise ValueError(f"{name}.{key} is not a number")
+    return dict(value)
 
 
 @overload
