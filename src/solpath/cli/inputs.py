@@ -96,10 +96,17 @@ def load_small(name: str, place: Placement) -> Any:
         name: The name of the model.
         place: Where and how it runs.
     """
+    from solpath.storing.quantized import is_quantized
     from solpath.storing.reading import load
 
     model: Any = load(name)
     if place.dtype is not Precision.AUTO:
+        for weight_name, weight in model.named_parameters():
+            if is_quantized(weight):
+                raise ConfigError(
+                    f"--dtype {place.dtype}: torchao has quantised {weight_name} of {name}, which "
+                    "keeps its dtype; leave --dtype out, or cast before quantising."
+                )
         for parameter in model.parameters():  # buffers stay as they are
             parameter.data = parameter.data.to(place.dtype.dtype)
         model.config.dtype = place.dtype.dtype
