@@ -29,6 +29,7 @@ KINDS = {
     "int4 in groups": lambda: quantization.IntxWeightOnlyConfig(
         weight_dtype=torch.int4, granularity=quantization.PerGroup(8)
     ),
+    "int2": lambda: quantization.IntxWeightOnlyConfig(weight_dtype=torch.int2),
     "int4 dynamic": lambda: quantization.Int8DynamicActivationIntxWeightConfig(
         weight_dtype=torch.int4, weight_granularity=quantization.PerAxis(0)
     ),

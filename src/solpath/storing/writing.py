@@ -78,9 +78,8 @@ def save(
             Larger weights are split into several files.
 
     Raises:
-        SolpathError: The model was not extracted, or `load` could not rebuild it, as it cannot if
-            the model was quantised by another package than torchao, or in another kind than docs
-            list.
+        SolpathError: The model was not extracted, or `load` could not rebuild it, or it was
+            quantised in another way than torchao's int8 or its fewer bits held in bytes.
         ConfigError: `max_shard_size` cannot be understood, or `tokenizer` has no `save_pretrained`.
         FileError: The folder is not empty, appeared meanwhile, was not written by solpath or cannot
             be written, or the model has a dtype that cannot be stored.
