@@ -63,10 +63,6 @@ def test_what_a_quantised_member_cannot_do_is_refused_by_name(cut, tmp_path):
     model, small = cut
     made, many = quantized(small), batches(model, count=12)
     calls = {
-        "save the model before": [
-            lambda: solpath.save(made, tmp_path / "a"),
-            lambda: made.save_pretrained(tmp_path / "a"),
-        ],
         "compensate before": [lambda: solpath.compensate(made, model, many)],
         "tune before": [lambda: solpath.tune(made, model, many)],
         "prune before": [

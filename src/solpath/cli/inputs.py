@@ -3,7 +3,7 @@
 import importlib
 import sys
 import tomllib
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,10 +98,17 @@ def load_small(name: str, place: Placement) -> Any:
         name: The name of the model.
         place: Where and how it runs.
     """
+    from solpath.storing.quantized import is_quantized
     from solpath.storing.reading import load
 
     model: Any = load(name)
     if place.dtype is not Precision.AUTO:
+        for weight_name, weight in model.named_parameters():
+            if is_quantized(weight):
+                raise ConfigError(
+                    f"--dtype {place.dtype}: torchao has quantised {weight_name} of {name}, which "
+                    "keeps its dtype; leave --dtype out, or cast before quantising."
+                )
         for parameter in model.parameters():  # buffers stay as they are
             parameter.data = parameter.data.to(place.dtype.dtype)
         model.config.dtype = place.dtype.dtype
@@ -156,21 +163,24 @@ def result_of(file: Path) -> "Result":
     Raises:
         FileError: The file cannot be read, or holds something else.
     """
-    from solpath.measuring.evaluation import Result, numbers_of
+    from solpath.measuring.evaluation import Result
     from solpath.reading import read_json
 
     value = read_json(file)
     try:
-        found = Result.from_dict(value)
-        task = value.get("task")
-        if task is None:
-            return found
-        scores = {f"{task['name']} {n}": v for n, v in task["model"].items()}
-        scores |= {f"{task['name']} {n}, dense model": v for n, v in task["dense"].items()}
-        return replace(found, metrics={**found.metrics, **numbers_of("task", scores)})
+        return Result.from_dict(value if value.get("task") is None else _with_scores(value))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = str(error) if type(error) is ValueError else "task is not a name and scores"
         raise FileError(f"{file} is no result of solpath eval --json: {reason}.") from error
+
+
+def _with_scores(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a result as JSON in which the scores at a task are among the metrics."""
+    task, metrics, intervals = value["task"], dict(value["metrics"]), dict(value["intervals"])
+    for of, words in {"model": "", "dense": ", dense model"}.items():
+        metrics |= {f"{task['name']} {n}{words}": v for n, v in task[of].items()}
+        intervals |= {f"{task['name']} {n}{words}": v for n, v in task["intervals"][of].items()}
+    return {**value, "metrics": metrics, "intervals": intervals}
 
 
 def numbers(text: str) -> list[float]:

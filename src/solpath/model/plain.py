@@ -5,7 +5,7 @@ the small model would crash, or compute something else than the masked dense mod
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ def check_countable(model: nn.Module) -> None:
             raise UnsupportedModelError(f"{name} is of {parameter.dtype}: {way}.")
 
 
-def check_floats(model: nn.Module, way: str = _BEFORE) -> None:
+def check_floats(model: nn.Module, way: str = _BEFORE, besides: Collection[str] = ()) -> None:
     """Raise `UnsupportedModelError` if a parameter is packed: quantised, or a part of a tensor.
 
     Layers that stay whole count, too: no gradient passes them, or they cannot be saved.
@@ -49,9 +49,12 @@ def check_floats(model: nn.Module, way: str = _BEFORE) -> None:
     Args:
         model: The model, which is only looked at.
         way: The way out, for the message.
+        besides: Names of parameters that may be packed all the same.
     """
     _check_modules(model, way)
     for name, parameter in model.named_parameters():
+        if name in besides:
+            continue
         if type(parameter) is not nn.Parameter or parameter.dtype not in _FLOATS:
             settings: Any = getattr(getattr(model, "config", None), "quantization_config", None)
             method = getattr(settings, "quant_method", None)

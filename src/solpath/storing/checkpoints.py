@@ -8,7 +8,6 @@ folder that `solpath.save` writes.
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from solpath.errors import ConfigError, FileError
 from solpath.files import sync, temporary_folder
 from solpath.running.modes import contained
 from solpath.storing.manifest import GENERATION, HEADER, INDEX, SHARD
-from solpath.storing.writing import contents_of, write
+from solpath.storing.quantized import described, is_quantized
+from solpath.storing.writing import contents_of, reader_of, write
 
 _REFUSED = {
     "push_to_hub": "call model.push_to_hub(repo_id) or solpath.push_to_hub",
@@ -69,9 +69,11 @@ def save_pretrained(
         contents.config["_name_or_path"] = ""
     if state_dict is not None:
         _check_state(model, state_dict)
-        for name in contents.tensors.keys() & state_dict:
-            given = partial(state_dict.__getitem__, name)
-            contents.tensors[name] = replace(contents.tensors[name], read=given)
+        left_out = {name for name, _ in model.named_buffers()}.difference(state_dict)
+        for key, tensor in contents.tensors.items():
+            if key not in left_out:
+                given = reader_of(key, state_dict, state_dict.__getitem__)
+                contents.tensors[key] = replace(tensor, read=given)
     folder = Path(save_directory)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,3 +115,6 @@ def _check_state(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
                 f"state_dict[{name!r}] is {tensor.dtype} {[*tensor.shape]}, not {own[name].dtype} "
                 f"{[*own[name].shape]}."
             )
+        kinds = [described(name, t) if is_quantized(t) else None for t in (tensor, own[name])]
+        if kinds[0] != kinds[1]:
+            raise ConfigError(f"state_dict[{name!r}] is not quantised as the model is.")

@@ -20,6 +20,7 @@ from solpath.reading import (
     read_header,
     read_json,
 )
+from solpath.storing.quantized import check_description
 
 FORMAT, FORMAT_VERSION = "solpath.model", 2
 HEADER, CONFIG, GENERATION = "solpath.json", "config.json", "generation_config.json"
@@ -62,6 +63,14 @@ def check_manifest(file: Path, head: Mapping[str, Any]) -> Plan:
             raise FileError(f"{file}: digests names {name!r}, which is no file of this format.")
         if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
             raise FileError(f"{file}: digests[{name!r}] is not a SHA-256.")
+    quantized = head.get("quantized", {})
+    if not isinstance(quantized, dict):
+        raise FileError(f"{file}: quantized is not a dict.")
+    for name, description in quantized.items():
+        try:
+            check_description(description)
+        except ValueError as error:
+            raise FileError(f"{file}: quantized[{name!r}]: {error}.") from error
     if CONFIG not in head["digests"]:
         raise FileError(f"{file}: digests does not name {CONFIG}.")
     try:

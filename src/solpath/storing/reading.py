@@ -26,6 +26,7 @@ from solpath.reading import (
 )
 from solpath.running.modes import contained
 from solpath.storing.manifest import CONFIG, GENERATION, HEADER, INDEX, check_manifest, read_headers
+from solpath.storing.quantized import check_torchao, joined, with_parts
 from solpath.storing.skeleton import (
     assign_,
     build_skeleton,
@@ -69,6 +70,7 @@ def load(
     Raises:
         FileError: There is no such model, or a file is missing, damaged or forged. The message
             names the file and the field.
+        ConfigError: torchao has quantised the model, and is not installed here.
 
     Example:
         >>> solpath.save(small, "half")
@@ -88,7 +90,9 @@ def _read(folder: Path, verify: bool) -> nn.Module:
     file = file_in(folder, HEADER)
     head = read_json(file)
     plan = check_manifest(file, head)
-    known = head["digests"]
+    known, quantized = head["digests"], head.get("quantized", {})
+    if quantized:
+        check_torchao(file)
     config = read_json(file_in(folder, CONFIG), sha256=known[CONFIG])
     headers = read_headers(folder, known)
     model_class = _named(folder, resolve, head["class"], head["model_type"])
@@ -97,6 +101,7 @@ def _read(folder: Path, verify: bool) -> nn.Module:
     with digests([folder / name for name in headers] if verify else ()) as found:
         model, expected = _named(folder, build_skeleton, model_class, config, head, plan, count)
         wanted = expect_buffers(expected, headers, getattr(torch, head["dtype"]))
+        wanted = _named(folder, with_parts, wanted, quantized)
         for name, header in headers.items():  # check all headers before any data is read
             check_header(folder / name, header, wanted, exact=len(headers) == 1)
         if missing := sorted(set(wanted).difference(*headers.values())):
@@ -106,6 +111,9 @@ def _read(folder: Path, verify: bool) -> nn.Module:
             tensors |= read_data(folder / name, header)
         for name, digest in found.items():
             check_digest(folder / name, digest.result(), known[name])
+    for name, description in quantized.items():
+        parts = {part: tensors.pop(f"{name}.{part}") for part in description["parts"]}
+        tensors[name] = _named(folder, joined, description, parts)
     assign_(model, tensors)
     if GENERATION in known:
         _set_generation_(model, folder, known[GENERATION])
@@ -123,7 +131,8 @@ def cut_(model: "PreTrainedModel", files: Sequence[Path]) -> None:
     Raises:
         FileError: A file is missing, damaged or forged, or lacks weights of the model.
         UnsupportedModelError: The model is not of the class, or not built with the options, of the
-            one that was saved. Some of its weights would be random.
+            one that was saved, and some of its weights would be random. Or torchao has quantised
+            it, which `load` alone reads.
     """
     folder = _with_manifest(files[0].parent, model)
     file = file_in(folder, HEADER)
@@ -131,6 +140,11 @@ def cut_(model: "PreTrainedModel", files: Sequence[Path]) -> None:
     plan = check_manifest(file, head)
     if (folder / CONFIG).is_file():
         read_json(file_in(folder, CONFIG), sha256=head["digests"][CONFIG])
+    if head.get("quantized"):
+        raise UnsupportedModelError(
+            f"{folder} holds weights that torchao has quantised, which transformers cannot cut; "
+            "call solpath.load."
+        )
     name = type(model).__name__
     if name != head["class"]:
         raise UnsupportedModelError(

@@ -28,6 +28,7 @@ from solpath.model.extraction import extract
 from solpath.planning.plan import EXTRACTED, Plan
 from solpath.reading import Expected, Header, dtype_name
 from solpath.running.modes import entered, undoing
+from solpath.storing.quantized import untie_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -129,11 +130,13 @@ def build_skeleton(
         tensors: The number of tensors in the weight files.
 
     Returns:
-        The model, and the name, dtype and shape of every tensor that the weight files must hold.
+        The model, and the name, dtype and shape of every tensor that the weight files must hold,
+        of quantised ones as wholes.
 
     Raises:
         SolpathError: Configuration, options and plan do not describe one model of this class, or
             one with far more layers than there are tensors.
+        ValueError: A quantised weight is none of the model.
     """
     if config.get("model_type") != head["model_type"]:
         raise SolpathError(
@@ -172,11 +175,13 @@ def cut_skeleton_(model: nn.Module, head: Mapping[str, Any], plan: Plan) -> Expe
         plan: The plan to cut it to.
 
     Returns:
-        The name, dtype and shape of every tensor that the weight files must hold.
+        The name, dtype and shape of every tensor that the weight files must hold, of quantised
+        ones as wholes.
 
     Raises:
         SolpathError: The plan is not for this model, or the model has a tensor that cannot be
             saved.
+        ValueError: A quantised weight is none of the model.
     """
     pairs = find_pairs(model)
     if tuple(pair for pair in pairs if pair.name not in plan.unreached) != plan.pairs:
@@ -184,6 +189,7 @@ def cut_skeleton_(model: nn.Module, head: Mapping[str, Any], plan: Plan) -> Expe
     whole = replace(plan, dropped_rotations=())  # a rotation changes no shape
     vars(model).update(vars(extract(model, whole, check=False)))
     setattr(model, EXTRACTED, plan)
+    untie_(model, head.get("quantized", {}))
     for path, module in model.named_modules():
         if stray := [key for key, v in vars(module).items() if isinstance(v, Tensor) and v.is_meta]:
             raise SolpathError(f"{path}.{stray[0]} is a tensor but no parameter or buffer.")

@@ -8,9 +8,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +23,7 @@ from solpath.model.plain import check_floats
 from solpath.model.weights import weight_reader
 from solpath.planning.plan import Plan, plan_of
 from solpath.reading import dtype_name, sealed
+from solpath.running.memory import parts_of
 from solpath.running.modes import contained
 from solpath.running.provenance import version_of
 from solpath.storing.manifest import (
@@ -36,6 +36,7 @@ from solpath.storing.manifest import (
     HEADER,
     INDEX,
 )
+from solpath.storing.quantized import WAY, described, is_quantized, with_parts
 from solpath.storing.shards import Stored, write_shards
 from solpath.storing.skeleton import (
     AUTO_MARK,
@@ -47,12 +48,6 @@ from solpath.storing.skeleton import (
     state_of,
 )
 from solpath.wrapping import unwrapped
-
-_QUANTISED = (
-    "save the model before quantising it, and quantise what load returns, which gives the same "
-    "weights; or export it as 'stock' or 'hub', which from_pretrained quantises by "
-    "quantization_config= of TorchAoConfig, and whose save_pretrained then keeps it so"
-)
 
 
 class Tokenizer(Protocol):
@@ -83,7 +78,8 @@ def save(
             Larger weights are split into several files.
 
     Raises:
-        SolpathError: The model was not extracted, `load` could not rebuild it, or it was quantised.
+        SolpathError: The model was not extracted, or `load` could not rebuild it, or it was
+            quantised in another way than torchao's int8 or its fewer bits held in bytes.
         ConfigError: `max_shard_size` cannot be understood, or `tokenizer` has no `save_pretrained`.
         FileError: The folder is not empty, appeared meanwhile, was not written by solpath or cannot
             be written, or the model has a dtype that cannot be stored.
@@ -204,21 +200,41 @@ class Contents:
                 "load could not rebuild it."
             )
         state = _state_of(model, read)
+        quantized = {key: described(key, read(key)) for key in state if is_quantized(state[key])}
+        if quantized:
+            self.head["quantized"] = quantized
+            self.head["provenance"]["torchao"] = version_of("torchao") or "unknown"
         skeleton, expected = build_skeleton(model_class, self.config, self.head, plan, len(state))
         check_same(name, state, state_of(skeleton), dtype)
+        stored = {key: (state[key].dtype, tuple(state[key].shape)) for key in expected}
         self.tensors = {
-            key: Stored(state[key].dtype, tuple(state[key].shape), partial(read, key))
-            for key in expected
+            key: Stored(*entry, reader_of(key, state, read))
+            for key, entry in with_parts(stored, quantized).items()
         }
         header = {key: (dtype_name(t.dtype), t.shape) for key, t in self.tensors.items()}
         check_sizes(self.config, [header])
+
+
+def reader_of(
+    key: str, names: Container[str], read: Callable[[str], Tensor]
+) -> Callable[[], Tensor]:
+    """Return a function that reads one tensor of a file, which may be a part of a quantised weight.
+
+    Args:
+        key: The name of the tensor in the file.
+        names: The names of whole weights and buffers.
+        read: Reads one of these by its name.
+    """
+    name = key if key in names else key.rpartition(".")[0]
+    return lambda: parts_of(read(name))[key.removeprefix(name)]
 
 
 def _state_of(model: Any, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
     """Return parameters and buffers as `state_of`. Tied ones that accelerate has untied are one."""
     state = state_of(model)
     for name, first in model.all_tied_weights_keys.items():
-        if name in state and first in state and state[name].is_meta:
+        packed = any(is_quantized(state[key]) for key in (name, first) if key in state)
+        if name in state and first in state and state[name].is_meta and not packed:
             values = read(name), read(first)
             if not values[0].is_meta and torch.equal(*values):
                 del state[name]
@@ -251,7 +267,8 @@ def contents_of(model: nn.Module, read: Callable[[str], Tensor] | None = None) -
             "TimmWrapperModel before the search; or keep state_dict() and extract again."
         )
     if read is None:
-        check_floats(model, _QUANTISED)
+        quantized = [name for name, weight in model.named_parameters() if is_quantized(weight)]
+        check_floats(model, WAY, besides=quantized)
     return Contents(model, plan, read or weight_reader(model))
 
 
