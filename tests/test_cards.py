@@ -152,7 +152,8 @@ def test_the_command_takes_what_eval_printed(tmp_path, capsys):
     small, other = (solpath.extract(model, path.plan(sparsity=s)) for s in (0.4, 0.2))
     solpath.save(small, tmp_path / "small")
     scores = {"model": {"accuracy": 0.875}, "dense": {"accuracy": 0.9375}}
-    task = {"task": {"name": "classification", **scores}}
+    ends = {"model": {"accuracy": [0.75, 0.9375]}, "dense": {}}
+    task = {"task": {"name": "classification", **scores, "intervals": ends}}
     value = solpath.evaluate(small, model, [inputs(model)]).to_dict() | task
     file = tmp_path / "eval.json"
     low, high = value["intervals"]["cosine"]
@@ -166,10 +167,11 @@ def test_the_command_takes_what_eval_printed(tmp_path, capsys):
     assert exported(value, "out")[0] == 0
     text = (tmp_path / "out" / "README.md").read_text()
     assert f"| cosine | {value['metrics']['cosine']:.4g} | {low:.4g} to {high:.4g} |" in text
-    assert "| classification accuracy | 0.875 |" in text
+    assert "| classification accuracy | 0.875 | 0.75 to 0.9375 |" in text
     assert "| classification accuracy, dense model | 0.9375 |" in text
     record = json.loads((tmp_path / "out" / RECORD).read_text())["evaluation"]
-    assert record["intervals"] == json.loads(json.dumps(value["intervals"]))
+    known = value["intervals"] | {"classification accuracy": (0.75, 0.9375)}
+    assert record["intervals"] == json.loads(json.dumps(known))
     for wrong, message in (
         (solpath.evaluate(other, model, [inputs(model)]).to_dict(), "is of a model of"),
         ({}, "cost is missing"),

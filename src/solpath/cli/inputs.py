@@ -168,7 +168,8 @@ def result_of(file: Path) -> "Result":
 
     value = read_json(file)
     try:
-        return Result.from_dict(value if value.get("task") is None else _with_scores(value))
+        found = Result.from_dict(value)
+        return found if value.get("task") is None else Result.from_dict(_with_scores(value))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = str(error) if type(error) is ValueError else "task is not a name and scores"
         raise FileError(f"{file} is no result of solpath eval --json: {reason}.") from error
