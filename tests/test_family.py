@@ -19,8 +19,8 @@ import conftest
 import solpath
 from conftest import build
 from solpath.cli.arguments import Data
-from solpath.cli.batches import choice_batches, split_batches
 from solpath.cli.main import run
+from solpath.cli.splits import choice_batches, split_batches
 from solpath.data.samples import sample_digests
 from solpath.data.source import batch_size
 from solpath.errors import ConfigError

@@ -36,8 +36,9 @@ def evaluate_(
     as_json: Json = False,
 ) -> None:
     """Compare a model with the dense one on held-out text or images, and at a task."""
-    from solpath.cli.batches import batches_for, docstring_batches, pairs_of
+    from solpath.cli.batches import batches_for, docstring_batches
     from solpath.cli.scores import scorer
+    from solpath.cli.splits import pairs_of
     from solpath.data.docstrings import read_corpus, texts_of
     from solpath.data.feeding import takes
     from solpath.measuring.evaluation import evaluate

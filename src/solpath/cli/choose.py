@@ -56,7 +56,7 @@ def choose(
     """Find the smallest size whose loss on held-out data is bounded, with confidence."""
     from solpath.choosing.choose import SIZES
     from solpath.choosing.choose import choose as find
-    from solpath.cli.batches import choice_batches
+    from solpath.cli.splits import choice_batches
     from solpath.files import check_output, json_bytes, write_file
     from solpath.pretrained import load_processor
     from solpath.storing.writing import save as write

@@ -102,8 +102,8 @@ def family(
     as_json: Json = False,
 ) -> None:
     """Cut a path at some sizes, judge and time every member, and write a report to choose by."""
-    from solpath.cli.batches import FITTED, split_batches
     from solpath.cli.scores import scorer
+    from solpath.cli.splits import FITTED, split_batches
     from solpath.files import check_output
     from solpath.pretrained import load_processor
     from solpath.reporting.making import make_family

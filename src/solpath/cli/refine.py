@@ -89,7 +89,7 @@ def compensate(
     as_json: Json = False,
 ) -> None:
     """Refit an extracted model to the dense one, layer by layer, without training."""
-    from solpath.cli.batches import FITTED
+    from solpath.cli.splits import FITTED
     from solpath.refining.compensation import compensate as refit
     from solpath.refining.fitting import CHECKED
 
@@ -120,7 +120,7 @@ def _improve(
     as_json: bool,
 ) -> None:
     """Save what ``improved(small, dense, batches, heldout)`` yields, and print how near it is."""
-    from solpath.cli.batches import split_batches
+    from solpath.cli.splits import split_batches
     from solpath.files import check_output
     from solpath.measuring.evaluation import evaluate
     from solpath.pretrained import load_processor
