@@ -136,6 +136,7 @@ def test_a_sample_is_known_under_padding_and_other_labels():
     one, other = sample_digests(short), sample_digests(padded)
     assert one[0] == other[0]
     assert one[1] != other[1]
+    assert sample_digests(short) == sample_digests(short["input_ids"])
     images = torch.zeros(2, 1, 4, 4, dtype=torch.bfloat16)
     assert len(set(sample_digests(images))) == 1
 

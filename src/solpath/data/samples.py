@@ -74,7 +74,7 @@ def sample_digests(batch: Any) -> list[int]:
 
     Samples with equal digests are equal inputs: numbers of 64 bits, which other inputs share by
     chance alone. Padding is what the attention mask of the batch leaves out, so a text has the same
-    digest in a batch of longer ones.
+    digest in a batch of longer ones. A single input counts without its name, as a bare tensor.
 
     Args:
         batch: A mapping of tensors, or a tensor. A tensor of floats without a row for every sample,
@@ -117,7 +117,7 @@ def sample_digests(batch: Any) -> list[int]:
                 row = row[mask[i] != 0]
             if not row.is_floating_point():
                 row = row.long()
-            _add(digest, name, row)
+            _add(digest, name if len(rows) > 1 else "input", row)
         found.append(int.from_bytes(digest.digest(), "little", signed=True))
     return found
 
