@@ -2,7 +2,7 @@
 
     python examples/zoo/train.py vit
     python benchmarks/choose_real.py --model minilm --model digits
-    python benchmarks/choose_real.py --model gemma --checkpoint FILE --pool 128  # adds to the JSON
+    python benchmarks/choose_real.py --model gemma --checkpoint FILE --pool 16  # adds to the JSON
 
 Every member's loss is measured once on a pool of held-out samples, whose mean is the true loss of
 the pool. Then small sets of samples are drawn from it, with replacement, and a size is chosen by
@@ -66,7 +66,8 @@ def main(
             for kind in (["accuracy"] if name == "digits" else []) + ["divergence"]
         }
         results[name]["steps"] = path.config["steps"]
-        results[name]["cost"] = cost(work.model, path, batches, sizes)
+        most = results[name]["divergence"]["limits"][-1]["max_loss"]
+        results[name]["cost"] = cost(work.model, path, batches, sizes, most)
     rows = [
         [name, kind, limit["max_loss"], limit["broken"], limit["sparsity"], limit["most"]]
         for name, found in results.items()
@@ -161,7 +162,11 @@ def losses_of(
 
 
 def cost(
-    model: nn.Module, path: SolutionPath, batches: list[Any], sizes: Sequence[float]
+    model: nn.Module,
+    path: SolutionPath,
+    batches: list[Any],
+    sizes: Sequence[float],
+    max_loss: float,
 ) -> dict[str, float]:
     """Seconds of a choice, and of evaluating the same sizes one by one."""
     start = time.perf_counter()
