@@ -170,7 +170,9 @@ def cost(
 ) -> dict[str, float]:
     """Seconds of a choice, and of evaluating the same sizes one by one."""
     start = time.perf_counter()
-    choice = choose(model, path, batches, 0.1, metric="divergence", sizes=sizes, progress=False)
+    choice = choose(
+        model, path, batches, max_loss, metric="divergence", sizes=sizes, progress=False
+    )
     chosen = time.perf_counter() - start
     start = time.perf_counter()
     for test in choice.tests:
