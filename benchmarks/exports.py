@@ -45,7 +45,7 @@ FAMILIES = {
     "qwen3": "Qwen3",
     "gemma3_text": "Gemma 3",
 }
-WIDER = {"num_attention_heads": 8, "num_key_value_heads": 4}  # so that there are heads to drop
+WIDER = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 48}  # heads to drop
 GROUPED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 WHOLE = ("bert", "vit", "t5", "whisper", "gpt2", *GROUPED)
 FAMILIES |= {f"{label} heads": f"{FAMILIES[label]}, whole heads" for label in WHOLE}
@@ -67,9 +67,9 @@ def main(
     for label in track(labels, description="exports"):
         for name in names:
             results.setdefault(FAMILIES[label], {})[name] = _export(label, name)
+        save(out, {"shares": SHARES}, results)
     rows = [[label, *(_cell(row.get(name)) for name in names)] for label, row in results.items()]
     show("largest difference", ["", *names], rows)
-    save(out, {"shares": SHARES}, results)
 
 
 def _export(label: str, name: str) -> dict[str, Any]:
