@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 
 import solpath
 from conftest import batches, build, inputs
@@ -204,7 +205,14 @@ class _Api:
         return self
 
 
-def test_checkpoints_of_a_trainer(tmp_path):
+@pytest.fixture
+def no_accelerator_left():
+    """A Trainer sets accelerate up for the whole process, and other tests look at that."""
+    yield
+    AcceleratorState._reset_state()
+
+
+def test_checkpoints_of_a_trainer(tmp_path, no_accelerator_left):
     small = shrink("camembert")
     data = [
         {name: value[0] for name, value in batch.items()} | {"labels": torch.tensor(0)}
