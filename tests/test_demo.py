@@ -22,6 +22,10 @@ def tiny(tmp_path):
     return str(tmp_path / "tiny")
 
 
+def quickly(model, batches, *, seed, scale_batches=4):
+    return baselines.random(model, batches, seed=seed)
+
+
 def test_the_family_is_there_before_other_methods_run(tiny, tmp_path, monkeypatch):
     out, said, options = tmp_path / "out", [], {"quick": True, "steps": 2, "progress": False}
 
@@ -40,9 +44,6 @@ def test_the_family_is_there_before_other_methods_run(tiny, tmp_path, monkeypatc
             sum(p.numel() for p in solpath.load(out / member.folder).parameters()) == member.params
         )
 
-    def quickly(model, batches, *, seed, scale_batches=4):
-        return baselines.random(model, batches, seed=seed)
-
     monkeypatch.setattr(baselines, "METHODS", dict.fromkeys(baselines.METHODS, quickly))
     second = demo.run_demo(out, model=tiny, rivals=True, say=said.append, **options)
     assert Family.read(out) == second
@@ -53,3 +54,22 @@ def test_the_family_is_there_before_other_methods_run(tiny, tmp_path, monkeypatc
     peaks = [stage.peak_memory for stage in second.stages]
     assert peaks == [None] * len(peaks) or peaks == sorted(peaks)
     assert any(line.startswith("search: ") and "of CPU" in line for line in said)
+
+
+def test_a_demo_that_was_stopped_in_its_search_goes_on(tiny, tmp_path, monkeypatch):
+    """Then the folder holds the checkpoint alone."""
+    out, options = tmp_path / "out", {"quick": True, "steps": 2, "progress": False}
+
+    def stopped(*args, **kwargs):
+        solpath.search(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "search", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            demo.run_demo(out, model=tiny, say=lambda line: None, **options)
+    assert [file.name for file in out.iterdir()] == [demo.CHECKPOINT]
+    monkeypatch.setattr(baselines, "METHODS", dict.fromkeys(baselines.METHODS, quickly))
+    demo.run_demo(out, model=tiny, say=lambda line: None, **options)
+    assert (out / "report.html").exists()
+    assert not (out / demo.CHECKPOINT).exists()

@@ -327,7 +327,8 @@ def test_several_processes_give_the_same_model(processes, cases, tmp_path):
             for model, before in zip((small, dense), found):
                 t.assert_equal(t.everything(model), before)
             state = PartialState()
-            print("process", state.process_index, state.num_processes)
+            rank, world = state.process_index, state.num_processes
+            print("process %d %d\\n" % (rank, world), end="")  # in one write
             if state.is_main_process:
                 t.solpath.save(tuned, f"{{folder}}/{{name}}")
 
