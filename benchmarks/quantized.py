@@ -24,8 +24,11 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from record import RESULTS, save, show
 from solpath.config import SearchConfig
-from solpath.exporting import onnx, onnx_graphs
+from solpath.exporting import onnx
 from solpath.exporting.export import export
+from solpath.exporting.graphs import named
+from solpath.exporting.onnx_graphs import FILE, INT8
+from solpath.exporting.onnx_graphs import Graph as OnnxGraph
 from solpath.exporting.tracing import completed
 from solpath.measuring.memory import bytes_on_disk
 from solpath.measuring.timing import interquartile_range, latencies
@@ -44,7 +47,7 @@ class Graph(nn.Module):
 
     def __init__(self, file: Path, threads: int) -> None:
         super().__init__()
-        self.graph = onnx.Graph(file, threads)
+        self.graph = OnnxGraph(file, threads)
         self.bytes = file.stat().st_size
         self.anchor = nn.Parameter(torch.empty(0))  # says which device
 
@@ -117,9 +120,9 @@ def variants(model: nn.Module, folder: Path, batch: Batch, threads: int) -> Any:
     from torchao.quantization.granularity import PerGroup
 
     yield "float32", model
-    file = export(model, folder / "onnx", "onnx", batch=batch, int8=True).folder / onnx.FILE
+    file = export(model, folder / "onnx", "onnx", batch=batch, int8=True).folder / FILE
     yield "onnxruntime float32", Graph(file, threads)
-    int8 = Path(onnx_graphs.named(str(file), onnx_graphs.INT8))
+    int8 = Path(named(str(file), INT8))
     yield "onnxruntime int8 dynamic", Graph(int8, threads)
     few = {
         "torchao int8 weights": quantization.Int8WeightOnlyConfig(),
@@ -134,7 +137,7 @@ def variants(model: nn.Module, folder: Path, batch: Batch, threads: int) -> Any:
         yield name, quantised
         if name == "torchao int8 weights":
             eight = quantised
-    file = export(eight, folder / "weights", "onnx", batch=batch).folder / onnx.FILE
+    file = export(eight, folder / "weights", "onnx", batch=batch).folder / FILE
     yield "onnxruntime, torchao int8 weights", Graph(file, threads)
 
 

@@ -19,8 +19,10 @@ from torch import nn
 
 from record import RESULTS, save, show
 from solpath.config import SearchConfig
-from solpath.exporting import onnx, onnx_graphs, openvino
-from solpath.exporting.export import Exported, export
+from solpath.exporting import onnx_graphs, openvino_graphs
+from solpath.exporting.export import FORMATS, Exported, export
+from solpath.exporting.graphs import named
+from solpath.exporting.onnx_graphs import INT8
 from solpath.exporting.tracing import completed
 from solpath.measuring.timing import interquartile_range, latencies
 from solpath.model.counting import count_macs
@@ -30,8 +32,9 @@ from solpath.running.forward import Batch
 from solpath.searching.search import search
 from workloads import random_tokens, workload
 
-FILES = {"onnx": (onnx.FILE,), "onnx int8": (onnx_graphs.named(onnx.FILE, onnx_graphs.INT8),)}
-FILES |= {"openvino": (openvino.FILE, openvino.FILE.replace(".xml", ".bin"))}
+ONNX, OPENVINO = onnx_graphs.FILE, openvino_graphs.FILE
+FILES = {"onnx": (ONNX,), "onnx int8": (named(ONNX, INT8),)}
+FILES |= {"openvino": (OPENVINO, OPENVINO.replace(".xml", ".bin"))}
 
 
 def main(
@@ -89,7 +92,7 @@ def main(
         "length": length,
         "threads": threads,
         "repeats": repeats,
-        "runtimes": [form.runtime() for form in (onnx.FORMAT, openvino.FORMAT)],
+        "runtimes": [form.runtime() for form in (FORMATS["onnx"], FORMATS["openvino"])],
         "path": {"method": found.method, "config": dict(found.config)},
     }
     save(out, settings, results)
@@ -108,7 +111,7 @@ def home(exported: dict[str, Exported], runtime: str) -> Path:
 
 def call(runtime: str, folder: Path, batch: Batch, threads: int) -> Any:
     """A function that runs the model of a folder on a batch."""
-    kind = openvino.Graph if runtime == "openvino" else onnx.Graph
+    kind = openvino_graphs.Graph if runtime == "openvino" else onnx_graphs.Graph
     graph = kind(folder / FILES[runtime][0], threads)
     full = completed(graph.inputs, batch)
     return lambda: graph(full)
