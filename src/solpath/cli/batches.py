@@ -69,7 +69,7 @@ def batches_for(
         labels: See `solpath.data.feeding.feed`.
         pack: See `solpath.data.feeding.feed`. A row of its own for every text is padded with the
             end token where there is no token for it.
-        grouped: Whether a column may say which rows belong together.
+        grouped: Whether rows may belong together: by a column that says so, or as a pair of texts.
         device: The device of the batches.
 
     Raises:
@@ -90,6 +90,7 @@ def batches_for(
         columns=columns,
         labels=labels,
         pack=pack,
+        grouped=grouped,
         batch_size=data.batch_size,
         length=data.length,
         limit=data.limit,

@@ -28,7 +28,7 @@ class Feed(NamedTuple):
         paired: Whether the rows are both texts of pairs in turn.
         labels: What their ``labels`` mean; None if they have none.
         groups: What every sample is from, by a column of groups or as one of a pair of texts; None
-            if there is neither.
+            if there is neither, or nobody asked.
     """
 
     batches: Batches
@@ -72,6 +72,7 @@ def feed(
     columns: Mapping[Role, str] | None = None,
     labels: bool | None = False,
     pack: bool | None = None,
+    grouped: bool = False,
     batch_size: int | None = None,
     length: int | None = None,
     limit: int | None = None,
@@ -92,6 +93,8 @@ def feed(
         labels: Whether classifiers get ``labels``. None adds them where all tables have some.
         pack: Whether texts are joined and cut into full blocks, or a row each. None takes blocks
             for decoders.
+        grouped: Whether pairs of texts are groups, which takes another reading of the rows. A
+            column of groups says so itself.
         batch_size: Samples per batch. None takes 16 texts or blocks, or 32 images.
         length: Tokens per text or block. None takes 128, or all that the model allows if that is
             less; with images it takes all that the tokenizer allows.
@@ -165,13 +168,11 @@ def feed(
     ]
     if known is not None and known.note:
         said.append(known.note)
-    groups = None
-    if kinds != {"text"}:
-        groups = rows.groups()
-    elif not pack:
-        groups = _of_filled(rows)
-    elif any("group" in found for _, found in parts):
+    groups, named = None, any("group" in found for _, found in parts)
+    if named and pack and kinds == {"text"}:
         raise ConfigError("blocks of several texts have no groups; give every text a row.")
+    if (grouped or named) and not pack:
+        groups = _of_filled(rows) if kinds == {"text"} else rows.groups()
     return Feed(made, said, rows, apart, known, groups)
 
 
