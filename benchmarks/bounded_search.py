@@ -90,7 +90,8 @@ def main(
         for name, row in found.items()
     ]
     show(case, ["", "peak", "not of files", "estimated", "time", "step / floor"], rows)
-    save(out, {"steps": steps, "threads": threads, "tokens": TOKENS}, known | {case: found})
+    found["settings"] = {"steps": steps, "threads": threads, "tokens": TOKENS[case]}
+    save(out, {"limit": LIMIT}, known | {case: found})
 
 
 def _runner(threads: int, steps: int) -> Callable[..., dict[str, Any]]:

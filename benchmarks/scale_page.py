@@ -34,7 +34,7 @@ def bounded() -> Rows:
     for case in ("limited", "streamed"):
         found = _results("bounded_search").get(case, {})
         for name, row in found.items():
-            if name != "imports":
+            if name not in ("imports", "settings"):
                 yield (
                     name, _mb(row["peak"]), _mb(row["anonymous"]),
                     _mb(found["imports"]["anonymous"]), _mb(row["estimate"]),
