@@ -28,6 +28,7 @@ from solpath.errors import (
     NonFiniteLossError,
     UnsupportedModelError,
 )
+from solpath.refining import training
 from solpath.refining.adapters import adaptable, add_adapters_, merge_adapters_
 from solpath.refining.distillation import Distillation
 from solpath.refining.tuning import _width
@@ -217,6 +218,42 @@ def test_the_best_look_wins_not_the_last(bert, monkeypatch):
     monkeypatch.setattr(Distillation, "divergence", lambda self, model: looks.pop(0))
     assert same(run(small, bert, TuneConfig(steps=3, **options)), expected)
     assert not looks
+
+
+@pytest.fixture
+def hot(monkeypatch):
+    """A default learning rate that is far too high at first."""
+    monkeypatch.setattr(training, "_RATE", 1e3)
+    monkeypatch.setattr(training, "_MAX_RATE", 1.0)
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_default_rate_that_makes_things_worse_is_halved(bert, hot, rates, rank):
+    """Every try begins at the start, so what comes of it is a run at the rate of the last one."""
+    small, data = cut(bert), batches(bert)
+    options = {"schedule": "constant", "lora_rank": rank, "evaluate_every": 6, "patience": 2}
+    tuned = run(small, bert, TuneConfig(steps=60, warmup=0.1, **options), data)
+    assert error(tuned, bert) < error(small, bert)
+    found = list(dict.fromkeys(rates[6:]))
+    assert found == [found[-1] * 2.0**i for i in reversed(range(len(found)))]
+    assert len(found) > 2
+    tried = 6 * len(found)
+    assert rates[6:tried:6] == found[:-1]
+    left = TuneConfig(steps=len(rates) - tried, warmup=0.0, learning_rate=found[-1], **options)
+    rest = [data[i % len(data)] for i in range(tried, len(rates))]
+    assert same(run(small, bert, left, rest), tuned)
+
+
+@pytest.mark.parametrize("after", [1, 4, 9, 12, 20])
+def test_a_search_for_the_rate_is_resumed(bert, hot, tmp_path, after):
+    config = TuneConfig(steps=30, warmup=0.1)
+    test_interrupt_and_resume(bert, tmp_path, config, KeyboardInterrupt, after)
+
+
+def test_a_rate_that_was_given_stays(bert, rates):
+    options = {"schedule": "constant", "learning_rate": 500.0, "warmup": 0.0}
+    run(cut(bert), bert, TuneConfig(steps=9, evaluate_every=2, **options))
+    assert rates == [500.0] * 9
 
 
 def test_patience_stops_early(bert):

@@ -164,6 +164,16 @@ def own_part(tensor: Tensor) -> Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).to("cpu", copy=True)
 
 
+def set_part_(tensor: Tensor, part: Tensor) -> None:
+    """Set what this process holds of a tensor.
+
+    Args:
+        tensor: The tensor, whole or sharded. It is changed in place.
+        part: From `own_part`, of a tensor that is sharded alike.
+    """
+    (tensor.to_local() if isinstance(tensor, DTensor) else tensor).copy_(part)
+
+
 def gather_parts(part: Tensor, like: Tensor) -> Tensor:
     """Return on the CPU the whole of a tensor of which every process has its own part.
 

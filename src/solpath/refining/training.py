@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import get_scheduler
 from solpath.config import TuneConfig
 from solpath.errors import FileError, NonFiniteLossError
 from solpath.refining.distillation import Distillation
-from solpath.refining.distributed import gather, gather_parts, own_part, shard_like
+from solpath.refining.distributed import gather, gather_parts, own_part, set_part_, shard_like
 from solpath.running.checkpoint import State, check_state, resume_hint, write_checkpoint
 from solpath.running.progress import Report
 
@@ -77,6 +78,7 @@ class Training:
     def finished(self) -> bool:
         """Whether all steps are done or patience has run out."""
         values = [value for _, value in self.checks]
+        del values[1 : 1 + self._halvings]
         stale = len(values) - 1 - values.index(min(values))
         patience = self._config.patience
         return self.steps == self._config.steps or (patience is not None and stale >= patience)
@@ -87,22 +89,53 @@ class Training:
 
         An update of Adam is as long as the rate, whatever the gradient, and changes the output of a
         layer in proportion to the number of its inputs. So the default is proportional to the
-        distance to the dense model, the root of the loss at the start, and inverse to the width.
+        distance to the dense model, the root of the loss at the start, and inverse to the width. It
+        is halved as often as the first updates were a step back.
         """
         if self._config.learning_rate is not None:
             return self._config.learning_rate
         start = max(self.checks[0][1], 0.0)  # a divergence of nothing may round to below 0
-        rate = min(_RATE * math.sqrt(start) / self._width, _MAX_RATE)
+        rate = min(_RATE * math.sqrt(start) / self._width, _MAX_RATE) * 0.5**self._halvings
         return rate if self._config.lora_rank is None else _ADAPTERS * rate
+
+    @property
+    def _halvings(self) -> int:
+        """How often the default rate was halved: at every check up to the first that is no worse
+        than the start."""
+        if self._config.learning_rate is not None:
+            return 0
+        start = self.checks[0][1]
+        later = (value for _, value in self.checks[1:])
+        return sum(1 for _ in takewhile(lambda value: value > start, later))
+
+    @property
+    def _trying(self) -> bool:
+        """Whether no check has shown yet that the default rate is low enough."""
+        tried = self._halvings == len(self.checks) - 1
+        return self._config.learning_rate is None and tried
+
+    @property
+    def _due(self) -> bool:
+        """Whether it is time for a check."""
+        config, done = self._config, self.steps
+        last = self.checks[-1][0] if self.checks else -1
+        if done in (last, 0, config.steps):
+            return done != last
+        if self._trying:
+            return done - last >= min(max(1, _warmup(config)), config.evaluate_every)
+        return done % config.evaluate_every == 0
 
     def check_(self) -> None:
         """Measure the held-out divergence if it is time to, and remember the best weights.
 
+        The first check is at the end of the warmup. If the default learning rate has made things
+        worse by then, the model goes back to where it began, and half the rate is tried for as
+        many steps, and so on.
+
         Raises:
             NonFiniteLossError: The divergence is NaN or infinite before the first update.
         """
-        done, last = self.steps, self.steps == self._config.steps
-        if (done % self._config.evaluate_every and not last) or done in dict(self.checks):
+        if not self._due:
             return
         value = self._heldout.divergence(self._model)
         if not self.checks and not math.isfinite(value):
@@ -110,7 +143,17 @@ class Training:
             raise NonFiniteLossError(f"the loss of {where} is {value} at step 0.")
         if self.checks and value < min(value for _, value in self.checks):
             self.best = {name: own_part(p) for name, p in self._trained.items()}
-        self.checks.append((done, value if math.isfinite(value) else math.inf))
+        trying = bool(self.checks) and self._trying
+        self.checks.append((self.steps, value if math.isfinite(value) else math.inf))
+        if trying and self._trying:
+            self._begin_again_()
+
+    def _begin_again_(self) -> None:
+        """Put the best weights back, which are those of the start, and forget the moments."""
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                set_part_(parameter, self.best[name])
+        self._optimizer.state.clear()
 
     def step_(self) -> None:
         """Do one update on the next batch.
@@ -291,7 +334,11 @@ def _schedule(config: TuneConfig) -> Callable[[int], float]:
     It depends on the number of the step alone, so that resuming needs no state.
     """
     name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-    warmup = round(config.warmup * config.steps)
     unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    [factor] = get_scheduler(name, unit, warmup, config.steps).lr_lambdas
+    [factor] = get_scheduler(name, unit, _warmup(config), config.steps).lr_lambdas
     return lambda step: factor(step + 0.5)  # mid-step: it may be 0 at either end
+
+
+def _warmup(config: TuneConfig) -> int:
+    """Return the number of steps in which the learning rate grows."""
+    return round(config.warmup * config.steps)

@@ -138,7 +138,7 @@ def _tune(
     progress: bool,
     device: torch.device,
 ) -> Model:
-    header: dict[str, Any] = {"kind": "TuneConfig", "version": 3, "config": config.to_dict()}
+    header: dict[str, Any] = {"kind": "TuneConfig", "version": 4, "config": config.to_dict()}
     header["fingerprint"] = {}
     if loss is not None:
         header["loss"] = "user"
