@@ -23,11 +23,15 @@ SHORT = {"sparsity": "0.5,0.25", "steps": 3, "tune_steps": 0, "device": "cpu"}
 
 @pytest.fixture(autouse=True)
 def recipes(monkeypatch):
-    """The scripts find `family` beside them, as when they are started."""
+    """The scripts find `family` beside them, as when they are started. A benchmark is called
+    `language` too, and comes back if another test has imported it."""
     monkeypatch.syspath_prepend(RECIPES)
+    names = ("coco", "family", "imagenet", "language")
+    known = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     yield
-    for name in ("coco", "family", "imagenet", "language"):
+    for name in names:
         sys.modules.pop(name, None)
+    sys.modules.update(known)
 
 
 def processor() -> transformers.ViTImageProcessor:
