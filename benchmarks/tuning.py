@@ -2,8 +2,8 @@
 
     python benchmarks/tuning.py --model minilm
 
-The time of a step is measured first; each run then has as many steps as fit in its minutes, so that
-its schedule ends with its time. Members are those of quality.py's best method. Every run is added
+The time of a step is measured first, for every member; each run then has as many steps as fit in its
+minutes, so that its schedule ends with its time. Members are those of quality.py's best method. Every run is added
 to the JSON as soon as it ends; runs that are there already are not repeated. Runs of a dense model
 that scores otherwise (weights trained on another machine) are replaced.
 """
@@ -101,12 +101,31 @@ class Members:
                     small = extract(work.model, path.plan(sparsity=1 - keep))
                     calibration = self.batches[: work.calibration]
                     small = compensate(small, work.model, calibration, progress=False)
-                config = TuneConfig(**options)
-                run = run_tuning(work, small, config, train, judges, self.judge, limit)
+                    config = TuneConfig(**options)
+                    pace = measured_pace(small, work.model, config, train, judges)
+                run = run_tuning(work, small, config, train, judges, self.judge, limit, pace)
                 run |= {**wanted, "dense": dense, "search": dict(path.config)}
                 run |= {"share_won_back": _share_won_back(run, fidelity_of(dense), dense)}
                 add_run(out, run)
         _table(work, settings, stored_runs(out))
+
+
+def measured_pace(
+    small: nn.Module,
+    dense: nn.Module,
+    config: TuneConfig,
+    train: list[Batch],
+    judges: list[Batch],
+) -> tuple[float, float]:
+    """Seconds of a step, and of all that does not grow with the steps."""
+    seconds = []
+    for steps in (8, 24):  # two runs of different length: start and checks cancel
+        start = time.perf_counter()
+        probe = replace(config, steps=steps, evaluate_every=steps)
+        tune(small, dense, train, probe, heldout=judges, progress=False)
+        seconds.append(time.perf_counter() - start)
+    step = (seconds[1] - seconds[0]) / 16
+    return step, seconds[0] - 8 * step
 
 
 def run_tuning(
@@ -117,16 +136,10 @@ def run_tuning(
     judges: list[Batch],
     judge: Judge,
     minutes: float,
+    pace: tuple[float, float],
 ) -> dict[str, Any]:
     """Tune for about so many minutes; metrics on the test batches before and after."""
-    seconds = []
-    for steps in (8, 24):  # two runs of different length: start and checks cancel
-        start = time.perf_counter()
-        probe = replace(config, steps=steps, evaluate_every=steps)
-        tune(small, work.model, train, probe, heldout=judges, progress=False)
-        seconds.append(time.perf_counter() - start)
-    step = (seconds[1] - seconds[0]) / 16
-    fixed = seconds[0] - 8 * step
+    step, fixed = pace
     steps = max(8, round((60 * minutes - fixed) / (step + fixed / 2 / config.evaluate_every)))
     start = time.perf_counter()
     tuned = tune(
