@@ -2,10 +2,10 @@
 
     python benchmarks/tuning.py --model minilm
 
-The time of a step is measured first, for every member; each run then has as many steps as fit in its
-minutes, so that its schedule ends with its time. Members are those of quality.py's best method. Every run is added
-to the JSON as soon as it ends; runs that are there already are not repeated. Runs of a dense model
-that scores otherwise (weights trained on another machine) are replaced.
+The time of a step is measured first, for every member; each run then has as many steps as fit in
+its minutes, so that its schedule ends with its time. Members are those of quality.py's best method.
+Every run is added to the JSON as soon as it ends; runs that are there already are not repeated.
+Runs of a dense model that scores otherwise (weights trained on another machine) are replaced.
 """
 
 import time
