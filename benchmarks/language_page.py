@@ -121,4 +121,6 @@ def _shown(value: float, metric: str) -> str:
         return f"{value:.0%}"
     if value >= 1e6:
         return f"{value:.0e}"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    if round(value, 1) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if round(value, 2) >= 10 else f"{value:.2f}"
