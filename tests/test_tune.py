@@ -35,6 +35,9 @@ from solpath.refining.tuning import _width
 
 QUICK = TuneConfig(steps=6, evaluate_every=3, learning_rate=3e-3)
 LORA = TuneConfig(steps=6, evaluate_every=3, learning_rate=1e-2, lora_rank=3)
+TRIED = TuneConfig(steps=6, evaluate_every=3)
+HOT = 1e3, 1.0
+CONFIGS = {"full": QUICK, "lora": LORA, "tried": TRIED}
 
 
 def cut(model: nn.Module, sparsity: float = 0.5) -> nn.Module:
@@ -223,8 +226,8 @@ def test_the_best_look_wins_not_the_last(bert, monkeypatch):
 @pytest.fixture
 def hot(monkeypatch):
     """A default learning rate that is far too high at first."""
-    monkeypatch.setattr(training, "_RATE", 1e3)
-    monkeypatch.setattr(training, "_MAX_RATE", 1.0)
+    for name, value in zip(("_RATE", "_MAX_RATE"), HOT, strict=True):
+        monkeypatch.setattr(training, name, value)
 
 
 @pytest.mark.parametrize("rank", [None, 3])
@@ -306,9 +309,10 @@ def test_kill_and_resume(bert, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("processes", "cases"), [(2, ["full", "lora", "shards"]), (3, ["shards", "lora-shards"])]
+    ("processes", "cases"),
+    [(2, ["full", "lora", "shards-full", "shards-tried"]), (3, ["shards-full", "shards-lora"])],
 )
-def test_several_processes_give_the_same_model(processes, cases, tmp_path):
+def test_several_processes_give_the_same_model(processes, cases, hot, tmp_path):
     """Batches of five samples, so that the shares differ, with every parameter sharded or none.
 
     accelerate shards on GPUs only, so the script does what it would do there.
@@ -345,9 +349,10 @@ def test_several_processes_give_the_same_model(processes, cases, tmp_path):
             return stock[2](self)
 
         folder = sys.argv[1]
+        t.training._RATE, t.training._MAX_RATE = t.HOT
         stock = Accelerator.prepare, Accelerator.is_fsdp2, Training.finish_
         for name in sys.argv[2:]:
-            config = t.LORA if "lora" in name else t.QUICK
+            config = t.CONFIGS[name.split("-")[-1]]
             Accelerator.prepare, Accelerator.is_fsdp2, Training.finish_ = stock
             if "shards" in name:
                 Accelerator.prepare, Accelerator.is_fsdp2 = prepare, property(lambda self: True)
@@ -388,7 +393,7 @@ def test_several_processes_give_the_same_model(processes, cases, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert f"process 1 {processes}" in done.stdout
     for name in cases:
-        config = LORA if "lora" in name else QUICK
+        config = CONFIGS[name.split("-")[-1]]
         one = run(small, dense, config, batches(dense, samples=5))
         two = solpath.load(tmp_path / name)
         moved = max((a - b).abs().max() for a, b in zip(*map(_filled, (one, small)), strict=True))

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -164,14 +164,22 @@ def own_part(tensor: Tensor) -> Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).to("cpu", copy=True)
 
 
-def set_part_(tensor: Tensor, part: Tensor) -> None:
-    """Set what this process holds of a tensor.
+def set_parts_(
+    model: nn.Module, tensors: Mapping[str, Tensor], parts: Mapping[str, Tensor]
+) -> None:
+    """Set what this process holds of parameters of a model.
 
     Args:
-        tensor: The tensor, whole or sharded. It is changed in place.
-        part: From `own_part`, of a tensor that is sharded alike.
+        model: The model, whole or sharded.
+        tensors: The parameters by name, which are changed in place.
+        parts: Name to what `own_part` gave of that parameter.
     """
-    (tensor.to_local() if isinstance(tensor, DTensor) else tensor).copy_(part)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # the last pass may have left a whole copy for the next one
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            (tensor.to_local() if isinstance(tensor, DTensor) else tensor).copy_(parts[name])
 
 
 def gather_parts(part: Tensor, like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import get_scheduler
 from solpath.config import TuneConfig
 from solpath.errors import FileError, NonFiniteLossError
 from solpath.refining.distillation import Distillation
-from solpath.refining.distributed import gather, gather_parts, own_part, set_part_, shard_like
+from solpath.refining.distributed import gather, gather_parts, own_part, set_parts_, shard_like
 from solpath.running.checkpoint import State, check_state, resume_hint, write_checkpoint
 from solpath.running.progress import Report
 
@@ -150,9 +150,7 @@ class Training:
 
     def _begin_again_(self) -> None:
         """Put the best weights back, which are those of the start, and forget the moments."""
-        with torch.no_grad():
-            for name, parameter in self._trained.items():
-                set_part_(parameter, self.best[name])
+        set_parts_(self._model, self._trained, self.best)
         self._optimizer.state.clear()
 
     def step_(self) -> None:
