@@ -76,7 +76,7 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done or patience has run out."""
+        """Whether all steps are done or patience has run out; tries of the rate do not count."""
         values = [value for _, value in self.checks]
         del values[1 : 1 + self._halvings]
         stale = len(values) - 1 - values.index(min(values))
@@ -143,15 +143,10 @@ class Training:
             raise NonFiniteLossError(f"the loss of {where} is {value} at step 0.")
         if self.checks and value < min(value for _, value in self.checks):
             self.best = {name: own_part(p) for name, p in self._trained.items()}
-        trying = bool(self.checks) and self._trying
         self.checks.append((self.steps, value if math.isfinite(value) else math.inf))
-        if trying and self._trying:
-            self._begin_again_()
-
-    def _begin_again_(self) -> None:
-        """Put the best weights back, which are those of the start, and forget the moments."""
-        set_parts_(self._model, self._trained, self.best)
-        self._optimizer.state.clear()
+        if self.steps and self._trying:  # the best weights are those of the start
+            set_parts_(self._model, self._trained, self.best)
+            self._optimizer.state.clear()
 
     def step_(self) -> None:
         """Do one update on the next batch.
