@@ -121,3 +121,17 @@ def test_what_is_inside_keeps_the_gradient_mode_of_the_caller():
             with torch.inference_mode(), plain_torch():
                 assert not torch.is_grad_enabled()
                 assert not torch.is_inference_mode_enabled()
+
+
+def autocasting():
+    nesting = torch.autocast_increment_nesting(), torch.autocast_decrement_nesting()
+    casting = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    return nesting, casting, torch.is_autocast_cache_enabled()
+
+
+def test_an_autocast_that_was_never_left_does_not_stay():
+    found = autocasting()
+    with plain_torch():
+        torch.autocast("cpu", torch.float16, cache_enabled=False).__enter__()
+        assert autocasting() != found
+    assert autocasting() == found

@@ -492,6 +492,13 @@ def test_mixed_precision(bert):
     assert error(low, bert) == pytest.approx(error(full, bert), rel=0.2)
 
 
+def test_mixed_precision_in_an_autocast_of_the_caller(bert):
+    small, config = cut(bert), TuneConfig(**QUICK.to_dict() | {"mixed_precision": "bf16"})
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = run(small, bert, config)
+    assert same(inside, run(small, bert, config))
+
+
 def test_half_precision_weights(bert):
     small = cut(bert).bfloat16()
     with pytest.raises(UnsupportedModelError, match=r"torch\.bfloat16.*lora_rank"):

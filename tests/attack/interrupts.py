@@ -63,7 +63,12 @@ def state_of(models: list[nn.Module]) -> dict[str, Any]:
         "random state": torch.get_rng_state().tolist(),
         "gradients": torch.is_grad_enabled(),
         "default dtype": torch.get_default_dtype(),
-        "autocast": torch.is_autocast_enabled("cpu"),
+        "autocast": [
+            torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"),
+            torch.is_autocast_cache_enabled(),
+            (torch.autocast_increment_nesting(), torch.autocast_decrement_nesting())[1],
+        ],
         "dispatch modes": torch._C._len_torch_dispatch_stack(),
         "function modes": torch._C._len_torch_function_stack(),
         "garbage collection": gc.isenabled(),

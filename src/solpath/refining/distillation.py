@@ -86,8 +86,13 @@ class Distillation:
             return cast("Tensor", self._compared.target(inputs))
 
     def autocast(self) -> torch.autocast:
-        """Return a block that sets the precision of the forward passes."""
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
+        """Return a block that sets the precision of the forward passes.
+
+        Nothing is kept of the weights in bfloat16: torch forgets them only at the end of the
+        outermost block, which may be the caller's, around all updates.
+        """
+        kind, on = self._device.type, self._bf16
+        return torch.autocast(kind, torch.bfloat16, enabled=on, cache_enabled=False)
 
     def errors(self, model: nn.Module, batch: DistillationBatch) -> Tensor:
         """Return the divergence of every sample of a batch from the dense model, ``[samples]``.

@@ -132,6 +132,12 @@ def entered(*blocks: AbstractContextManager[Any]) -> Iterator[None]:
         yield
 
 
+def _autocast_nesting() -> int:
+    """Return how many autocast blocks are open: weights cast in them are kept while any is."""
+    _, found = torch.autocast_increment_nesting(), torch.autocast_decrement_nesting()
+    return found
+
+
 @contextmanager
 def plain_torch() -> Iterator[None]:
     """Give the block the settings of torch that a fresh process has; the caller's come back.
@@ -147,14 +153,20 @@ def plain_torch() -> Iterator[None]:
     """
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
     modes = len(_get_current_dispatch_mode_stack())
-    casting = {kind: torch.is_autocast_enabled(kind) for kind in _AUTOCAST}
+    casting = {k: (torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in _AUTOCAST}
+    caching, nesting = torch.is_autocast_cache_enabled(), _autocast_nesting()
 
     def restore() -> None:
         while len(_get_current_dispatch_mode_stack()) > modes:
             _pop_mode()  # a Ctrl-C inside torch left it
         torch.set_default_dtype(dtype)
-        for kind, on in casting.items():
+        for kind, (on, low) in casting.items():
             torch.set_autocast_enabled(kind, on)
+            torch.set_autocast_dtype(kind, low)
+        torch.set_autocast_cache_enabled(caching)
+        while _autocast_nesting() > nesting:  # a Ctrl-C at the edge of an autocast block left it
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()
         torch.set_grad_enabled(grad)
 
     inference = torch.is_inference_mode_enabled()
