@@ -7,7 +7,8 @@ half: the difference between two numbers of tokens over the difference in tokens
 not count. ``--before`` is the source folder of another version, such as a git worktree, that is
 measured beside. The peak of the real model, in float32, is the resident size of a process that
 compensates a member of half the prunable parameters on packed docstrings, the order by magnitude;
-it is counted from after both models are there. Linux only.
+it is counted from after both models are there, and the tokenizer is not. With ``--limit`` that is
+done again in a process that may not hold more (see `resident.limited`). Linux only.
 """
 
 import json
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +25,7 @@ import typer
 from torch import nn
 
 from record import RESULTS, save, show
-from resident import resident
+from resident import limited, resident
 from solpath.baselines import magnitude
 from solpath.data.docstrings import read_corpus
 from solpath.data.text import text_batches
@@ -46,6 +48,7 @@ def main(
     model: Annotated[Path | None, typer.Option(help="Folder of a decoder.")] = None,
     before: Annotated[Path | None, typer.Option(help="Source of another version.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens for the decoder.")] = 65_536,
+    limit: Annotated[int, typer.Option(help="Bytes for a second run of the decoder.")] = 0,
     dtypes: Annotated[str, typer.Option(help="Of the decoder, comma-separated.")] = "float32",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     out: Annotated[Path, typer.Option(help="JSON to write.")] = RESULTS
@@ -60,7 +63,7 @@ def main(
         result = (
             depths(DEPTHS[:2] if smoke else DEPTHS)
             if model is None
-            else real(model, worker, tokens)
+            else real(model, worker, tokens, limit)
         )
         print(json.dumps(result))
         return
@@ -70,13 +73,17 @@ def main(
     for dtype in dtypes.split(",") if model is not None else ():
         options = [f"--model={model}", f"--tokens={tokens}"]
         results[dtype] = _worker(dtype, threads, *options, smoke=smoke)
+        if limit:
+            options += [f"--limit={limit}"]
+            results[f"{dtype}, limited"] = _worker(dtype, threads, *options, smoke=smoke)
     rows = [
         [f"{version}, {depth} layers", value]
         for version in ("before", "now")
         for depth, value in results.get(version, {}).items()
     ]
     show("bytes a token", ["", "bytes"], rows)
-    settings = {"tokens": tokens, "threads": threads, "size": REAL_SIZE, "length": REAL_LENGTH}
+    settings = {"tokens": tokens, "limit": limit, "threads": threads}
+    settings |= {"size": REAL_SIZE, "length": REAL_LENGTH}
     save(out, settings | {"smoke": smoke}, results)
 
 
@@ -108,7 +115,7 @@ def bytes_a_token(depth: int) -> float:
     return (peak(128) - peak(64)) / (64 * SIZE * LENGTH)
 
 
-def real(folder: Path, dtype: str, tokens: int) -> dict[str, Any]:
+def real(folder: Path, dtype: str, tokens: int, limit: int) -> dict[str, Any]:
     """Peak resident bytes and seconds of compensation, and what it gives on held-out text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -122,11 +129,13 @@ def real(folder: Path, dtype: str, tokens: int) -> dict[str, Any]:
     if len(batches) < count + 2:
         raise SystemExit(f"the docstrings here make {len(batches)} batches, not {count + 2}.")
     chosen, heldout = batches[:count], batches[-2:]
+    del tokenizer, corpus, texts, packed, batches
     dense: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     small = extract(dense, magnitude(dense, chosen[:1]).plan(sparsity=0.5))
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     start, found = time.perf_counter(), resident("VmRSS")
-    better = compensate(small, dense, chosen, progress=False)
+    with limited(limit) if limit else nullcontext("") as kind:
+        better = compensate(small, dense, chosen, progress=False)
     seconds, peak = time.perf_counter() - start, resident("VmHWM")
     return {
         "parameters": sum(p.numel() for p in dense.parameters()),
@@ -134,6 +143,7 @@ def real(folder: Path, dtype: str, tokens: int) -> dict[str, Any]:
         "seconds": seconds,
         "resident_before": found,
         "resident_peak": peak,
+        "limit": kind,
         "kl": {"small": _kl(small, dense, heldout), "compensated": _kl(better, dense, heldout)},
     }
 

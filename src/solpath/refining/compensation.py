@@ -2,8 +2,7 @@
 
 import copy
 import math
-from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any, TypeVar, cast, overload
 
@@ -20,10 +19,10 @@ from solpath.objective import Loss, Objective
 from solpath.pair import Pair
 from solpath.planning.plan import plan_of
 from solpath.refining.fitting import CHECKED, Share, refit_, share_of
-from solpath.refining.layerwise import Group, LayerCall, input_groups, lockstep
-from solpath.refining.streams import residual_streams
+from solpath.refining.passes import Calls, DenseCalls, held_bytes, waits_of
 from solpath.running.claims import claimed
 from solpath.running.forward import Batch, device_of, row_not_finite, run
+from solpath.running.memory import fits
 from solpath.running.modes import contained, inferring, undoing
 from solpath.running.placement import check_one_device, is_placed
 from solpath.running.processes import sum_over_processes
@@ -91,8 +90,10 @@ def compensate(
         dense: The dense model that they were cut from, on the same device.
         batches: An iterable of what the models take, without labels. All batches stay in memory,
             with what their forward passes hold at one layer of every model, so they must have a
-            length: of a generator, which may never end, give a list. Tens of thousands of tokens
-            are well spent: the more there are, the better the fit. Rows of padding alone are
+            length: of a generator, which may never end, give a list. If that would take more than
+            four fifths of the free memory, they hold what goes into one block of layers, and run
+            the block again for every layer: slower, with the same result. Tens of thousands of
+            tokens are well spent: the more there are, the better the fit. Rows of padding alone are
             skipped, with one warning; labels become the inputs of a decoder that is given none.
         ridge: Pull towards the present weights, as a share of each input's own energy.
         loss: ``loss(outputs, batch)``, a mean over samples, that decides whether a refitted model
@@ -212,21 +213,19 @@ def _refit_(
     progress: bool,
 ) -> None:
     """Refit every layer of `models` that belongs to a pair, in the order they run, in place."""
-    last = {pair.right.module for pair in pairs if pair.kind != "qk"}
-    groups = _groups((dense, *models), pairs, last, sample)
-    common = {name for group in groups for name in group}
-    streams = residual_streams(dense, sorted(last & common), sample)
-    wanted = lockstep(dense, share.batches, groups, streams, after=last)
-    given = [lockstep(model, share.batches, groups, streams) for model in models]
+    waits = waits_of(dense, models, pairs, sample)
+    in_parts = _is_short(held_bytes(waits, dense, models, sample, share.batches), dense)
+    wanted = waits.dense(dense, share.batches, in_parts=in_parts)
+    given = [waits.small(model, share.batches, in_parts=in_parts) for model in models]
 
     def close() -> None:
         for calls in (wanted, *given):
             calls.close()
 
-    def refits(model: nn.Module, calls: Iterator[tuple[Group, list[LayerCall]]]) -> Iterator[None]:
+    def refits(model: nn.Module, calls: Calls) -> Iterator[None]:
         for group, own in calls:
             name = group[0]
-            known, stream = targets.use(group), streams.get(name)
+            known, stream = targets.use(group), waits.streams.get(name)
             refit_(
                 model,
                 group,
@@ -235,50 +234,23 @@ def _refit_(
                 share,
                 prepare,
                 stream,
-                last=name in last,
+                last=name in waits.last,
                 ridge=ridge,
             )
             del own, known  # the passes go on without them
             yield
 
-    targets = _DenseTargets(wanted, len(models))
-    with undoing(close), progress_bar("compensate", "", len(groups), 0, show=progress) as report:
+    targets, steps = DenseCalls(wanted, len(models)), len(waits.groups)
+    with undoing(close), progress_bar("compensate", "", steps, 0, show=progress) as report:
         amount, unit = work  # goes through all groups once, and a step is one of them
         for _ in zip_longest(*map(refits, models, given)):
-            report(work=(amount / len(groups), unit))
+            report(work=(amount / steps, unit))
 
 
-def _groups(
-    models: Sequence[nn.Module], pairs: Sequence[Pair], last: Container[str], sample: Batch
-) -> list[Group]:
-    """Return the layers that all models run, those with the same input in all of them together."""
-    sides = [side.module for pair in pairs for side in pair.sides]
-    runs = [input_groups(model, sides, sample) for model in models]
-    homes = [{name: i for i, group in enumerate(run) for name in group} for run in runs]
-    groups: dict[Any, list[str]] = {}
-    for name in (name for group in runs[-1] for name in group):
-        if all(name in home for home in homes):  # a fused attention does not call its layers
-            alone = name if name in last else ""
-            groups.setdefault((alone, *(home[name] for home in homes)), []).append(name)
-    return [tuple(group) for group in groups.values()]
-
-
-class _DenseTargets:
-    """The layer calls of the dense model, each kept until every cut model has used it."""
-
-    def __init__(self, wanted: Iterator[tuple[Group, list[LayerCall]]], models: int) -> None:
-        self._wanted, self._models = wanted, models
-        self._kept: dict[Group, list[LayerCall]] = {}
-        self._uses: Counter[Group] = Counter()
-
-    def use(self, group: Group) -> list[LayerCall]:
-        """Return the calls of a group. Models may run neighbours in different orders."""
-        while group not in self._kept:
-            other, calls = next(self._wanted)
-            self._kept[other] = calls
-            del calls
-        self._uses[group] += 1
-        return self._kept.pop(group) if self._uses[group] == self._models else self._kept[group]
+def _is_short(size: int, dense: nn.Module) -> bool:
+    """Return whether so many bytes are more than some process can take on its device."""
+    short = not fits(size, device_of(dense))
+    return bool(sum_over_processes(torch.tensor([float(short)])))
 
 
 def _losses(

@@ -21,7 +21,6 @@ CHECKED = 4
 
 _AT_ONCE = 8  # batches whose tokens go into one product
 
-_Calls = tuple[Batch, LayerCall, LayerCall]  # a batch, and its calls in the dense and cut model
 _Rows = tuple[Tensor, Tensor, Tensor | None]  # inputs, what they are fitted to, token weights
 
 
@@ -67,8 +66,8 @@ def share_of(batches: Sequence[Batch]) -> Share:
 def refit_(
     model: nn.Module,
     group: Group,
-    calls: Sequence[LayerCall],
-    targets: Sequence[LayerCall],
+    calls: Iterable[LayerCall],
+    targets: Iterable[LayerCall],
     share: Share,
     prepare: Preparation,
     stream: Stream | None,
@@ -81,7 +80,7 @@ def refit_(
     Args:
         model: The cut model.
         group: The layers, which get the same input.
-        calls: Their calls in the cut model, of every batch of `share`.
+        calls: Their calls in the cut model, of every batch of `share`. They may be read twice.
         targets: Their calls in the dense model: inputs, or the output of a layer that is `last`.
         share: The batches that this process runs. The moments are summed over all processes.
         prepare: Names batches in errors.
@@ -95,8 +94,9 @@ def refit_(
     """
     first = linear_map(model, group[0])
     rows = partial(_output_rows, stream) if last else _input_rows
-    size = first.out_features if last else first.in_features
-    sums = _moments(rows, share, targets, calls, size)
+    features = first.out_features if last else first.in_features
+    zeros = partial(Moments.zeros, features, first.in_features + 1, first.weight.device)
+    sums = _moments(rows, share, targets, calls, zeros)
     _check_finite(sums, targets, calls, share, prepare, group[0])
     for name in group:
         linear = linear_map(model, name)
@@ -146,50 +146,45 @@ def _output_rows(stream: Stream | None, batch: Batch, target: LayerCall, call: L
 def _moments(
     rows: Callable[[Batch, LayerCall, LayerCall], _Rows],
     share: Share,
-    targets: Sequence[LayerCall],
-    calls: Sequence[LayerCall],
-    size: int,
+    targets: Iterable[LayerCall],
+    calls: Iterable[LayerCall],
+    zeros: Callable[[], Moments],
 ) -> tuple[Moments, Moments]:
     """Return the moments of the batches to fit, and those of the batches to check.
 
-    They are those of all processes. `size` is the number of features that are fitted.
+    They are those of all processes. Every call is read once, and a few are kept at a time.
     """
-    triples = list(zip(share.batches, targets, calls, strict=True))
-    columns = calls[0].value.shape[-1] + 1
-    device = calls[0].value.device
+    sums: dict[bool, Moments] = {False: zeros(), True: zeros()}
+    found: dict[bool, list[_Rows]] = {False: [], True: []}
+    for batch, held, target, call in zip(share.batches, share.held, targets, calls, strict=True):
+        found[held].append(rows(batch, target, call))
+        if len(found[held]) == _AT_ONCE:
+            sums[held].plus_(*_products(found[held]))
+            found[held].clear()
+    for held, few in found.items():
+        if few:
+            sums[held].plus_(*_products(few))
+    fit, check = (
+        Moments(*(sum_over_processes(part).to(part.device) for part in sums[held]))
+        for held in (False, True)
+    )
+    return fit, check
 
-    def total(held: bool) -> Moments:
-        chosen = [triple for triple, own in zip(triples, share.held, strict=True) if own is held]
-        sums = _add_up(rows, chosen) if chosen else Moments.zeros(size, columns, device)
-        return Moments(*(sum_over_processes(part).to(device) for part in sums))
 
-    return total(False), total(True)
-
-
-def _add_up(
-    rows: Callable[[Batch, LayerCall, LayerCall], _Rows],
-    triples: Sequence[_Calls],
-) -> Moments:
-    """Sum over tokens: a few batches at a time in their own precision, the sums in float64."""
-    total: Moments | None = None
-    for start in range(0, len(triples), _AT_ONCE):
-        hidden, target, weights = zip(
-            *(rows(*triple) for triple in triples[start : start + _AT_ONCE]), strict=True
-        )
-        row = functional.pad(torch.cat(hidden), (0, 1), value=1.0)
-        known = [weight for weight in weights if weight is not None]
-        weighted = row * torch.cat(known) if known else row
-        cross = (torch.cat(target).T @ weighted).double()
-        square = (weighted.T @ row).double()
-        total = Moments(square, cross) if total is None else total.plus_(square, cross)
-    assert total is not None
-    return total
+def _products(rows: Sequence[_Rows]) -> tuple[Tensor, Tensor]:
+    """Sum over the tokens of a few batches in their own precision; the sums are float64."""
+    hidden, target, weights = zip(*rows, strict=True)
+    row = functional.pad(torch.cat(hidden), (0, 1), value=1.0)
+    known = [weight for weight in weights if weight is not None]
+    weighted = row * torch.cat(known) if known else row
+    cross = (torch.cat(target).T @ weighted).double()
+    return (weighted.T @ row).double(), cross
 
 
 def _check_finite(
     moments: Iterable[Moments],
-    targets: Sequence[LayerCall],
-    calls: Sequence[LayerCall],
+    targets: Iterable[LayerCall],
+    calls: Iterable[LayerCall],
     share: Share,
     prepare: Preparation,
     name: str,

@@ -2,13 +2,14 @@
 
 import weakref
 from collections import deque
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from greenlet import getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from solpath.errors import BatchError
 from solpath.running.forward import Batch, run
@@ -19,7 +20,7 @@ Group = tuple[str, ...]
 
 
 class Enough(BaseException):
-    """A hook raises it to end the forward pass of `run_part`: what comes later is not needed."""
+    """A hook raises it to end a part of a forward pass: what comes later is not needed."""
 
 
 class Place(NamedTuple):
@@ -60,7 +61,7 @@ class LayerCall:
     stream: Tensor | None
 
 
-_Stops = deque[tuple[Group, LayerCall]]
+_Stops = deque[tuple[Group, LayerCall | None]]
 
 
 class _Run(greenlet):
@@ -69,13 +70,20 @@ class _Run(greenlet):
     Attributes:
         seen: What was seen at places that a later layer needs.
         needed: The layers that still need what is seen at a place.
-        stops: The layer calls since the last pause.
+        stops: The layer calls since the last pause; without a call, the block that it waits at.
         waiting: The groups that have not run yet.
+        blocks: The blocks that have not run yet.
         inputs: The input that each layer of a group that has begun must get.
+        asked: The group up to which the block that it waits at is to run, and nothing more.
     """
 
     def __init__(
-        self, model: nn.Module, batch: Batch, groups: Iterable[Group], streams: Mapping[str, Stream]
+        self,
+        model: nn.Module,
+        batch: Batch,
+        groups: Iterable[Group],
+        streams: Mapping[str, Stream],
+        blocks: Iterable[str],
     ) -> None:
         super().__init__(lambda: self._forward(model, batch))
         self.driver = getcurrent()
@@ -85,7 +93,9 @@ class _Run(greenlet):
             self.needed.setdefault(stream.place, set()).add(name)
         self.stops: _Stops = deque()
         self.waiting = set(groups)
+        self.blocks = set(blocks)
         self.inputs: dict[str, weakref.ref[Tensor]] = {}
+        self.asked: Group | None = None
 
     @classmethod
     def current(cls) -> "_Run":
@@ -104,7 +114,12 @@ class _Run(greenlet):
             self.seen[place] = value
 
     def use(self, place: Place, name: str) -> Tensor:
-        """Return what was seen last at a place. It is forgotten once no layer needs it any more."""
+        """Return what was seen last at a place. It is forgotten once no layer needs it any more.
+
+        A part of a block only looks: the layer is still to run.
+        """
+        if self.asked is not None:
+            return self.seen[place]
         self.needed[place].discard(name)
         return self.seen[place] if self.needed[place] else self.seen.pop(place)
 
@@ -117,6 +132,57 @@ class _Run(greenlet):
         if not self.stops and not self.dead:
             self.switch()
 
+    def call(self) -> LayerCall:
+        """Return the next layer call, and forget it."""
+        _, call = self.stops.popleft()
+        assert call is not None
+        return call
+
+    def ask(self, group: Group) -> LayerCall:
+        """Run the block that this waits at up to a group, and wait there again."""
+        self.asked = group
+        self.switch()
+        self.asked = None
+        if not self.stops:
+            raise BatchError(f"one batch does not run {group[0]} where another does.")
+        return self.call()
+
+    def answer(self, call: LayerCall) -> None:
+        """End the part of the block that was asked for."""
+        self.stops.append((self.asked or (), call))
+        raise Enough
+
+    def in_parts(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Run parts of a block for as long as the driver asks for some.
+
+        What is seen in a part is forgotten: the next part sees it again.
+        """
+        seen = self.seen
+        self.pause()
+        while self.asked is not None:
+            self.seen = dict(seen)
+            with suppress(Enough):
+                _run_copied(forward, args, kwargs)
+            self.seen = seen
+            self.pause()
+
+
+def _run_copied(forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """Run a block on copies of its inputs, since it may change them in place."""
+    args, kwargs = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    forward(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Asked(Iterable[LayerCall]):
+    """The calls of a group inside a block, each computed when it is read."""
+
+    runs: Sequence[_Run]
+    group: Group
+
+    def __iter__(self) -> Iterator[LayerCall]:
+        return (one.ask(self.group) for one in self.runs)
+
 
 def lockstep(
     model: nn.Module,
@@ -124,7 +190,8 @@ def lockstep(
     groups: Sequence[Group],
     streams: Mapping[str, Stream],
     after: Collection[str] = (),
-) -> Generator[tuple[Group, list[LayerCall]], None, None]:
+    blocks: Collection[str] = (),
+) -> Generator[tuple[Group, Iterable[LayerCall]], None, None]:
     """Run all batches side by side, so that all of them reach a layer before any runs it.
 
     In memory are the activations that the forward passes hold where they wait, and streams that
@@ -138,16 +205,23 @@ def lockstep(
         streams: The residual streams to look at, by layer, from `residual_streams`.
         after: Those layers, each a group of its own, of which the outputs are wanted. They run
             without waiting, and are yielded before the next group runs.
+        blocks: Dotted paths of blocks to wait at, in place of the groups inside. A call of such a
+            group is computed whenever it is read, by running the block up to there: the least
+            memory, for more time. The bits are the same.
 
     Yields:
-        The group that all batches wait at, and the layer call of each batch. When the next group is
-        asked for, the batches run this one with the weights that it has by then. Neither is kept
-        here, so what the caller lets go of is free.
+        The group that all batches wait at, and the layer call of each batch, which can be read
+        again until the next group is asked for. Then the batches run this one with the weights that
+        it has by then. Neither is kept here, so what the caller lets go of is free.
 
     Raises:
         BatchError: Two batches run the layers in different orders, or a batch gives layers of a
             group different inputs.
     """
+    homes = {group: block for group in groups for block in blocks if _is_inside(group, block)}
+
+    def stops_at(one: _Run, group: Group) -> bool:
+        return group not in homes or homes[group] in one.blocks
 
     def call(one: _Run, name: str, value: Tensor) -> LayerCall:
         stream = streams.get(name)
@@ -156,11 +230,18 @@ def lockstep(
     def wait_at(name: str, group: Group) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             one = _Run.current()
+            if one.asked == group:
+                one.answer(call(one, name, args[0]))
+            if one.asked is not None:
+                return
             if group in one.waiting:
                 one.waiting.remove(group)
                 one.inputs.update(dict.fromkeys(group, weakref.ref(args[0])))
-                one.stops.append((group, call(one, name, args[0])))
-                one.pause()
+                if stops_at(one, group):
+                    one.stops.append((group, call(one, name, args[0])))
+                    one.pause()
+                else:
+                    call(one, name, args[0])  # forgets the stream
             expected = one.inputs.pop(name, None)
             if expected is not None and expected() is not args[0]:
                 raise BatchError(
@@ -168,26 +249,39 @@ def lockstep(
                     "on a later one; leave out batches that the model treats otherwise."
                 )
             if not one.waiting and not one.inputs:
-                one.pause()
+                raise GreenletExit
 
         return hook
 
     def note_output(name: str, group: Group) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             one = _Run.current()
-            if group in one.waiting:
+            if one.asked == group:
+                one.answer(call(one, name, output))
+            if one.asked is None and group in one.waiting:
                 one.waiting.remove(group)
-                passed = call(one, name, output)  # what follows may change both in place
-                stream = None if passed.stream is None else passed.stream.clone()
-                one.stops.append((group, LayerCall(output.clone(), stream)))
+                passed = call(one, name, output)
+                if stops_at(one, group):  # what follows may change both in place
+                    stream = None if passed.stream is None else passed.stream.clone()
+                    one.stops.append((group, LayerCall(output.clone(), stream)))
                 if not one.waiting:
-                    one.pause()
+                    raise GreenletExit
 
         return hook
 
     def note(place: Place) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any = None) -> None:
             _Run.current().note(place, output if place.output else args[0])
+
+        return hook
+
+    def wait_before(block: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            one = _Run.current()
+            if block in one.blocks:
+                one.blocks.remove(block)
+                one.stops.append(((block,), None))
+                one.in_parts(module.forward, args, kwargs)
 
         return hook
 
@@ -202,11 +296,13 @@ def lockstep(
         for place in {stream.place for stream in streams.values()}:
             when: Any = "after" if place.output else "before"
             yield Hook(model.get_submodule(place.module), when, note(place))
+        for block in set(homes.values()):
+            yield Hook(model.get_submodule(block), "call", wait_before(block))
 
-    runs = [_Run(model, batch, groups, streams) for batch in batches]
+    runs = [_Run(model, batch, groups, streams, homes.values()) for batch in batches]
     with hooked(waiting()):
         try:
-            for _ in groups:
+            while True:
                 for one in runs:
                     one.advance()
                 names = {one.stops[0][0][0] if one.stops else "the end" for one in runs}
@@ -215,14 +311,23 @@ def lockstep(
                     raise BatchError(f"one batch runs {low} where another runs {high}.")
                 if names == {"the end"}:
                     return
-                yield runs[0].stops[0][0], [one.stops.popleft()[1] for one in runs]
-            for one in runs:
-                if one.inputs:  # layers of the last group, whose inputs are still to be checked
-                    one.advance()
+                group = runs[0].stops[0][0]
+                if group in groups:
+                    yield group, [one.call() for one in runs]
+                    continue
+                for one in runs:
+                    one.stops.popleft()
+                for inside, home in homes.items():
+                    if (home,) == group and inside in runs[0].waiting:
+                        yield inside, _Asked(runs, inside)
         finally:
             for one in runs:
                 if not one.dead:
                     one.throw()  # GreenletExit: its forward pass ends there
+
+
+def _is_inside(group: Group, block: str) -> bool:
+    return all(name.startswith(f"{block}.") for name in group)
 
 
 def run_part(model: nn.Module, sample: Batch, hooks: Iterable[Hook]) -> None:
@@ -235,38 +340,3 @@ def run_part(model: nn.Module, sample: Batch, hooks: Iterable[Hook]) -> None:
     """
     with hooked(hooks), suppress(Enough):
         run(model, sample, labels=False)
-
-
-def input_groups(model: nn.Module, layers: Iterable[str], sample: Batch) -> list[Group]:
-    """Return those of `layers` that a forward pass runs as modules, in groups of equal input.
-
-    Layers are in one group if they get the same tensor and none of the others runs between them:
-    query, key and value, or gate and up. What counts is the first time that a layer runs.
-
-    Args:
-        model: The model. It runs until all layers have run; its hooks are removed afterwards.
-        layers: Dotted paths of the layers.
-        sample: The batch to run.
-    """
-    names = list(dict.fromkeys(layers))
-    found: list[list[str]] = []
-    seen: set[str] = set()
-    last: list[Tensor] = []
-
-    def noting(name: str) -> Hook:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if name in seen:
-                return
-            seen.add(name)
-            if last and last[0] is args[0]:
-                found[-1].append(name)
-            else:
-                found.append([name])
-            last[:] = [args[0]]
-            if len(seen) == len(names):
-                raise Enough
-
-        return Hook(model.get_submodule(name), "before", hook)
-
-    run_part(model, sample, (noting(name) for name in names))
-    return [tuple(group) for group in found]
