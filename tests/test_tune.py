@@ -1,11 +1,13 @@
 """Tuning: what it promises about its inputs, its result, interruptions, processes and bad data."""
 
 import copy
+import math
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -247,6 +249,30 @@ def test_a_default_rate_that_makes_things_worse_is_halved(bert, hot, rates, rank
     assert same(run(small, bert, left, rest), tuned)
 
 
+def test_a_default_rate_that_gives_nan_is_halved(bert, hot, rates, monkeypatch, tmp_path):
+    small, data = cut(bert), batches(bert)
+    real, start = Distillation.errors, list(small.parameters())
+
+    def finite_near_the_start(self, model, batch):
+        far = max((p - q).abs().max() for p, q in zip(model.parameters(), start, strict=True))
+        return real(self, model, batch) * (torch.nan if far > 0.2 else 1.0)
+
+    monkeypatch.setattr(Distillation, "errors", finite_near_the_start)
+    config = TuneConfig(steps=16, warmup=0.2, evaluate_every=6, schedule="linear")
+    tuned = run(small, bert, config, data)
+    shares = map(training._schedule(config), range(config.steps))
+    peaks = [round(math.log2(rate / share), 9) for rate, share in zip(rates, shares, strict=True)]
+    tries = Counter(peaks)
+    assert list(tries) == [-float(i) for i in range(len(tries))]  # halved again and again
+    assert min(tries.values()) < 3  # before the check at the end of the warmup
+    assert error(tuned, bert) < error(small, bert)
+    stops = Stops(data, after=9)
+    with pytest.raises(KeyboardInterrupt):
+        run(small, bert, config, stops, checkpoint=tmp_path, checkpoint_every=1)
+    again = run(small, bert, config, data, checkpoint=tmp_path, checkpoint_every=1)
+    assert same(again, tuned)
+
+
 @pytest.mark.parametrize("after", [1, 4, 9, 12, 20])
 def test_a_search_for_the_rate_is_resumed(bert, hot, tmp_path, after):
     config = TuneConfig(steps=30, warmup=0.1)
@@ -257,6 +283,11 @@ def test_a_rate_that_was_given_stays(bert, rates):
     options = {"schedule": "constant", "learning_rate": 500.0, "warmup": 0.0}
     run(cut(bert), bert, TuneConfig(steps=9, evaluate_every=2, **options))
     assert rates == [500.0] * 9
+
+
+def test_no_default_rate_follows_from_a_negative_loss(bert):
+    with pytest.raises(ConfigError, match=r"the loss is -1.* at the start.*learning_rate="):
+        run(cut(bert), bert, TRIED, loss=lambda outputs, batch: outputs[0].square().mean() - 2)
 
 
 def test_patience_stops_early(bert):

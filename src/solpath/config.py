@@ -190,8 +190,8 @@ class TuneConfig:
         learning_rate: Peak of the learning rate. None takes 0.1 times the root of the held-out
             loss before the first step, divided by the median number of inputs of the trained
             matrices, but at most 1e-3; for adapters it takes ten times that. If the held-out loss
-            is worse after the warmup than at the start, tuning begins again, for the steps that are
-            left, at half the rate.
+            is worse after the warmup than at the start, or some loss is NaN or infinite before,
+            tuning begins again, for the steps that are left, at half the rate.
         warmup: Share of `steps` in which the learning rate grows from 0 to its peak, in [0, 1].
         schedule: What follows the warmup: ``"cosine"`` or ``"linear"`` decay to 0, or
             ``"constant"``.

@@ -49,6 +49,9 @@ class Distillation:
         accelerator: Knows which samples of a batch this process takes.
         bf16: Whether forward passes run in bfloat16 autocast.
         loss: A user's loss, in place of the divergence from the dense model.
+
+    Attributes:
+        loss: As given.
     """
 
     def __init__(
@@ -64,7 +67,8 @@ class Distillation:
     ) -> None:
         self._dense, self._source, self._device = dense, source, device
         self._prepare = prepare
-        self._accelerator, self._bf16, self._loss = accelerator, bf16, loss
+        self._accelerator, self._bf16 = accelerator, bf16
+        self.loss = loss
         self._targets: Targets[Tensor] = Targets()
         self._compared = Objective(dense, self._first, whole=True)
 
@@ -72,7 +76,7 @@ class Distillation:
         rank, world = self._accelerator.process_index, self._accelerator.num_processes
         inputs, low, high, total = local_samples(self._source, step, rank, world)
         target = None
-        if self._loss is None:
+        if self.loss is None:
             target = self._targets.get(self._source.index(step), lambda: self._target(inputs))
         work = work_of(self._source[step])
         return DistillationBatch(inputs, target, step, low, high - low, total, work)
@@ -105,9 +109,9 @@ class Distillation:
             BatchError: The outputs of the two models differ in shape.
         """
         with self.autocast():
-            outputs = run(model, batch.inputs, labels=self._loss is not None)
-            if self._loss is not None:
-                return self._loss(outputs, batch.inputs).expand(batch.samples)
+            outputs = run(model, batch.inputs, labels=self.loss is not None)
+            if self.loss is not None:
+                return self.loss(outputs, batch.inputs).expand(batch.samples)
         output = output_tensor(outputs)
         assert batch.target is not None
         if output.shape != batch.target.shape:
@@ -127,7 +131,7 @@ class Distillation:
             batch: A distillation batch, from this object by step number.
             errors: From `errors`, for this batch.
         """
-        row = None if self._loss is not None else row_not_finite(errors)
+        row = None if self.loss is not None else row_not_finite(errors)
         index = self._source.index(batch.step)
         index = batch.step if index is None else index
         return self._prepare.place(index, None if row is None else row + batch.low)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from solpath.config import TuneConfig
-from solpath.errors import FileError, NonFiniteLossError
+from solpath.errors import ConfigError, FileError, NonFiniteLossError
 from solpath.refining.distillation import Distillation
 from solpath.refining.distributed import gather, gather_parts, own_part, set_parts_, shard_like
 from solpath.running.checkpoint import State, check_state, resume_hint, write_checkpoint
@@ -133,6 +133,8 @@ class Training:
         many steps, and so on.
 
         Raises:
+            ConfigError: A user's loss is negative before the first update, and no learning rate
+                is given.
             NonFiniteLossError: The divergence is NaN or infinite before the first update.
         """
         if not self._due:
@@ -141,15 +143,28 @@ class Training:
         if not self.checks and not math.isfinite(value):
             where = self._heldout.first_not_finite(self._model)
             raise NonFiniteLossError(f"the loss of {where} is {value} at step 0.")
+        unscaled = self._config.learning_rate is None and self._heldout.loss is not None
+        if not self.checks and value < 0 and unscaled:
+            raise ConfigError(
+                f"the loss is {value:.3g} at the start, and a default learning rate follows from "
+                "the root of a positive one; pass learning_rate= in the TuneConfig."
+            )
         if self.checks and value < min(value for _, value in self.checks):
             self.best = {name: own_part(p) for name, p in self._trained.items()}
         self.checks.append((self.steps, value if math.isfinite(value) else math.inf))
-        if self.steps and self._trying:  # the best weights are those of the start
-            set_parts_(self._model, self._trained, self.best)
-            self._optimizer.state.clear()
+        if self.steps and self._trying:
+            self._begin_again_()
+
+    def _begin_again_(self) -> None:
+        """Go back to the weights of the start, which are the best while no rate was low enough."""
+        set_parts_(self._model, self._trained, self.best)
+        self._optimizer.state.clear()
 
     def step_(self) -> None:
         """Do one update on the next batch.
+
+        If the default learning rate has made the loss NaN or infinite before its first check, that
+        counts as a check, after which half the rate is tried.
 
         Raises:
             NonFiniteLossError: The loss is NaN or infinite. The weights are left untouched.
@@ -162,6 +177,10 @@ class Training:
         loss = errors.mean()
         [value] = self._taught.sum(float(loss.detach()) * batch.samples / batch.total)
         if not math.isfinite(value):
+            if self._trying and done > self.checks[-1][0]:
+                self.checks.append((done, math.inf))
+                self._begin_again_()
+                return self.step_()
             where = self._taught.where_not_finite(batch, errors)
             raise NonFiniteLossError(f"the loss of {where} is {value} at step {done}.")
         # Gradients are averaged over processes, whose numbers of samples may differ by one.
