@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from solpath.data.source import (
     BatchSource,
     batch_size,
     derive_seed,
-    local_samples,
     slice_samples,
     work_of,
 )
@@ -30,39 +29,22 @@ from solpath.objective import (
     TARGET_CACHE_BYTES,
     Loss,
     Objective,
-    Target,
-    Targets,
 )
 from solpath.pair import Pair, Side
 from solpath.planning.cost import CostTable
-from solpath.running.forward import Batch, device_of, output_tensor, row_not_finite, run
-from solpath.running.memory import fits, free_memory, peak_memory, resident_bytes
+from solpath.running.forward import device_of, output_tensor, row_not_finite
+from solpath.running.memory import fits, free_memory, resident_bytes
 from solpath.running.modes import differentiating, undoing
 from solpath.running.placement import offloads
 from solpath.running.processes import join_over_processes, process, sum_over_processes
 from solpath.running.recompute import blocks_of, recomputing
 from solpath.searching.estimate import Estimate
+from solpath.searching.passes import Part, Passes, mask_gradients
 from solpath.searching.redundancy import Inputs
 from solpath.searching.statistics import Statistics
 
 _ENERGY_BATCHES = 4
 LARGE = 32 * 2**20  # bytes of weights from which on the memory of a step is looked at
-
-
-class _Part(NamedTuple):
-    """Some samples of one batch, which run at once.
-
-    Attributes:
-        batch: The samples.
-        low: Number of the first one in the whole batch.
-        high: Number after that of the last one.
-        target: What the dense model gives them; None where a user's loss takes its place.
-    """
-
-    batch: Batch
-    low: int
-    high: int
-    target: Target | None
 
 
 class Probe:
@@ -78,9 +60,8 @@ class Probe:
         compared: How far outputs are from those of the dense model.
         statistics: Of the dense model on the batches.
         masks: The masks that the hooked pairs obey.
-        loss: Loss of the user, or None for the divergence from the dense model.
+        passes: Runs the model under these masks.
         seed: Seeds the mask draws and all other noise.
-        micro_batch: Samples that run at once. None runs all samples of a batch.
 
     Attributes:
         recomputes: Whether `recomputing` is on.
@@ -95,23 +76,18 @@ class Probe:
         compared: Objective,
         statistics: Statistics,
         masks: Masks,
-        loss: Loss | None,
+        passes: Passes,
         seed: int,
-        micro_batch: int | None,
     ) -> None:
-        self._model, self._source, self._masks = model, source, masks
-        self._micro_batch, self._recording = micro_batch, recording
-        self.recomputes = False
-        self._loss, self._seed = loss, seed
-        self._device = device_of(model)
-        self._rank, self._world = process(self._device)
-        self._targets: Targets[list[Target]] = Targets()
+        self._model, self._source, self._recording = model, source, recording
         self._compared, self._statistics = compared, statistics
+        self._masks, self._passes, self._seed = masks, passes, seed
+        self.recomputes = False
         self.restrict(pairs)
 
     def restrict(self, pairs: Sequence[Pair]) -> None:
         """See `Engine.restrict`."""
-        self.pairs = pairs
+        self.pairs = self._passes.pairs = pairs
         self.units = sum(pair.units for pair in pairs)
         sizes = torch.tensor([pair.units for pair in pairs])
         self.cost = torch.tensor([float(p.cost) for p in pairs], dtype=torch.float64)
@@ -128,7 +104,7 @@ class Probe:
 
     def gradients(self, step: int, mask: Tensor, *, binary: bool) -> tuple[float, Tensor, Tensor]:
         """See `Engine.gradients`."""
-        _, low, high, size = self._local(step)
+        _, low, high, size = self._passes.local(step)
         rows = mask.float().expand(high - low, -1)
         if binary:
             draws = [
@@ -137,15 +113,14 @@ class Probe:
             ]
             rows = (torch.stack(draws) < rows).float()
         value, slopes, seen = torch.zeros(1, dtype=torch.float64), [], []
-        for part in self._parts(step):
-            leaves = self._set(rows[part.low - low : part.high - low])
-            errors = self._errors(self._run(part), part)
-            loss = errors.mean() * (part.high - part.low)
-            slopes.append(_slopes(loss, leaves))
-            self._masks.units.clear()
+        for part in self._passes.parts(step):
+            with self._passes.masked(rows[part.low - low : part.high - low]) as leaves:
+                errors = self._passes.errors(self._passes.run(part), part)
+                loss = errors.mean() * (part.high - part.low)
+                slopes.append(mask_gradients(loss, leaves))
             value += loss.detach().double().cpu() / size
             seen.append((part, errors.detach()))
-        value = self._sum(value)
+        value = sum_over_processes(value)
         if not value.isfinite():
             where = self._where(step, seen)
             raise NonFiniteLossError(f"the loss of {where} is {value.item()} at step {step}.")
@@ -153,7 +128,7 @@ class Probe:
 
     def mean(self, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """See `Engine.mean`."""
-        total, square = self._sum(torch.stack([rows.sum(0), rows.square().sum(0)]))
+        total, square = sum_over_processes(torch.stack([rows.sum(0), rows.square().sum(0)]))
         mean = total / size
         variance = (square / size - mean.square()).clamp(min=0) / max(size - 1, 1)
         return mean, variance
@@ -165,14 +140,14 @@ class Probe:
         diagonal = torch.zeros(self.units, dtype=torch.float64)
         gradient = torch.zeros_like(diagonal)
         for step in range(start, start + batches):
-            size = self._local(step)[3]
-            for part in self._parts(step):
+            size = self._passes.local(step)[3]
+            for part in self._passes.parts(step):
                 rows, slopes = self._derivatives(step, part, mask)
                 diagonal += (rows.abs() if absolute else rows.square()).sum(0) / size
                 gradient += slopes.sum(0) / size
-        return self._sum(diagonal) / batches, self._sum(gradient) / batches
+        return sum_over_processes(diagonal) / batches, sum_over_processes(gradient) / batches
 
-    def _derivatives(self, step: int, part: _Part, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _derivatives(self, step: int, part: Part, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the derivatives of the projected outputs of every sample, and those of its loss.
 
         Under a loss of the user both are those of the loss. At the dense model, where `mask` is
@@ -180,26 +155,24 @@ class Probe:
         """
         samples = part.high - part.low
         rows = torch.ones(self.units) if mask is None else mask.float()
-        leaves = self._set(rows.repeat(samples, 1))
-        outputs = self._run(part)
-        slopes = torch.zeros(samples, self.units, dtype=torch.float64)
-        if part.target is None or mask is not None:
-            errors = self._errors(outputs, part)
-        else:
-            errors = output_tensor(outputs)
-        if not errors.isfinite().all():
-            where = self._where(step, [(part, errors)])
-            raise NonFiniteLossError(f"the loss of {where} is {float(errors.mean())}.")
-        if part.target is None or mask is not None:
-            slopes = _slopes(errors.mean() * samples, leaves, keep=part.target is not None)
-        if part.target is None:
-            projected = slopes
-        else:
+        with self._passes.masked(rows.repeat(samples, 1)) as leaves:
+            outputs = self._passes.run(part)
+            slopes = torch.zeros(samples, self.units, dtype=torch.float64)
+            if part.target is None or mask is not None:
+                errors = self._passes.errors(outputs, part)
+            else:
+                errors = output_tensor(outputs)
+            if not errors.isfinite().all():
+                where = self._where(step, [(part, errors)])
+                raise NonFiniteLossError(f"the loss of {where} is {float(errors.mean())}.")
+            if part.target is None or mask is not None:
+                loss, keep = errors.mean() * samples, part.target is not None
+                slopes = mask_gradients(loss, leaves, keep=keep)
+            if part.target is None:
+                return slopes, slopes
             generators = [self.generator("sketch", step, i) for i in range(part.low, part.high)]
             draws = self._compared.projection(part.target, outputs, part.batch, generators)
-            projected = _slopes(draws.sum(), leaves)
-        self._masks.units.clear()
-        return projected, slopes
+            return mask_gradients(draws.sum(), leaves), slopes
 
     @property
     def energy(self) -> dict[str, Tensor]:
@@ -213,7 +186,9 @@ class Probe:
             batches: Number of batches.
         """
         totals = self._statistics.energy(self.pairs, batches)
-        self._masks.energy |= {name: total.to(self._device) for name, total in totals.items()}
+        self._masks.energy |= {
+            name: total.to(self._passes.device) for name, total in totals.items()
+        }
 
     def measure_basis(self, batches: int) -> dict[str, Tensor]:
         """See `Engine.measure_basis`."""
@@ -245,7 +220,7 @@ class Probe:
 
     def count_costs(self) -> CostTable:
         """See `Engine.count_costs`."""
-        return count_costs(self._model, self.pairs, slice_samples(self._first(), 0, 1))
+        return count_costs(self._model, self.pairs, slice_samples(self._source[0], 0, 1))
 
     def batch_size(self, step: int) -> int:
         """See `Engine.batch_size`."""
@@ -255,108 +230,40 @@ class Probe:
         """See `Engine.work`."""
         return work_of(self._source[step])
 
-    def step_memory(self) -> int:
-        """Return about how many bytes a pass has alive beyond the weights.
-
-        It grows with the samples in a straight line, which passes of one and of two samples show.
-        """
-        each = -(-self.batch_size(0) // self._world)
-        each = min(each, self._micro_batch or each)
-        found = [self._pass_memory(samples) for samples in range(1, min(each, 2) + 1)]
-        return found[0] + (each - 1) * (found[-1] - found[0])
-
-    def _pass_memory(self, samples: int) -> int:
-        """Return how many bytes a pass of a few samples of the first batch has alive.
-
-        A user's loss may not take so few; the sum of the outputs takes its place.
-        """
-        batch = slice_samples(self._first(), 0, samples)
-        target = None if self._loss is not None else self._compared.target(batch)
-        part = _Part(batch, 0, samples, target)
-
-        def one_pass() -> None:
-            leaves = self._set(torch.ones(samples, self.units))
-            if target is None:
-                values = tree_leaves(run(self._model, batch, labels=False))
-                value = next(v for v in values if isinstance(v, Tensor) and v.requires_grad).sum()
-            else:
-                value = self._errors(self._run(part), part).sum()
-            _slopes(value, leaves)
-
-        peak, _ = peak_memory(one_pass, device=self._device, passing=True)
-        self._masks.units.clear()
-        return peak
-
     def estimate(self, passes: float, masks: int, looks: tuple[int, int] = (0, 0)) -> Estimate:
         """See `Engine.estimate`. Processes do not wait for each other."""
         known, distinct = self._source.index(1) is not None, self._source.length
         start = perf_counter()
-        parts = list(self._parts(1))  # with their targets, which are remembered if they can be
+        parts = list(
+            self._passes.parts(1)
+        )  # with their targets, which are remembered if they can be
         target = perf_counter() - start
         start = perf_counter()
         for part in parts:
-            leaves = self._set(torch.ones(part.high - part.low, self.units))
-            _slopes(self._errors(self._run(part), part).mean(), leaves)
-            self._masks.units.clear()
+            with self._passes.masked(torch.ones(part.high - part.low, self.units)) as leaves:
+                errors = self._passes.errors(self._passes.run(part), part)
+                mask_gradients(errors.mean(), leaves)
         seconds = perf_counter() - start
         bytes_each = sum(v.nbytes for v in tree_leaves([p.target for p in parts]) if v is not None)
         times = min(passes, distinct) if known and distinct is not None else passes
-        samples = -(-self.batch_size(0) // self._world)
+        device = self._passes.device
+        samples = -(-self.batch_size(0) // process(device)[1])
         work = self._statistics.inputs_work(self.pairs, *looks)
         return Estimate(
             seconds=seconds * passes + target * times + work.seconds,
             weights=resident_bytes(self._model),
-            step=self.step_memory(),
+            step=self._passes.step_memory(),
             moments=work.peak,
             kept=round(min(times * bytes_each, TARGET_CACHE_BYTES))
             + self.units * (4 * masks + 8 * (8 * samples + 16))
             + work.kept,
-            free=free_memory(self._device),
+            free=free_memory(device),
             samples=self.batch_size(0),
-            device=str(self._device),
+            device=str(device),
             recompute=self.recomputes,
         )
 
-    def _local(self, step: int) -> tuple[Batch, int, int, int]:
-        return local_samples(self._source, step, self._rank, self._world)
-
-    def _set(self, rows: Tensor) -> list[Tensor]:
-        """Mask each sample by its row of `rows`, ``[samples, units]``; return the masks by pair."""
-        parts = torch.split(rows.to(self._device), [pair.units for pair in self.pairs], 1)
-        leaves = [part.contiguous().requires_grad_() for part in parts]
-        self._masks.units.update({p.name: leaf for p, leaf in zip(self.pairs, leaves, strict=True)})
-        return leaves
-
-    def _first(self) -> Batch:
-        return self._source[0]
-
-    def _parts(self, step: int) -> Iterator[_Part]:
-        """Yield the samples of this process in the batch of a step, a micro-batch at a time."""
-        batch, low, high, _ = self._local(step)
-        each = self._micro_batch or high - low
-        cuts = [(start, min(start + each, high)) for start in range(low, high, each)]
-        batches = [slice_samples(batch, start - low, end - low) for start, end in cuts]
-        targets: Sequence[Target | None] = [None] * len(cuts)
-        if self._loss is None:
-            index = self._source.index(step)
-            targets = self._targets.get(index, lambda: list(map(self._compared.target, batches)))
-        for cut, part, target in zip(cuts, batches, targets, strict=True):
-            yield _Part(part, *cut, target)
-
-    def _run(self, part: _Part) -> Any:
-        """The outputs that are compared, under the masks; those of the model for a user's loss."""
-        if part.target is None:
-            return run(self._model, part.batch, labels=True)
-        return self._compared.run(self._model, part.batch)
-
-    def _errors(self, outputs: Any, part: _Part) -> Tensor:
-        """The divergence of every sample; a user's loss is one number for all of them."""
-        if part.target is None:
-            assert self._loss is not None
-            return self._loss(outputs, part.batch)
-        return self._compared.divergence(part.target, outputs, part.batch)
-
-    def _where(self, step: int, seen: Sequence[tuple[_Part, Tensor]]) -> str:
+    def _where(self, step: int, seen: Sequence[tuple[Part, Tensor]]) -> str:
         """The words for the batch, and the row if it is one of this process, that is not finite."""
         for part, errors in seen:
             row = row_not_finite(errors)
@@ -366,9 +273,6 @@ class Probe:
             finite = all(value.isfinite().all() for value in tree_leaves(part.target))
             return place if finite else f"{place}, on which the dense model itself is not finite,"
         return self._statistics.place(step, None)
-
-    def _sum(self, values: Tensor) -> Tensor:
-        return sum_over_processes(values)
 
 
 @contextlib.contextmanager
@@ -421,27 +325,15 @@ def probing(
         objective = compared if loss is None else None
         statistics = Statistics(model, source, prepare, objective, *process(device_of(model)))
         stack.enter_context(undoing(statistics.close))
-        probe = Probe(
-            model, pairs, source, recording, compared, statistics, masks, loss, seed, micro_batch
-        )
+        passes = Passes(model, source, compared, masks, loss, micro_batch)
+        probe = Probe(model, pairs, source, recording, compared, statistics, masks, passes, seed)
         probe.measure_energy(_ENERGY_BATCHES)
         if recompute is None:
             recompute = any(map(offloads, model.modules())) or (
-                resident_bytes(model) > LARGE and not fits(probe.step_memory(), device_of(model))
+                resident_bytes(model) > LARGE and not fits(passes.step_memory(), device_of(model))
             )
         if recompute:
             blocks = blocks_of(model, [pair.right.module for pair in pairs])
             stack.enter_context(recomputing(model, blocks))
             probe.recomputes = True
         yield probe
-
-
-def _slopes(value: Tensor, leaves: list[Tensor], *, keep: bool = False) -> Tensor:
-    """Return the gradients of `value` by the masks, float64 ``[samples, units]`` on the CPU.
-
-    They are 0 for pairs that the batch did not reach.
-    """
-    slopes = torch.autograd.grad(
-        value, leaves, retain_graph=keep, allow_unused=True, materialize_grads=True
-    )
-    return torch.cat(slopes, 1).double().cpu()
