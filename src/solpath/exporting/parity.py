@@ -59,10 +59,10 @@ def check_parity(
     for name, batch in batches.items():
         with torch.no_grad():
             expected = outputs_of(run(model, batch, labels=False))
-        try:
-            found = runner(batch)
-        except Exception as error:
-            raise ExportError(f"the exported model fails on {name} inputs: {error}") from error
+            try:
+                found = runner(batch)
+            except Exception as error:
+                raise ExportError(f"the exported model fails on {name} inputs: {error}") from error
         if not found:
             raise ExportError(f"the exported model gives no outputs on {name} inputs.")
         for output, value in found.items():
