@@ -296,11 +296,12 @@ def _compensation_memory() -> Iterator[tuple[str, str, str, str, str]]:
         before = f"{memory['before'][depth] / 1e3:.1f} kB of version 8fab11b"
         label = f"memory of compensation, {depth} layers of width 64"
         yield label, f"{value / 1e3:.1f} kB a token", before, "", script
-    if "float32" in memory:
-        real = memory["float32"]
-        label = f"… {real['tokens']:,} tokens, {real['parameters'] / 1e6:.0f} M parameters, float32"
+    for name in (name for name in ("float32", "float32, limited") if name in memory):
+        real = memory[name]
+        label = f"… {real['tokens']:,} tokens, {real['parameters'] / 1e6:.0f} M parameters, {name}"
+        peak = f"{real['resident_peak'] / 1e9:.1f} GB, {real['seconds'] / 60:.0f} min"
         models = f"{real['resident_before'] / 1e9:.1f} GB with both models"
-        yield label, f"{real['resident_peak'] / 1e9:.1f} GB", models, "≤ 4 GB", script
+        yield label, peak, models, "≤ 4 GB" if real["limit"] else "", script
 
 
 def qk_norm() -> Iterator[list[str]]:

@@ -8,7 +8,9 @@ import torch
 
 import solpath
 from conftest import batches, build
+from plans import random_plan
 from solpath.data.source import work_of
+from solpath.refining import compensation
 
 
 @pytest.mark.parametrize(("label", "unit"), [("bert", "tokens"), ("vit", "samples")])
@@ -35,6 +37,17 @@ def test_a_bar_keeps_to_one_line_of_a_narrow_terminal(monkeypatch, capsys):
     solpath.search(model, batches(model), solpath.SearchConfig(steps=40, scale_batches=2))
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert re.search(r"^search .*40/40 loss .* size .* tokens/s +\d:\d\d:\d\d$", last), last
+
+
+def test_a_bar_says_that_blocks_are_run_again(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(rich, "_console", None)
+    monkeypatch.setattr(compensation, "fits", lambda size, device: False)
+    model = build("bert")
+    small = solpath.extract(model, random_plan(model, [0.5]))
+    solpath.compensate(small, model, 4 * batches(model))
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert re.search(r"^compensate .*blocks again, to save memory .* tokens/s", last), last
 
 
 def test_padding_is_no_work():

@@ -241,7 +241,8 @@ def _refit_(
             yield
 
     targets, steps = DenseCalls(wanted, len(models)), len(waits.groups)
-    with undoing(close), progress_bar("compensate", "", steps, 0, show=progress) as report:
+    said = "blocks again, to save memory" if in_parts else ""
+    with undoing(close), progress_bar("compensate", said, steps, 0, show=progress) as report:
         amount, unit = work  # goes through all groups once, and a step is one of them
         for _ in zip_longest(*map(refits, models, given)):
             report(work=(amount / steps, unit))
