@@ -214,7 +214,9 @@ def _refit_(
 ) -> None:
     """Refit every layer of `models` that belongs to a pair, in the order they run, in place."""
     waits = waits_of(dense, models, pairs, sample)
-    in_parts = _is_short(held_bytes(waits, dense, models, sample, share.batches), dense)
+    in_parts = bool(waits.blocks) and _is_short(
+        held_bytes(waits, dense, models, sample, share.batches), dense
+    )
     wanted = waits.dense(dense, share.batches, in_parts=in_parts)
     given = [waits.small(model, share.batches, in_parts=in_parts) for model in models]
 
