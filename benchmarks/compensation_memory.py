@@ -8,7 +8,8 @@ not count. ``--before`` is the source folder of another version, such as a git w
 measured beside. The peak of the real model, in float32, is the resident size of a process that
 compensates a member of half the prunable parameters on packed docstrings, the order by magnitude;
 it is counted from after both models are there, and the tokenizer is not. With ``--limit`` that is
-done again in a process that may not hold more (see `resident.limited`). Linux only.
+done again in a process that may not hold more (see `resident.limited`), in which the C library
+gives freed blocks of a megabyte back to the system (`GIVES_BACK`). Linux only.
 """
 
 import json
@@ -42,6 +43,7 @@ except ImportError:  # in the version that --before names
 DEPTHS = (4, 8, 16)
 SIZE, LENGTH = 4, 32  # of a batch of random tokens
 REAL_SIZE, REAL_LENGTH = 4, 128
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
 
 
 def main(
@@ -75,7 +77,9 @@ def main(
         results[dtype] = _worker(dtype, threads, *options, smoke=smoke)
         if limit:
             options += [f"--limit={limit}"]
-            results[f"{dtype}, limited"] = _worker(dtype, threads, *options, smoke=smoke)
+            results[f"{dtype}, limited"] = (
+                _worker(dtype, threads, *options, smoke=smoke) | GIVES_BACK
+            )
     rows = [
         [f"{version}, {depth} layers", value]
         for version in ("before", "now")
@@ -156,6 +160,8 @@ def _kl(small: nn.Module, dense: nn.Module, batches: list[Batch]) -> float:
 def _worker(name: str, threads: int, *options: str, source: Path | None = None, smoke: bool) -> Any:
     """What a fresh process prints, with the solpath of this folder or that of `source`."""
     environment = dict(os.environ)
+    if any(option.startswith("--limit") for option in options):
+        environment |= GIVES_BACK
     if source is not None:
         environment["PYTHONPATH"] = str(source.resolve())
     arguments = [f"--worker={name}", f"--threads={threads}", *options]
