@@ -31,8 +31,8 @@ from torch import nn
 from record import RESULTS, save, show
 from resident import resident as resident_bytes
 from solpath.config import SearchConfig
+from solpath.divergence import divergence
 from solpath.measuring.timing import interquartile_range
-from solpath.objective import divergence
 from solpath.running.forward import forward, output_mask
 from solpath.running.memory import LiveStorages
 from solpath.searching.search import search

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solpath.objective import curvature_sketch, divergence
+from solpath.divergence import curvature_sketch, divergence
 from solpath.planning import removal
 from solpath.planning.removal import groups_by_rank, removal_order
 from solpath.searching import dynamics

@@ -12,8 +12,9 @@ import solpath
 from conftest import batches, build
 from solpath import SearchConfig, baselines
 from solpath.data.source import slice_samples
+from solpath.divergence import divergence
 from solpath.errors import UnsupportedModelError
-from solpath.objective import Objective, divergence
+from solpath.objective import Objective
 from solpath.pair import flatten
 from solpath.running import memory
 from solpath.running.forward import forward, output_mask, run

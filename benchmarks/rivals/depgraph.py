@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from rivals.moments import Calibration
-from solpath.objective import curvature_sketch, kind_of
+from solpath.divergence import curvature_sketch
+from solpath.objective import kind_of
 from solpath.running.forward import output_mask, output_tensor, run
 
 HEAD_SIZE = {"BertSelfAttention": "attention_head_size", "ViTAttention": "head_dim"}

@@ -26,7 +26,8 @@ from rivals.weights import (
     set_inner_,
     set_inner_bias_,
 )
-from solpath.objective import curvature_sketch, kind_of
+from solpath.divergence import curvature_sketch
+from solpath.objective import kind_of
 from solpath.pair import Pair, Side
 from solpath.running.forward import output_mask, output_tensor, run
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from solpath.choosing.bounds import Array, mean_upper, paired_upper
 from solpath.data.source import slice_samples
+from solpath.divergence import Kind
 from solpath.errors import BatchError, ConfigError, NonFiniteLossError
 from solpath.model.head import logits_in_parts, parts
-from solpath.objective import Kind, Objective, Targets, kind_of
+from solpath.objective import Objective, Targets, kind_of
 from solpath.objective import Target as DenseTarget
 from solpath.running.forward import Batch, output_tensor, row_not_finite, run
 

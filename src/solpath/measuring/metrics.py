@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from solpath.objective import Kind, divergence
+from solpath.divergence import Kind, divergence
 from solpath.running.forward import at_least_float
 
 
