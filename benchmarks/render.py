@@ -299,9 +299,9 @@ def _compensation_memory() -> Iterator[tuple[str, str, str, str, str]]:
     for name in (name for name in ("float32", "float32, limited") if name in memory):
         real = memory[name]
         label = f"… {real['tokens']:,} tokens, {real['parameters'] / 1e6:.0f} M parameters, {name}"
-        peak = f"{real['resident_peak'] / 1e9:.1f} GB, {real['seconds'] / 60:.0f} min"
-        models = f"{real['resident_before'] / 1e9:.1f} GB with both models"
-        yield label, peak, models, "≤ 4 GB" if "limited" in name else "", script
+        peak, models = (f"{real[f'resident_{when}'] / 1e9:.1f} GB" for when in ("peak", "before"))
+        aim = "≤ 4 GB" if "limited" in name else ""
+        yield label, peak, f"{models} with both models", aim, script
 
 
 def qk_norm() -> Iterator[list[str]]:
