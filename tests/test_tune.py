@@ -279,6 +279,27 @@ def test_a_search_for_the_rate_is_resumed(bert, hot, tmp_path, after):
     test_interrupt_and_resume(bert, tmp_path, config, KeyboardInterrupt, after)
 
 
+def test_an_interrupt_on_the_way_back_to_the_start_loses_nothing(bert, hot, tmp_path, monkeypatch):
+    small, data, config = cut(bert), batches(bert), TuneConfig(steps=60, warmup=0.1)
+    real, returns = training.set_parts_, []
+
+    def counted(*args):
+        returns.append(1)
+        if len(returns) == last:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(training, "set_parts_", counted)
+    last = None
+    whole = run(small, bert, config, data)
+    last = len(returns)  # the rate of the try after it is the first that is low enough
+    returns.clear()
+    options = {"checkpoint": tmp_path, "checkpoint_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        run(small, bert, config, data, **options)
+    assert same(run(small, bert, config, data, **options), whole)
+
+
 def test_a_rate_that_was_given_stays(bert, rates):
     options = {"schedule": "constant", "learning_rate": 500.0, "warmup": 0.0}
     run(cut(bert), bert, TuneConfig(steps=9, evaluate_every=2, **options))

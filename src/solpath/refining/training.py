@@ -43,7 +43,7 @@ class Training:
         checks: Step and held-out divergence of every check; the first is before any update.
         best: The trained parameters at the best check, on the CPU: what this process holds of them.
         work: How much there was to compute in the last batch, over all processes, with its unit.
-        settled: False while an update is under way.
+        settled: False while an update, or a return to the start, is under way.
     """
 
     def __init__(
@@ -151,14 +151,16 @@ class Training:
             )
         if self.checks and value < min(value for _, value in self.checks):
             self.best = {name: own_part(p) for name, p in self._trained.items()}
-        self.checks.append((self.steps, value if math.isfinite(value) else math.inf))
-        if self.steps and self._trying:
-            self._begin_again_()
+        self._note_(value)
 
-    def _begin_again_(self) -> None:
-        """Go back to the weights of the start, which are the best while no rate was low enough."""
-        set_parts_(self._model, self._trained, self.best)
-        self._optimizer.state.clear()
+    def _note_(self, value: float) -> None:
+        """Remember what a check said, and begin again where it shows that the rate is too high."""
+        self.settled = False
+        self.checks.append((self.steps, value if math.isfinite(value) else math.inf))
+        if self.steps and self._trying:  # the best weights are those of the start
+            set_parts_(self._model, self._trained, self.best)
+            self._optimizer.state.clear()
+        self.settled = True
 
     def step_(self) -> None:
         """Do one update on the next batch.
@@ -178,8 +180,7 @@ class Training:
         [value] = self._taught.sum(float(loss.detach()) * batch.samples / batch.total)
         if not math.isfinite(value):
             if self._trying and done > self.checks[-1][0]:
-                self.checks.append((done, math.inf))
-                self._begin_again_()
+                self._note_(value)
                 return self.step_()
             where = self._taught.where_not_finite(batch, errors)
             raise NonFiniteLossError(f"the loss of {where} is {value} at step {done}.")
