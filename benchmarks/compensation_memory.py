@@ -17,8 +17,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import torch
@@ -78,7 +80,7 @@ def main(
         if limit:
             options += [f"--limit={limit}"]
             results[f"{dtype}, limited"] = (
-                _worker(dtype, threads, *options, smoke=smoke) | GIVES_BACK
+                _worker(dtype, threads, *options, variables=GIVES_BACK, smoke=smoke) | GIVES_BACK
             )
     rows = [
         [f"{version}, {depth} layers", value]
@@ -157,11 +159,16 @@ def _kl(small: nn.Module, dense: nn.Module, batches: list[Batch]) -> float:
     return float(evaluate(small, dense, samples).metrics["kl"])
 
 
-def _worker(name: str, threads: int, *options: str, source: Path | None = None, smoke: bool) -> Any:
+def _worker(
+    name: str,
+    threads: int,
+    *options: str,
+    source: Path | None = None,
+    variables: Mapping[str, str] = MappingProxyType({}),
+    smoke: bool,
+) -> Any:
     """What a fresh process prints, with the solpath of this folder or that of `source`."""
-    environment = dict(os.environ)
-    if any(option.startswith("--limit") for option in options):
-        environment |= GIVES_BACK
+    environment = dict(os.environ) | dict(variables)
     if source is not None:
         environment["PYTHONPATH"] = str(source.resolve())
     arguments = [f"--worker={name}", f"--threads={threads}", *options]

@@ -257,7 +257,7 @@ def test_a_gate_is_refused():
         ("local-dir:/tmp", {}, "architecture is 'local-dir:/tmp'"),
         ("no_such_model", {}, "architecture is 'no_such_model'"),
         (None, {}, "architecture is None"),
-        ("vit_tiny_patch16_224", {"checkpoint_path": "/tmp/x.pt"}, "has 'checkpoint_path'"),
+        ("vit_tiny_patch16_224", {"checkpoint_path": "weights.pt"}, "has 'checkpoint_path'"),
         ("vit_tiny_patch16_224", {"pretrained_cfg": {"file": "/x"}}, "has 'pretrained_cfg'"),
         ("vit_tiny_patch16_224", {"depth": 2, "device": "cpu"}, "has 'device'"),
     ],

@@ -23,7 +23,7 @@ from solpath.refining.passes import Calls, DenseCalls, held_bytes, waits_of
 from solpath.running.claims import claimed
 from solpath.running.forward import Batch, device_of, row_not_finite, run
 from solpath.running.memory import fits
-from solpath.running.modes import contained, inferring, undoing
+from solpath.running.modes import contained, inferring
 from solpath.running.placement import check_one_device, is_placed
 from solpath.running.processes import sum_over_processes
 from solpath.running.progress import progress_bar
@@ -217,12 +217,6 @@ def _refit_(
     in_parts = bool(waits.blocks) and _is_short(
         held_bytes(waits, dense, models, sample, share.batches), dense
     )
-    wanted = waits.dense(dense, share.batches, in_parts=in_parts)
-    given = [waits.small(model, share.batches, in_parts=in_parts) for model in models]
-
-    def close() -> None:
-        for calls in (wanted, *given):
-            calls.close()
 
     def refits(model: nn.Module, calls: Calls) -> Iterator[None]:
         for group, own in calls:
@@ -242,9 +236,12 @@ def _refit_(
             del own, known  # the passes go on without them
             yield
 
-    targets, steps = DenseCalls(wanted, len(models)), len(waits.groups)
-    said = "blocks again, to save memory" if in_parts else ""
-    with undoing(close), progress_bar("compensate", said, steps, 0, show=progress) as report:
+    steps, said = len(waits.groups), "blocks again, to save memory" if in_parts else ""
+    with (
+        waits.running(dense, models, share.batches, in_parts=in_parts) as (wanted, *given),
+        progress_bar("compensate", said, steps, 0, show=progress) as report,
+    ):
+        targets = DenseCalls(wanted, len(models))
         amount, unit = work  # goes through all groups once, and a step is one of them
         for _ in zip_longest(*map(refits, models, given)):
             report(work=(amount / steps, unit))

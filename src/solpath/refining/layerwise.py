@@ -147,9 +147,9 @@ class _Run(greenlet):
             raise BatchError(f"one batch does not run {group[0]} where another does.")
         return self.call()
 
-    def answer(self, call: LayerCall) -> None:
+    def answer(self, group: Group, call: LayerCall) -> None:
         """End the part of the block that was asked for."""
-        self.stops.append((self.asked or (), call))
+        self.stops.append((group, call))
         raise Enough
 
     def in_parts(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
@@ -231,7 +231,7 @@ def lockstep(
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             one = _Run.current()
             if one.asked == group:
-                one.answer(call(one, name, args[0]))
+                one.answer(group, call(one, name, args[0]))
             if one.asked is not None:
                 return
             if group in one.waiting:
@@ -257,7 +257,7 @@ def lockstep(
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             one = _Run.current()
             if one.asked == group:
-                one.answer(call(one, name, output))
+                one.answer(group, call(one, name, output))
             if one.asked is None and group in one.waiting:
                 one.waiting.remove(group)
                 passed = call(one, name, output)

@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Generator, Iterable, Mapping, Sequence, Set
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -40,21 +41,46 @@ class Waits:
     streams: Mapping[str, Stream]
     blocks: Sequence[str]
 
-    def dense(self, model: nn.Module, batches: Sequence[Batch], *, in_parts: bool) -> Calls:
-        """Run the dense model: at the `last` layers, the calls say what comes out of them.
+    @contextmanager
+    def running(
+        self,
+        dense: nn.Module,
+        models: Sequence[nn.Module],
+        batches: Sequence[Batch],
+        *,
+        in_parts: bool,
+    ) -> Iterator[list[Calls]]:
+        """Run all models side by side while the block runs.
 
         Args:
-            model: The dense model.
+            dense: The dense model.
+            models: The smaller ones.
             batches: The batches.
             in_parts: Wait at the blocks, and run them in parts.
+
+        Yields:
+            The calls of the dense model, which at the `last` layers say what comes out of them;
+            then those of each smaller one, which say what goes into every layer.
         """
         blocks = self.blocks if in_parts else ()
-        return lockstep(model, batches, self.groups, self.streams, self.last, blocks)
+        calls = [
+            lockstep(
+                model,
+                batches,
+                self.groups,
+                self.streams,
+                after=self.last if model is dense else (),
+                blocks=blocks,
+            )
+            for model in (dense, *models)
+        ]
 
-    def small(self, model: nn.Module, batches: Sequence[Batch], *, in_parts: bool) -> Calls:
-        """Run a smaller model, as `dense` does; the calls say what goes into every layer."""
-        blocks = self.blocks if in_parts else ()
-        return lockstep(model, batches, self.groups, self.streams, blocks=blocks)
+        def close() -> None:
+            for one in calls:
+                one.close()
+
+        with undoing(close):
+            yield calls
 
 
 def waits_of(
@@ -147,15 +173,8 @@ def held_bytes(
         batches: The batches that are to run side by side.
     """
     live = LiveStorages()
-    runs = [waits.dense(dense, [sample], in_parts=False)]
-    runs += [waits.small(model, [sample], in_parts=False) for model in models]
-
-    def close() -> None:
-        for calls in runs:
-            calls.close()
-
-    with entered(live), undoing(close):
-        held = max((live.alive for _ in zip_longest(*runs)), default=0)
+    with entered(live), waits.running(dense, models, [sample], in_parts=False) as calls:
+        held = max((live.alive for _ in zip_longest(*calls)), default=0)
     return held * sum(map(_elements, batches)) // _elements(sample)
 
 

@@ -65,6 +65,11 @@ class Passes:
         self._rank, self._world = process(self.device)
         self._targets: Targets[list[Target]] = Targets()
 
+    @property
+    def samples(self) -> int:
+        """Most samples of a batch that one process has."""
+        return -(-batch_size(self._source[0]) // self._world)
+
     def local(self, step: int) -> tuple[Batch, int, int, int]:
         """Return the samples of this process in the batch of a step; see `local_samples`."""
         return local_samples(self._source, step, self._rank, self._world)
@@ -115,8 +120,7 @@ class Passes:
 
         It grows with the samples in a straight line, which passes of one and of two samples show.
         """
-        each = -(-batch_size(self._source[0]) // self._world)
-        each = min(each, self._micro_batch or each)
+        each = min(self.samples, self._micro_batch or self.samples)
         found = [self._memory(samples) for samples in range(1, min(each, 2) + 1)]
         return found[0] + (each - 1) * (found[-1] - found[0])
 

@@ -246,8 +246,7 @@ class Probe:
         seconds = perf_counter() - start
         bytes_each = sum(v.nbytes for v in tree_leaves([p.target for p in parts]) if v is not None)
         times = min(passes, distinct) if known and distinct is not None else passes
-        device = self._passes.device
-        samples = -(-self.batch_size(0) // process(device)[1])
+        device, samples = self._passes.device, self._passes.samples
         work = self._statistics.inputs_work(self.pairs, *looks)
         return Estimate(
             seconds=seconds * passes + target * times + work.seconds,
