@@ -184,21 +184,22 @@ def test_padding_of_two_sides_is_told_apart_or_not_used():
     states, other = torch.zeros(2, 3, 5), torch.zeros(2, 4, 5)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     batch = {"input_ids": mask, "attention_mask": mask}
-    assert torch.equal(activation_mask(batch, states), mask.bool())
-    assert activation_mask(batch, other) is None
-    assert activation_mask(batch | {"decoder_input_ids": mask}, states) is None
-    assert activation_mask(batch | {"decoder_attention_mask": mask.flip(1)}, states) is None
+    assert torch.equal(activation_mask(batch, states, "fc"), mask.bool())
+    assert activation_mask(batch, other, "fc") is None
+    assert activation_mask(batch | {"decoder_input_ids": mask}, states, "fc") is None
+    assert activation_mask(batch | {"decoder_attention_mask": mask.flip(1)}, states, "fc") is None
     assert torch.equal(
-        activation_mask(batch | {"decoder_attention_mask": mask}, states), mask.bool()
+        activation_mask(batch | {"decoder_attention_mask": mask}, states, "fc"), mask.bool()
     )
     longer = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
     assert torch.equal(
-        activation_mask(batch | {"decoder_attention_mask": longer}, other), longer.bool()
+        activation_mask(batch | {"decoder_attention_mask": longer}, other, "fc"), longer.bool()
     )
-    assert activation_mask(mask, states) is None
-    assert (
-        activation_mask(batch, torch.zeros(2, 3)) is None
-    )  # pooled, of as many features as tokens
+    assert activation_mask(mask, states, "fc") is None
+    # Pooled, of as many features as tokens; and tokens of all texts in one row after the other.
+    assert activation_mask(batch, torch.zeros(2, 3), "fc") is None
+    rows = activation_mask(batch, torch.zeros(6, 5), "fc")
+    assert torch.equal(rows, mask.bool().flatten())
 
 
 def test_padding_of_patches_does_not_count():
@@ -206,9 +207,22 @@ def test_padding_of_patches_does_not_count():
     states = torch.zeros(2, 3, 5)
     alone = {"pixel_attention_mask": patches}
     for batch in (alone, alone | {"attention_mask": text}):
-        assert torch.equal(activation_mask(batch, states), patches.bool())
+        for name in ("encoder.layers.0.fc", "vision_model.encoder.layers.0.fc"):
+            assert torch.equal(activation_mask(batch, states, name), patches.bool())
     assert torch.equal(output_mask(alone, states), patches.bool())
     assert output_mask(alone | {"attention_mask": text}, torch.zeros(2, 8)) is None
+
+
+@pytest.mark.parametrize(
+    "tower", ["vision_model", "model.vision_tower.vision_model", "model.visual"]
+)
+def test_padding_of_the_text_says_nothing_about_as_many_patches(tower):
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    batch = {"input_ids": mask, "attention_mask": mask, "pixel_values": torch.zeros(2, 3, 8, 8)}
+    states = torch.zeros(2, 3, 5)
+    assert activation_mask(batch, states, f"{tower}.layers.0.fc1") is None
+    text = activation_mask(batch, states, "text_model.layers.0.fc1")
+    assert torch.equal(text, mask.bool())
 
 
 def test_a_plan_of_another_class_is_refused(bert):

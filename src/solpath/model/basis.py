@@ -144,7 +144,7 @@ def moment_hooks(
     def watch(pair: Pair, side: Side, total: Tensor) -> Hook:
         def note(states: Tensor) -> None:
             states = states.detach().double()
-            keep = activation_mask(batch, states)
+            keep = activation_mask(batch, states, side.module)
             states = states if keep is None else states * keep.unsqueeze(-1)
             rows = _by_head(pair, side, states.flatten(0, -2).mT)
             total.add_(torch.einsum("hrin,hrjn->hij", rows, rows).cpu())

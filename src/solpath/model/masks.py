@@ -277,7 +277,7 @@ def _on_energy(total: Tensor, pair: Pair, norm: Norm, batch: Batch) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         # [batch, tokens, heads, head_dim], whatever the model's order is
         square = args[0].double().square().movedim(norm.heads_dim, 2)
-        keep = activation_mask(batch, square)
+        keep = activation_mask(batch, square, norm.module)
         square = square if keep is None else square * keep[:, :, None, None]
         by_unit = square.sum((0, 1)).view(-1, pair.channels, pair.width).sum(1)
         total.add_(by_unit.view(total.shape).cpu())

@@ -93,7 +93,7 @@ def refit_(
         NonFiniteLossError: A layer gets or gives what is not finite.
     """
     first = linear_map(model, group[0])
-    rows = partial(_output_rows, stream) if last else _input_rows
+    rows = partial(_output_rows, stream, group[0]) if last else partial(_input_rows, group[0])
     features = first.out_features if last else first.in_features
     zeros = partial(Moments.zeros, features, first.in_features + 1, first.weight.device)
     sums = _moments(rows, share, targets, calls, zeros)
@@ -118,22 +118,24 @@ def _add_(parameter: Tensor, change: Tensor) -> None:
     parameter.copy_(wide + change.to(wide))
 
 
-def _input_rows(batch: Batch, target: LayerCall, call: LayerCall) -> _Rows:
+def _input_rows(name: str, batch: Batch, target: LayerCall, call: LayerCall) -> _Rows:
     """Return what a layer before an inner dimension is fitted on, ``[tokens, ...]``.
 
     That is its inputs, and what these lack of the dense inputs. All tokens weigh the same.
     """
-    keep = activation_mask(batch, call.value)
+    keep = activation_mask(batch, call.value, name)
     hidden = _tokens(call.value, keep)
     return hidden, _tokens(target.value, keep) - hidden, None
 
 
-def _output_rows(stream: Stream | None, batch: Batch, target: LayerCall, call: LayerCall) -> _Rows:
+def _output_rows(
+    stream: Stream | None, name: str, batch: Batch, target: LayerCall, call: LayerCall
+) -> _Rows:
     """Return what a layer after an inner dimension is fitted on, ``[tokens, ...]``.
 
     That is its inputs, what its outputs should be, and the weights of the tokens.
     """
-    keep = activation_mask(batch, call.value)
+    keep = activation_mask(batch, call.value, name)
     hidden, wanted = _tokens(call.value, keep), _tokens(target.value, keep)
     if stream is None or target.stream is None or call.stream is None:
         return hidden, wanted, None

@@ -1,6 +1,7 @@
 """Run a model on a batch, and find in its output what is compared."""
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from solpath.running.placement import execution_device
 
 Batch = Any
 """A mapping of keyword arguments for the model, or its first argument as a tensor."""
+
+_OF_IMAGES = re.compile(r"(^|\.)(vision|visual|image)")  # a tower, as transformers names it
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -205,23 +208,35 @@ def output_mask(batch: Batch, output: Tensor) -> Tensor | None:
     return mask.bool().to(output.device)
 
 
-def activation_mask(batch: Batch, states: Tensor) -> Tensor | None:
+def activation_mask(batch: Batch, states: Tensor, module: str) -> Tensor | None:
     """Return which tokens of an activation count: bool ``[batch, tokens]``, or None if all do.
 
-    Padding does not count. The mask of the batch that has the activation's shape decides. If
-    encoder and decoder, or text and patches, are equally long and not padded alike, their
-    activations cannot be told apart, and all tokens count.
+    Padding does not count. The mask of the batch that has the activation's shape decides; that of
+    the text does not decide about a tower for images. If encoder and decoder are equally long and
+    not padded alike, their activations cannot be told apart, and all tokens count.
 
     Args:
         batch: The batch that the model runs on.
-        states: The activation, ``[batch, tokens, ..., features]``. All rows of a pooled one,
+        states: The activation, ``[batch, tokens, ..., features]``, or ``[batch * tokens,
+            features]``, for which the mask has one dimension too. All rows of a pooled one,
             ``[batch, features]``, count.
+        module: Dotted path of the module that takes it or gives it.
     """
-    if not isinstance(batch, Mapping) or states.dim() < 3:
+    if not isinstance(batch, Mapping):
         return None
-    masks = [batch.get(f"{side}attention_mask") for side in ("", "decoder_", "pixel_")]
-    if masks[1] is None and isinstance(batch.get("decoder_input_ids"), Tensor):
+    sides = ("pixel_",) if _OF_IMAGES.search(module) else ("", "decoder_", "pixel_")
+    masks = [batch.get(f"{side}attention_mask") for side in sides]
+    if len(masks) > 1 and masks[1] is None and isinstance(batch.get("decoder_input_ids"), Tensor):
         masks[1] = torch.ones_like(batch["decoder_input_ids"])
-    fits = [m.bool() for m in masks if isinstance(m, Tensor) and m.shape == states.shape[:2]]
-    alike = fits and all(torch.equal(fits[0], other) for other in fits[1:])
-    return fits[0].to(states.device) if alike else None
+    fits = [m.bool() for m in masks if isinstance(m, Tensor) and _is_of(m, states)]
+    if not fits or not all(torch.equal(fits[0], other) for other in fits[1:]):
+        return None
+    mask = fits[0] if states.dim() > 2 else fits[0].flatten()
+    return mask.to(states.device)
+
+
+def _is_of(mask: Tensor, states: Tensor) -> bool:
+    """Return whether a mask ``[batch, tokens]`` has a place for every token of an activation."""
+    if states.dim() > 2:
+        return mask.shape == states.shape[:2]
+    return mask.dim() == 2 and mask.numel() == len(states) > len(mask)

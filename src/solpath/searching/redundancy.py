@@ -148,11 +148,11 @@ def input_hooks(
     """
     totals: dict[str, Tensor] = {}
 
-    def watch(total: Tensor) -> Any:
+    def watch(total: Tensor, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             states = args[0].detach()
             weight = torch.ones_like(states[..., :1])
-            keep = activation_mask(batch, states)
+            keep = activation_mask(batch, states, name)
             weight = weight if keep is None else weight * keep.unsqueeze(-1)
             rows = torch.cat([states * weight, weight], -1).flatten(0, -2).double()
             total.add_((rows.T @ rows).cpu())  # a variance may be tiny beside the squared mean
@@ -163,8 +163,8 @@ def input_hooks(
         for pair in pairs:
             size = linear_map(model, pair.right.module).in_features + 1
             totals[pair.name] = torch.zeros(size, size, dtype=torch.float64)
-            module = model.get_submodule(pair.right.module)
-            yield Hook(module, "before", watch(totals[pair.name]))
+            name = pair.right.module
+            yield Hook(model.get_submodule(name), "before", watch(totals[pair.name], name))
 
     with hooked(watched()):
         yield totals
