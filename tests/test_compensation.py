@@ -385,6 +385,17 @@ def test_layers_that_part_on_a_later_batch_are_refused():
         list(lockstep(model, data, groups, {}))
 
 
+def test_layers_that_only_a_later_batch_runs_are_refused():
+    """They would keep their weights, and nobody would notice."""
+    dense = build("llava")
+    small, data = solpath.extract(dense, random_plan(dense, HALF)), batches(dense, 8)
+    text = {name: value for name, value in data[0].items() if name != "pixel_values"}
+    text["input_ids"] = text["input_ids"].where(text["input_ids"] != 59, 7)
+    with pytest.raises(BatchError, match="a later batch runs model.vision_tower"):
+        compensated(small, dense, [text, *data])
+    compensated(small, dense, [text] * 8)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_stream_is_not_invented_where_rounding_hides_the_sum(dtype):
     """A norm after the layer makes its output small beside the stream, and no multiple of it."""
@@ -396,6 +407,52 @@ def test_a_stream_is_not_invented_where_rounding_hides_the_sum(dtype):
     layers = [pair.right.module for pair in find_pairs(model) if pair.kind != "qk"]
     with torch.no_grad():
         assert residual_streams(model.to(dtype), layers, inputs(model)) == {}
+
+
+@pytest.mark.parametrize("label", ["llama", "qwen2", "bloom", "falcon", "dinov2", "t5", "bert"])
+def test_a_stream_is_not_invented_where_all_tokens_are_alike(label):
+    """Any two layers' outputs are multiples of each other there, channel by channel."""
+    model = build(label)
+    layers = [pair.right.module for pair in find_pairs(model) if pair.kind != "qk"]
+    sample = {
+        name: torch.full_like(value, 0 if value.is_floating_point() else 1 if "mask" in name else 7)
+        for name, value in inputs(model, samples=8).items()
+    }
+    with torch.no_grad():
+        streams = residual_streams(model, layers, sample)
+        usual = residual_streams(model, layers, inputs(model, samples=8))
+    assert all(usual[name].place == stream.place for name, stream in streams.items())
+    small, data = solpath.extract(model, random_plan(model, HALF)), batches(model, 8)
+    compensated(small, model, [sample, *data])
+
+
+@pytest.mark.parametrize("label", ["llama", "qwen2", "opt"])
+def test_streams_are_found_behind_padding(label):
+    """The first tokens of the rows may all be padding, and texts may be longer than 32 tokens."""
+    model = build(label, max_position_embeddings=64)
+    layers = [pair.right.module for pair in find_pairs(model) if pair.kind != "qk"]
+    lengths = torch.tensor([2, 3, 2, 4, 40])
+    mask = (torch.arange(40) >= 40 - lengths[:, None]).long()
+    ids = torch.randint(1, 57, (5, 40), generator=torch.Generator().manual_seed(0)) * mask
+    with torch.no_grad():
+        streams = residual_streams(model, layers, {"input_ids": ids, "attention_mask": mask})
+    assert set(streams) == set(layers)
+    assert all(torch.equal(one.gain, torch.ones_like(one.gain)) for one in streams.values())
+
+
+@pytest.mark.parametrize("label", ["opt", "bert", "llama", "gpt2", "bloom"])
+def test_what_padding_holds_does_not_count(label):
+    dense = build(label).double()
+    small, data, other = solpath.extract(dense, random_plan(dense, HALF)), batches(dense, 8), []
+    for i, batch in enumerate(data):
+        generator = torch.Generator().manual_seed(i)
+        drawn = torch.randint(1, 57, batch["input_ids"].shape, generator=generator)
+        real = batch["attention_mask"].bool()
+        assert not real.all()
+        other.append(batch | {"input_ids": torch.where(real, batch["input_ids"], drawn)})
+    results = [compensated(small, dense, seen).state_dict() for seen in (data, other)]
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("label", ["bert", "llama", "dinov2"])

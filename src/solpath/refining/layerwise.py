@@ -191,6 +191,7 @@ def lockstep(
     streams: Mapping[str, Stream],
     after: Collection[str] = (),
     blocks: Collection[str] = (),
+    unseen: Collection[str] = (),
 ) -> Generator[tuple[Group, Iterable[LayerCall]], None, None]:
     """Run all batches side by side, so that all of them reach a layer before any runs it.
 
@@ -208,6 +209,7 @@ def lockstep(
         blocks: Dotted paths of blocks to wait at, in place of the groups inside. A call of such a
             group is computed whenever it is read, by running the block up to there: the least
             memory, for more time. The bits are the same.
+        unseen: Layers that a batch did not run when the groups were found, and that none may run.
 
     Yields:
         The group that all batches wait at, and the layer call of each batch, which can be read
@@ -215,8 +217,8 @@ def lockstep(
         it has by then. Neither is kept here, so what the caller lets go of is free.
 
     Raises:
-        BatchError: Two batches run the layers in different orders, or a batch gives layers of a
-            group different inputs.
+        BatchError: Two batches run the layers in different orders, one runs a layer that is
+            `unseen`, or a batch gives layers of a group different inputs.
     """
     homes = {group: block for group in groups for block in blocks if _is_inside(group, block)}
 
@@ -285,7 +287,18 @@ def lockstep(
 
         return hook
 
+    def refuse(name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            raise BatchError(
+                f"a later batch runs {name}, and the first does not; give batches that all run "
+                "the same layers, for example all with images or all without."
+            )
+
+        return hook
+
     def waiting() -> Iterator[Hook]:
+        for name in unseen:
+            yield Hook(model.get_submodule(name), "before", refuse(name))
         for group in groups:
             for name in group:
                 module = model.get_submodule(name)

@@ -34,12 +34,14 @@ class Waits:
         last: The layers after an inner dimension; each is a group of its own.
         streams: The residual streams that those add to, by layer, where one was found.
         blocks: The blocks that hold the layers, if all models run them in one order.
+        unseen: The layers that no model ran.
     """
 
     groups: Sequence[Group]
     last: Set[str]
     streams: Mapping[str, Stream]
     blocks: Sequence[str]
+    unseen: Set[str]
 
     @contextmanager
     def running(
@@ -71,6 +73,7 @@ class Waits:
                 self.streams,
                 after=self.last if model is dense else (),
                 blocks=blocks,
+                unseen=self.unseen,
             )
             for model in (dense, *models)
         ]
@@ -106,7 +109,8 @@ def waits_of(
     groups = [tuple(group) for group in found.values()]
     common = {name for group in groups for name in group}
     streams = residual_streams(dense, sorted(last & common), sample)
-    return Waits(groups, last, streams, _common_blocks(dense, runs, common))
+    blocks = _common_blocks(dense, runs, common)
+    return Waits(groups, last, streams, blocks, set(sides).difference(*homes))
 
 
 def input_groups(model: nn.Module, layers: Iterable[str], sample: Batch) -> list[Group]:

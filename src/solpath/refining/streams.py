@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from solpath.model.linear import linear_map
 from solpath.refining.layerwise import Enough, Place, Stream, run_part
-from solpath.running.forward import Batch
+from solpath.running.forward import Batch, activation_mask
 from solpath.running.head import output_embedding
 from solpath.running.hooks import Hook
 
 _REACH = 60  # inputs and outputs of modules to look at on each side of a layer's output
-_TOKENS = 32  # tokens of a sample in which residual streams are looked for
-_HALF = (torch.float16, torch.bfloat16)
+_TOKENS = 256  # of a sample, in which residual streams are looked for
 
 
 @dataclass
@@ -38,6 +37,7 @@ class _Sought:
 class _Finder:
     """Reads the tensors of a forward pass one after the other, and finds streams among them."""
 
+    sample: Batch
     layers: Collection[str]
     widths: Collection[int]
     recent: deque[tuple[Place, Tensor | None]] = field(default_factory=lambda: deque(maxlen=_REACH))
@@ -49,9 +49,7 @@ class _Finder:
         """Take the next tensor of the forward pass."""
         if not (isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1):
             return
-        fits = value.shape[-1] in self.widths
-        rows = value if value.dim() == 2 else value[:, :_TOKENS].flatten(0, -2)
-        kept = rows.clone() if fits else None
+        kept = self._tokens(place, value) if value.shape[-1] in self.widths else None
         for name, one in list(self.sought.items()):
             one.seen += 1
             if kept is not None and not place.output and kept.shape == one.output.shape:
@@ -72,18 +70,28 @@ class _Finder:
         if len(self.found) == len(self.layers):
             raise Enough
 
+    def _tokens(self, place: Place, value: Tensor) -> Tensor:
+        """Return a copy of some tokens of an activation, without padding, ``[tokens, features]``.
+
+        They are the same tokens in every activation of as many.
+        """
+        keep = activation_mask(self.sample, value, place.module)
+        rows = value.flatten(0, -2)
+        rows = rows if keep is None else rows[keep.flatten()]
+        return rows[:: len(rows) // _TOKENS + 1].clone()
+
 
 def residual_streams(model: nn.Module, layers: Sequence[str], sample: Batch) -> dict[str, Stream]:
     """Find out where the outputs of `layers` are added to a residual stream, by looking.
 
     The input t of a later module is the stream after the sum, and an earlier tensor a is the stream
     before it, if ``t = a + gain * output`` holds for all tokens, channel by channel. The tensors
-    are inputs and outputs of modules that have no children. A sample of one token shows nothing:
-    some gain always fits it. What a norm after the layer makes of its output is not such a sum.
+    are inputs and outputs of modules that have no children. What a norm after the layer makes of
+    its output is not such a sum.
 
-    In half precision a sum is rounded, and what a layer adds may be as small as that, so a small
-    distance shows nothing. There t must be the sum to the bit, or, if the gain is not 1, every
-    element of it as near as rounding explains.
+    What a layer adds may be as small as rounding, so a small distance shows nothing: t must be the
+    sum to the bit, or, if the gain is not 1, every element of it as near as rounding explains.
+    Tokens that are all alike show no gain, since some gain always fits them.
 
     Args:
         model: The dense model. It runs once, up to its output embedding, and its hooks are removed
@@ -95,7 +103,7 @@ def residual_streams(model: nn.Module, layers: Sequence[str], sample: Batch) -> 
         The stream of every layer for which such tensors were found, by layer.
     """
     widths = {linear_map(model, name).out_features for name in layers}
-    finder = _Finder(layers, widths)
+    finder = _Finder(sample, layers, widths)
 
     def before(name: str) -> Any:
         return lambda module, args: finder.note(Place(name, False), args[0] if args else None)
@@ -122,24 +130,36 @@ def residual_streams(model: nn.Module, layers: Sequence[str], sample: Batch) -> 
 
 def _sum_of(one: _Sought, after: Tensor) -> Stream | None:
     """Return the nearest stream before an output that the output times a gain turns to `after`."""
-    if torch.equal(after, one.output):
+    if not one.output.any() or torch.equal(after, one.output):
         return None
-    half = any(value.dtype in _HALF for value in (after, one.output))
-    output, total = one.output.float(), after.float()
-    energy = output.square().sum(0).clamp(min=1e-30)
     for place, value in one.before:
-        if half and torch.equal((value + one.output).to(after.dtype), after) and output.any():
-            return Stream(place, torch.ones_like(output[0]))
-        step = total - value.float()
-        gain = (step * output).sum(0) / energy
-        error = step - gain * output
-        if half:
-            eps = max(torch.finfo(value.dtype).eps for value in (after, one.output)) / 2
-            rounding = eps * (total.abs() + (gain * output).abs())
-            shift = (rounding * output).norm(dim=0) / energy  # of the gain, if they are independent
-            fits = bool((error.abs() <= rounding + 4 * shift * output.abs()).all())
-        else:
-            fits = bool(error.norm() < min(1e-4 * total.norm(), 1e-2 * step.norm()))
-        if gain.any() and fits:
-            return Stream(place, gain)
+        if torch.equal(after, value):
+            continue
+        if torch.equal((value + one.output).to(after.dtype), after):
+            return Stream(place, torch.ones_like(after[0], dtype=torch.float32))
+        gain = _gain(value, one.output, after)
+        if gain is not None:
+            return Stream(place, gain.float())
     return None
+
+
+def _gain(value: Tensor, output: Tensor, after: Tensor) -> Tensor | None:
+    """Return the gain by which ``value + gain * output`` is `after` but for rounding, if any is.
+
+    Args:
+        value, output, after: ``[tokens, features]``.
+
+    Returns:
+        ``[features]``, float64; None also if the tokens are too much alike to tell.
+    """
+    eps = max(torch.finfo(rows.dtype).eps for rows in (value, output, after)) / 2
+    value, output, after = value.double(), output.double(), after.double()
+    step = after - value
+    energy = output.square().sum(0).clamp(min=1e-30)
+    gain = (step * output).sum(0) / energy
+    added = gain * output
+    rounding = eps * (after.abs() + added.abs())
+    shift = (rounding * output).norm(dim=0) / energy  # of the gain, if they are independent
+    fits = (step - added).abs() <= rounding + 4 * shift * output.abs()
+    told = (added - added.median(0).values).norm() > 4 * rounding.norm()
+    return gain if fits.all() and told else None
