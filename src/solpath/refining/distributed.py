@@ -9,8 +9,12 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -30,7 +34,9 @@ _REFUSED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEG
 def accelerating(device: torch.device, mixed_precision: str) -> Iterator[Accelerator]:
     """Yield an accelerator that leaves models where they are.
 
-    The global state of accelerate is left as it was found when the block ends.
+    The global state of accelerate is left as it was found when the block ends; only which one of
+    several processes this is stays known. Every step in the block is an update, however the user
+    accumulates gradients in a loop of their own.
 
     Args:
         device: The device of the model that is trained.
@@ -41,19 +47,27 @@ def accelerating(device: torch.device, mixed_precision: str) -> Iterator[Acceler
             number of processes or another kind of device, or with another kind of parallelism than
             data parallelism or FSDP 2.
     """
-    found = is_initialized()
+    states = (AcceleratorState, GradientState, PartialState)
+    found = [dict(state._shared_state) for state in states]
 
     def reset() -> None:
-        if not found:
-            AcceleratorState._reset_state()
+        for state, before in zip(states, found, strict=True):
+            if state is not PartialState or not torch.distributed.is_initialized():
+                state._shared_state.clear()
+                state._shared_state.update(before)
 
     handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    every_step = GradientAccumulationPlugin(num_steps=1)
     cpu = device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _shards()
     with undoing(reset):
+        GradientState._reset_state()
         try:
             with ending_group():
                 accelerator = Accelerator(
-                    cpu=cpu, device_placement=False, kwargs_handlers=[handler]
+                    cpu=cpu,
+                    device_placement=False,
+                    gradient_accumulation_plugin=every_step,
+                    kwargs_handlers=[handler],
                 )
         except ValueError as error:
             raise ConfigError(f"accelerate does not start: {error}") from error
