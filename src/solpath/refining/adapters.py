@@ -1,5 +1,6 @@
 """Put low-rank adapters (LoRA, by peft) on the linear layers of a model, and merge them."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -53,7 +54,7 @@ def add_adapters_(model: nn.Module, rank: int, alpha: float) -> "LoraModel":
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
-        target_modules=layers,
+        target_modules="|".join(map(re.escape, layers)),  # a list would match ends of names
         fan_in_fan_out=turned,
     )
     tuner = LoraModel(model, config, "default")
