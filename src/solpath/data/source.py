@@ -114,9 +114,10 @@ class BatchSource:
     def index(self, step: int) -> int | None:
         """Return the number of a step's batch among those that repeat, once it has been read.
 
-        None is returned if that is not known, because every epoch may have other batches.
+        None is returned if that is not known, because every epoch may have other batches: also of
+        a sequence that is no list or tuple, whose items may be drawn anew whenever they are read.
         """
-        return step % len(self._batches) if isinstance(self._batches, Sequence) else None
+        return step % len(self._batches) if type(self._batches) in (list, tuple) else None
 
     def _read(self, step: int) -> Any:
         while self._stream is not None and step >= len(self._batches):
