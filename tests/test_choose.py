@@ -139,6 +139,14 @@ def test_a_sample_is_known_under_padding_and_other_labels():
     assert sample_digests(short) == sample_digests(short["input_ids"])
     images = torch.zeros(2, 1, 4, 4, dtype=torch.bfloat16)
     assert len(set(sample_digests(images))) == 1
+    implied = {
+        "token_type_ids": torch.zeros(2, 3, dtype=torch.int64),
+        "position_ids": torch.tensor([[1, 0, 1], [0, 1, 2]]),
+        "global_mask": torch.ones(2, 3),
+    }
+    assert sample_digests(padded | implied) == other
+    for name, value in implied.items():
+        assert len({*sample_digests(padded | {name: 1 - value}), *other}) == 4
 
 
 def test_what_the_search_saw_cannot_judge(bert, path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, is_initialized
+from accelerate.state import AcceleratorState, GradientState, PartialState, is_initialized
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -109,7 +109,7 @@ def test_a_tuned_model_is_a_better_one_of_the_same_kind(common_model, config, tm
     assert_equal(everything(small), before[0])
     assert_equal(everything(model), before[1])
     assert torch.equal(torch.get_rng_state(), before[2])
-    assert not is_initialized()
+    assert not any(kind._shared_state for kind in (AcceleratorState, GradientState, PartialState))
 
     assert error(tuned, model) < error(small, model)
     assert everything(tuned)[1:] == before[0][1:]
@@ -645,6 +645,66 @@ def test_models_that_cannot_be_tuned(bert, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"pip install 'solpath\[tune\]'"):
         run(small.requires_grad_(True), bert, LORA)
+
+
+class Ends(nn.Module):
+    """The name of a layer is the end of another's."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential()
+        self.inner.fc, self.fc = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(x + self.inner(x).relu())
+
+
+def test_adapters_are_put_on_the_layers_that_are_meant_alone():
+    dense, small = Ends(), Ends()
+    small.inner.requires_grad_(False)
+    data = [torch.randn(16, 8, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    tuned = solpath.tune(small, dense, data, LORA, heldout=data[:2], progress=False)
+    assert torch.equal(tuned.inner.fc.weight, small.inner.fc.weight)
+    assert not torch.equal(tuned.fc.weight, small.fc.weight)
+
+
+class Drawn(list):
+    """A sequence that adds noise to its items anew whenever they are read."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return item if isinstance(index, slice) else item + torch.randn(item.shape)
+
+
+def test_targets_of_samples_that_change_are_not_those_of_the_first_time(monkeypatch):
+    model, losses = nn.Sequential(nn.Linear(8, 4)), []
+    step_ = training.Training.step_
+
+    def noted(self):
+        step_(self)
+        losses.append(self.losses[-1])
+
+    monkeypatch.setattr(training.Training, "step_", noted)
+    data = Drawn([torch.randn(4, 8) for _ in range(2)])
+    config = TuneConfig(steps=6, evaluate_every=6, learning_rate=1e-12)
+    solpath.tune(copy.deepcopy(model), model, data, config, heldout=[data[0]], progress=False)
+    assert losses == [0.0] * 6
+
+
+def test_gradients_that_the_user_accumulates_are_no_business_of_tuning(bert, monkeypatch):
+    small = cut(bert)
+    alone = run(small, bert)
+    try:
+        accelerator = Accelerator(gradient_accumulation_steps=4)
+        with accelerator.accumulate(nn.Linear(2, 2)):
+            assert not accelerator.sync_gradients
+        assert same(run(small, bert), alone)
+        assert (accelerator.gradient_accumulation_steps, accelerator.sync_gradients) == (4, False)
+    finally:
+        for kind in (AcceleratorState, GradientState, PartialState):
+            kind._reset_state()
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert same(run(small, bert), alone)
 
 
 def test_what_accelerate_was_set_up_for(bert, monkeypatch):

@@ -74,7 +74,9 @@ def sample_digests(batch: Any) -> list[int]:
 
     Samples with equal digests are equal inputs: numbers of 64 bits, which other inputs share by
     chance alone. Padding is what the attention mask of the batch leaves out, so a text has the same
-    digest in a batch of longer ones. A single input counts without its name, as a bare tensor.
+    digest in a batch of longer ones. What a model fills in by itself does not count: positions from
+    0 on, token types of 0, a mask that leaves nothing out. A single input counts without its name,
+    as a bare tensor.
 
     Args:
         batch: A mapping of tensors, or a tensor. A tensor of floats without a row for every sample,
@@ -110,14 +112,16 @@ def sample_digests(batch: Any) -> list[int]:
     found = []
     for i in range(size):
         digest = common.copy()
+        counted = {}
         for name, value in rows.items():
             mask = masks.get(next(side for side in _SIDES if name.startswith(side)))
             row = value[i]
             if mask is not None and value.shape[:2] == mask.shape:
                 row = row[mask[i] != 0]
-            if not row.is_floating_point():
-                row = row.long()
-            _add(digest, name if len(rows) > 1 else "input", row)
+            if not _is_filled_in(name, row):
+                counted[name] = row if row.is_floating_point() else row.long()
+        for name, row in counted.items():
+            _add(digest, name if len(counted) > 1 else "input", row)
         found.append(int.from_bytes(digest.digest(), "little", signed=True))
     return found
 
@@ -198,6 +202,15 @@ def rows_of(batch: Any, rows: list[int]) -> Any:
     if isinstance(batch, Mapping):
         return {name: part(value) for name, value in batch.items()}
     return part(batch)
+
+
+def _is_filled_in(name: str, row: Tensor) -> bool:
+    """Return whether an input of a sample is what models take where it is not given."""
+    if name.endswith("position_ids"):
+        return torch.equal(row, torch.arange(row.numel(), dtype=row.dtype))
+    if name.endswith("token_type_ids"):
+        return not row.any()
+    return name.endswith("mask") and bool(row.all())
 
 
 def _add(digest: Any, name: str, value: Tensor) -> None:
