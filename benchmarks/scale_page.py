@@ -1,6 +1,7 @@
 """Tables about large models: cut from disk to disk, searched in bounded memory and in bfloat16."""
 
 import json
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -73,12 +74,28 @@ def half_precision() -> Rows:
             yield record["settings"]["model"], name, same, values
 
 
+def rounding() -> Rows:
+    """Figures of an older version beside today's, in the metric that compares with the dense."""
+    found = _results("rounding")
+    sizes = next(iter(found.values()))["sizes"] if found else []
+    yield "model", "metric", "version", *dict.fromkeys(f"{size['keep']:.0%}" for size in sizes)
+    for model, entry in found.items():
+        metric = entry["sizes"][-1]["metric"]
+        chosen = [size for size in entry["sizes"] if size["metric"] == metric]
+        for when, commit in zip(("then", "now"), entry["commits"], strict=True):
+            means = [statistics.fmean(size[when]) for size in chosen]
+            yield model, metric, commit[:7], *(f"{mean:#.3g}" for mean in means)
+        apart = [max(max(s[w]) - min(s[w]) for w in ("then", "now")) for s in chosen]
+        yield "", "", "the seeds lie apart", *(f"{one:#.2g}" for one in apart)
+
+
 TABLES: Mapping[str, Callable[[], Rows]] = {
     "streaming": streaming,
     "digests": digests,
     "bounded": bounded,
     "steps": steps,
     "half_precision": half_precision,
+    "rounding": rounding,
 }
 """Name to the rows of a table, its header first."""
 
