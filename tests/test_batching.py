@@ -11,8 +11,11 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BertConfig,
+    BertTokenizer,
     CLIPImageProcessor,
     CLIPProcessor,
+    GPT2Tokenizer,
     PreTrainedTokenizerFast,
     ViTImageProcessor,
 )
@@ -212,6 +215,15 @@ def test_packing_keeps_every_token_in_order():
         solpath.text_batches(endless, made, length=3, pack=True, limit=5)[0]["input_ids"].tolist()
         == [[1, 2, 52]] * 5
     )
+
+
+@pytest.mark.parametrize("kind", [BertTokenizer, GPT2Tokenizer])
+def test_a_tokenizer_without_its_files_is_refused(tmp_path, kind):
+    """transformers makes one of special tokens alone, to which every word is unknown."""
+    BertConfig().save_pretrained(tmp_path)
+    empty = kind.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"of {tmp_path} has . special tokens and no words"):
+        solpath.text_batches(["a word"] * 9, empty, pack=kind is GPT2Tokenizer)
 
 
 def test_what_is_wrong_with_texts_is_named(tmp_path):

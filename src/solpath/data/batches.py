@@ -165,6 +165,21 @@ def rows_in_order(
     return rows, order[:limit]
 
 
+def check_vocabulary(tokenizer: Any) -> None:
+    """Raise `ConfigError` if a tokenizer knows special tokens only.
+
+    That is what transformers makes of a folder without the files of a tokenizer, and every word is
+    unknown to it, or nothing at all.
+    """
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    if special and len(tokenizer) <= len(special):
+        where = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise ConfigError(
+            f"the tokenizer of {where} has {len(tokenizer)} special tokens and no words: its files "
+            "are missing; save it beside the model with tokenizer.save_pretrained(folder)."
+        )
+
+
 def check_counts(**values: int | None) -> None:
     """Raise `ConfigError` unless every value is None or an integer of at least 1."""
     for name, value in values.items():

@@ -15,6 +15,7 @@ from solpath.data.batches import (
     Tensors,
     check_columns,
     check_counts,
+    check_vocabulary,
     label_of,
     move,
     rows_in_order,
@@ -157,7 +158,8 @@ def image_text_batches(
         BatchError: The source is empty, a sample is no tuple of an image and a text, or nothing of
             a batch can be read.
         ConfigError: A column is missing, a stream has no limit, a setting is out of its range,
-            there is no `length` and the tokenizer knows none, or Pillow is not installed.
+            there is no `length` and the tokenizer knows none, it knows no words, or Pillow is not
+            installed.
 
     Example:
         >>> from PIL import Image
@@ -169,6 +171,7 @@ def image_text_batches(
         {'attention_mask': (1, 8), 'input_ids': (1, 8), 'pixel_values': (1, 3, 32, 32)}
     """
     check_counts(batch_size=batch_size, limit=limit)
+    check_vocabulary(processor.tokenizer)
     broken = Broken(on_error)
     pillow()
     if length is None:

@@ -18,6 +18,7 @@ from solpath.data.batches import (
     Tensors,
     check_columns,
     check_counts,
+    check_vocabulary,
     label_of,
     move,
     rows_in_order,
@@ -80,8 +81,8 @@ def text_batches(
         BatchError: The source has no text, fewer tokens than one block, or a sample that is not
             text. A label that is no whole number raises it when its batch is read.
         ConfigError: A column is missing, a stream has no limit, a setting is out of its range, the
-            tokenizer has no padding token and `pack` is False, or `pack` is True and there is a
-            column of pairs or labels.
+            tokenizer knows no words, it has no padding token and `pack` is False, or `pack` is True
+            and there is a column of pairs or labels.
 
     Example:
         >>> from transformers import ByT5Tokenizer
@@ -92,6 +93,7 @@ def text_batches(
                 [100,  35, 103, 114, 106,   1]])
     """
     check_counts(batch_size=batch_size, length=length, limit=limit)
+    check_vocabulary(tokenizer)
     broken = Broken(on_error)
     if not pack and tokenizer.pad_token_id is None:
         raise ConfigError(
