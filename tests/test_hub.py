@@ -375,6 +375,7 @@ def test_no_text_of_a_model_or_folder_gets_into_code(tmp_path):
     assert file.read_text() == families.written_out("llama")
     assert file.name == "modeling_solpath_llama.py"
     assert "__import__" not in (folder / "README.md").read_text()
+    assert result.command.startswith("transformers.AutoModelForCausalLM.from_pretrained(")
     [statement] = ast.parse(result.command).body
     assert ast.literal_eval(statement.value.args[0]) == str(folder)
     assert distance(first(loaded(folder), inputs(small)), first(small, inputs(small))) < 2e-6

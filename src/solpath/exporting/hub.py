@@ -141,9 +141,19 @@ def _check_tensors(name: str, family: Family, config: Any, tensors: dict[str, Te
             )
 
 
+def _auto_class(model: nn.Module) -> str:
+    """Return the name of the class of transformers that loads a model with its head."""
+    return FAMILIES[model.config.model_type].classes[type(model).__name__]  # type: ignore[union-attr, index]
+
+
+def _command(model: nn.Module, folder: Path) -> str:
+    auto = _auto_class(model)
+    return f"transformers.{auto}.from_pretrained({{folder!r}}, trust_remote_code=True)"
+
+
 def loads(model: nn.Module, folder: Path) -> list[Load]:
     """Say how transformers and vLLM load a folder."""
-    auto = FAMILIES[model.config.model_type].classes[type(model).__name__]  # type: ignore[union-attr, index]
+    auto = _auto_class(model)
     code = (
         f"from transformers import {auto}\n\n"
         f"model = {auto}.from_pretrained(folder, trust_remote_code=True)"
@@ -189,5 +199,5 @@ FORMAT = Format(
     open=open_folder,
     runtime=transformers_runtime,
     tolerance=1e-5,
-    command="transformers.AutoModel.from_pretrained({folder!r}, trust_remote_code=True)",
+    command=_command,
 )
