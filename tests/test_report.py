@@ -318,6 +318,10 @@ def test_another_path_is_compared_unit_by_unit(bert, folder: Path) -> None:
     solpath.baselines.magnitude(small, [inputs(small)]).save(folder / "small")
     with pytest.raises(ConfigError, match="other pairs"):
         write_report(folder, beside=folder / "small")
+    other = build("bert", seed=1)
+    solpath.baselines.magnitude(other, [inputs(other)]).save(folder / "weights")
+    with pytest.raises(ConfigError, match="the weights differ in 6 of 6 pairs"):
+        write_report(folder, beside=folder / "weights")
 
 
 def test_the_promise_is_shown_and_the_page_begins_there(folder: Path) -> None:

@@ -250,9 +250,14 @@ def overlap(family: Family, path: SolutionPath, beside: SolutionPath) -> list[di
         ConfigError: The paths are not of the same pairs.
     """
     shapes = [[(p.name, p.heads, p.width) for p in one.pairs] for one in (path, beside)]
+    difference = path.fingerprint.differences(beside.fingerprint)
     if shapes[0] != shapes[1]:
-        raise ConfigError("beside has other pairs than the path of the family; compare two paths "
-                          "of one model.")  # fmt: skip
+        difference = "it has other pairs"
+    if difference:
+        raise ConfigError(
+            f"beside is no path of the model of the family: {difference}; compare two paths of one "
+            "model."
+        )
     rows = []
     for member in family.members[1:]:
         plans = [one.plan(sparsity=member.sparsity, for_=family.target) for one in (path, beside)]
