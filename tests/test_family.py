@@ -174,9 +174,12 @@ def test_data_of_the_search_is_named(home, tmp_path, capsys):
     assert run(["search", *words, "--method", "random", "--out", str(path)]) == 0
     words.insert(1, str(path))
     capsys.readouterr()
-    assert run(["choose", *words, "--max-loss", "0.9", "--sizes", "0.1"]) == 0
+    choice = tmp_path / "choice.json"
+    bound = ["--max-loss", "0.9", "--sizes", "0.1", "--out", str(choice)]
+    assert run(["choose", *words, *bound]) == 0
     said = capsys.readouterr().err
     assert "was searched on this data, too" in said
+    assert "was searched on this data, too" in json.loads(choice.read_text())["assumptions"][-1]
     [left] = re.findall(r"left out (\d+) rows that the search saw", said)
     assert int(left) >= len(solpath.SolutionPath.load(path).seen) > 0
     words[1] = str(tmp_path / "all")

@@ -1,6 +1,7 @@
 """The command that finds the smallest size whose loss is bounded."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,9 +78,13 @@ def choose(
     )
     if batches.left_out:
         say(f"data: left out {batches.left_out:,} rows that the search saw")
+    doubt = ""
     if searched_on(path, data):
         where = " where it was packed or cut to another length" if len(order.seen) else ""
-        say(f"{path} was searched on this data, too, which the promise does not allow for{where}.")
+        doubt = (
+            f"{path} was searched on this data, too, which the promise does not allow for{where}."
+        )
+        say(doubt)
     found = find(
         dense,
         order,
@@ -94,6 +99,8 @@ def choose(
         progress=not as_json,
         **constraints,
     )
+    if doubt:
+        found = replace(found, assumptions=(*found.assumptions, f"Against this speaks: {doubt}"))
     if out is not None:
         write_file(out, json_bytes(found.to_dict()))
     if save is not None and found.plan is not None:
