@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast, T5Model
 import solpath
 from conftest import CASES, batches, build, inputs
 from solpath.data.source import BatchSource
-from solpath.errors import BatchError, NonFiniteLossError
+from solpath.errors import BatchError, ConfigError, NonFiniteLossError
 from solpath.measuring.evaluation import reference_outputs
 from solpath.running.forward import forward
 
@@ -320,3 +320,48 @@ def test_compensate_takes_batches_of_one_token(bert, small):
     before = solpath.evaluate(small, bert, data[3::4]).metrics["relative_error"]
     refitted = solpath.compensate(small, bert, data, progress=False)
     assert solpath.evaluate(refitted, bert, data[3::4]).metrics["relative_error"] <= before
+
+
+LOSSES = {
+    r"returned a tensor of shape \[4\], not one number.*\.mean\(\)": lambda o, b: o[0].mean((1, 2)),
+    "returned None, a NoneType; let it return a scalar tensor": lambda o, b: None,
+    "returned 'low', a str": lambda o, b: "low",
+    r"must be a function loss\(outputs, batch\), got 'mse'": "mse",
+    "returned a tensor without a gradient.*without detach": lambda o, b: (
+        o[0].detach().square().mean()
+    ),
+    r"returned \d.*, a float; let it return a scalar": lambda o, b: o[0].square().mean().item(),
+}
+
+
+@pytest.mark.parametrize("words", LOSSES)
+def test_a_loss_that_is_no_scalar_with_a_gradient_is_named_with_the_way_out(bert, small, words):
+    data, loss = batches(bert, 12, 4), LOSSES[words]
+    config = solpath.TuneConfig(steps=2, evaluate_every=2, learning_rate=1e-4)
+    calls = {
+        "search": lambda: search(bert, data, loss=loss),
+        "taylor": lambda: solpath.baselines.taylor(bert, data, loss=loss),
+        "tune": lambda: solpath.tune(small, bert, data, config, loss=loss, progress=False),
+        "compensate": lambda: solpath.compensate(small, bert, data, loss=loss, progress=False),
+        "evaluate": lambda: solpath.evaluate(small, bert, data, loss=loss),
+    }
+    for name, call in calls.items():
+        if name in ("compensate", "evaluate") and ("a float" in words or "detach" in words):
+            call()  # takes no gradient
+        else:
+            with pytest.raises(ConfigError, match=f"loss {words}"):
+                call()
+
+
+def test_a_loss_of_one_sample_may_keep_its_dimension(bert, small):
+    data = batches(bert, 12, 1)
+    tuned = solpath.tune(
+        small, bert, data, TUNING, loss=lambda o, b: o[0].square().mean((1, 2)), progress=False
+    )
+    assert tuned.solpath_plan is small.solpath_plan
+
+
+def test_compensate_names_a_bad_loss_before_it_fits_anything(bert, small, monkeypatch):
+    monkeypatch.setattr("solpath.refining.compensation.refit_", pytest.fail)
+    with pytest.raises(ConfigError, match="returned None"):
+        solpath.compensate(small, bert, batches(bert, 8), loss=lambda o, b: None, progress=False)

@@ -6,6 +6,7 @@ the divergences. The last matrix product of a text model is done in blocks, if i
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from solpath.data.source import slice_samples
 from solpath.divergence import Kind, averaged, curvature_sketch, divergence, token_mean
+from solpath.errors import ConfigError
 from solpath.running.forward import (
     Batch,
     at_least_float,
@@ -46,6 +48,48 @@ Loss = Callable[[Any, Batch], Tensor]
 """A function ``loss(outputs, batch)`` that returns a scalar: a mean over the batch's samples."""
 
 Kept = TypeVar("Kept")
+
+
+def mean_loss(loss: Loss, outputs: Any, batch: Batch) -> Tensor:
+    """Return what a user's loss gives for a batch, a scalar.
+
+    Where gradients are off, a plain number will do.
+
+    Args:
+        loss: The loss of the user.
+        outputs: What a model returned for the batch.
+        batch: The batch.
+
+    Raises:
+        ConfigError: The loss is no function, it returns anything but one number, or there is no
+            gradient to take of it where gradients are on.
+
+    Example:
+        >>> loss = lambda outputs, batch: outputs.logits.square().mean()
+        >>> mean_loss(loss, model(**batch), batch).shape
+        torch.Size([])
+    """
+    if not callable(loss):
+        raise ConfigError(f"loss must be a function loss(outputs, batch), got {loss!r:.60}.")
+    graded, value = torch.is_grad_enabled(), cast("Any", loss)(outputs, batch)
+    if isinstance(value, Real) and not graded:
+        value = torch.tensor(float(value), dtype=torch.float64)
+    if not isinstance(value, Tensor):
+        raise ConfigError(
+            f"loss returned {value!r:.60}, a {type(value).__name__}; let it return a scalar tensor,"
+            " the mean over the samples of the batch."
+        )
+    if value.numel() != 1:
+        raise ConfigError(
+            f"loss returned a tensor of shape {list(value.shape)}, not one number; let it return "
+            "the mean over the samples of the batch, for example with .mean()."
+        )
+    if graded and not value.requires_grad:
+        raise ConfigError(
+            "loss returned a tensor without a gradient, which is needed here; compute it from the "
+            "outputs, without detach(), item() or torch.no_grad()."
+        )
+    return value.reshape(())
 
 
 def kind_of(model: nn.Module, outputs: Any) -> Kind:

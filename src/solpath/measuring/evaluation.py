@@ -17,7 +17,7 @@ from solpath.errors import BatchError, ConfigError, NonFiniteLossError
 from solpath.measuring.comparison import Tally, Target, compare_batch, dense_output
 from solpath.measuring.intervals import mean_interval
 from solpath.model.head import LazyLogits
-from solpath.objective import Loss
+from solpath.objective import Loss, mean_loss
 from solpath.planning.cost import Achieved
 from solpath.planning.plan import plan_of
 from solpath.reading import whole
@@ -171,7 +171,7 @@ def evaluate(
         name to these.
 
     Raises:
-        ConfigError: `model` is a mapping without models.
+        ConfigError: `model` is a mapping without models, or `loss` returns anything but one number.
         BatchError: There are no batches, a batch is on another device than `model` or than the
             dense `reference`, or an output is not finite or does not fit the reference. The message
             names the batch, and the row. Or the head of a dense model has changed since
@@ -245,7 +245,7 @@ def evaluate(
 
 def _loss(loss: Loss, model: nn.Module, batch: Any, name: str) -> float:
     """Return a loss summed over the samples of a batch."""
-    value = float(loss(run(model, batch, labels=True), batch))
+    value = float(mean_loss(loss, run(model, batch, labels=True), batch))
     if not math.isfinite(value):
         raise NonFiniteLossError(f"the {name} is {value}.")
     return value * batch_size(batch)

@@ -15,7 +15,7 @@ from solpath.errors import BatchError, ConfigError, NonFiniteLossError, Unsuppor
 from solpath.model.extraction import copy_extracted
 from solpath.model.linear import linear_map
 from solpath.model.plain import check_floats
-from solpath.objective import Loss, Objective
+from solpath.objective import Loss, Objective, mean_loss
 from solpath.pair import Pair
 from solpath.planning.plan import plan_of
 from solpath.refining.fitting import CHECKED, Share, refit_, share_of
@@ -157,6 +157,8 @@ def _compensate(
         if len(known) < CHECKED:
             raise BatchError(f"compensate needs at least {CHECKED} batches, got {len(known)}.")
         share = share_of(known)
+        if loss is not None:  # what is wrong with it is said before the work
+            mean_loss(loss, run(models[0], known[0], labels=True), known[0])
         sample = slice_samples(known[0], 0, min(_SAMPLES, batch_size(known[0])))
         works = [work_of(batch) for batch in known]
         work = sum(amount for amount, _ in works), works[0][1]
@@ -276,7 +278,7 @@ def _losses(
         for i, model in enumerate((*models, *refitted)):
             if target is None:
                 assert loss is not None
-                errors = loss(run(model, batch, labels=True), batch)
+                errors = mean_loss(loss, run(model, batch, labels=True), batch)
                 value = float(errors) * batch_size(batch)
             else:
                 errors = compared.divergence(target, compared.run(model, batch), batch)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from solpath.data.preparation import Preparation
 from solpath.data.source import BatchSource, check_device, local_samples, work_of
 from solpath.errors import BatchError
-from solpath.objective import Loss, Objective, Targets
+from solpath.objective import Loss, Objective, Targets, mean_loss
 from solpath.running.forward import Batch, device_of, output_tensor, row_not_finite, run
 from solpath.running.processes import sum_over_processes
 
@@ -107,11 +107,12 @@ class Distillation:
 
         Raises:
             BatchError: The outputs of the two models differ in shape.
+            ConfigError: The loss is not one that can be trained on, see `mean_loss`.
         """
         with self.autocast():
             outputs = run(model, batch.inputs, labels=self.loss is not None)
             if self.loss is not None:
-                return self.loss(outputs, batch.inputs).expand(batch.samples)
+                return mean_loss(self.loss, outputs, batch.inputs).expand(batch.samples)
         output = output_tensor(outputs)
         assert batch.target is not None
         if output.shape != batch.target.shape:

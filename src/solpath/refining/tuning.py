@@ -99,8 +99,9 @@ def tune(
             or has fewer samples than there are processes, or the outputs of the models differ in
             shape.
         ConfigError: `lora_rank` is set and peft is not installed, `checkpoint_every` is below 1,
-            ``accelerate`` is set up in a way that does not fit, or `loss` is negative at the start,
-            from which no default learning rate follows.
+            ``accelerate`` is set up in a way that does not fit, `loss` is negative at the start,
+            from which no default learning rate follows, or it returns anything but a scalar with a
+            gradient.
         FileError: A checkpoint is damaged or cannot be written.
         UnsupportedModelError: No parameter can be trained, one is quantised, or one that is to be
             trained is in half precision and `lora_rank` is None. Adapters are trained in float32

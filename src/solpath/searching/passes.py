@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from solpath.data.source import BatchSource, batch_size, local_samples, slice_samples
 from solpath.model.masks import Masks
-from solpath.objective import Loss, Objective, Target, Targets
+from solpath.objective import Loss, Objective, Target, Targets, mean_loss
 from solpath.pair import Pair
 from solpath.running.forward import Batch, device_of, run
 from solpath.running.memory import peak_memory
@@ -112,7 +112,7 @@ class Passes:
         """Return the divergence of every sample; a user's loss is one number for all of them."""
         if part.target is None:
             assert self._loss is not None
-            return self._loss(outputs, part.batch)
+            return mean_loss(self._loss, outputs, part.batch)
         return self._compared.divergence(part.target, outputs, part.batch)
 
     def step_memory(self) -> int:

@@ -163,7 +163,8 @@ def search(
         FileError: The model cannot be loaded (see `from_pretrained`), or the checkpoint is damaged
             or cannot be written.
         ConfigError: `checkpoint_every` or `micro_batch` is out of its range, timm is needed and not
-            installed, or a measure in `MEASURES` does not count whole numbers.
+            installed, a measure in `MEASURES` does not count whole numbers, or `loss` returns
+            anything but a scalar with a gradient.
         BatchError: There are no batches, or one is empty, on another device, or of a wrong type.
         NonFiniteLossError: The loss is NaN or infinite; the message names batch and row. The last
             checkpoint is kept.
