@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,13 @@ from torch import nn
 import solpath
 from conftest import COMMON, batches, build, inputs
 from plans import plan_of, random_plan
-from solpath.errors import BatchError, ConfigError, FileError, UnsupportedModelError
+from solpath.errors import (
+    BatchError,
+    ConfigError,
+    FileError,
+    FingerprintError,
+    UnsupportedModelError,
+)
 from solpath.model.discovery import find_pairs
 from solpath.model.linear import linear_map
 from solpath.refining.layerwise import lockstep
@@ -192,8 +200,9 @@ def test_bad_input():
     small = solpath.extract(dense, random_plan(dense, HALF))
     with pytest.raises(UnsupportedModelError, match="was not extracted"):
         compensated(dense, dense)
-    with pytest.raises(ConfigError, match="ridge must be positive, got 0"):
-        compensated(small, dense, ridge=0)
+    for ridge in (0, "0.1", None, True, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=f"ridge must be a number between .* got {ridge!r}"):
+            compensated(small, dense, ridge=ridge)
     with pytest.raises(BatchError, match="at least 4 batches, got 3"):
         compensated(small, dense, batches(dense, 3))
     with pytest.raises(BatchError, match="a single dict; wrap it in a list"):
@@ -201,6 +210,55 @@ def test_bad_input():
     small.to("meta")
     with pytest.raises(BatchError, match="input_ids is on cpu, the model on meta"):
         compensated(small, dense, batches(dense, 4))
+
+
+@pytest.mark.parametrize(
+    ("label", "changes", "words"),
+    [
+        ("vit", {}, "the class is ViTForImageClassification, not BertModel"),
+        ("bert", {"num_hidden_layers": 1}, "the pairs differ, for example encoder.layer.1"),
+        ("bert", {"num_hidden_layers": 3}, "the pairs differ, for example encoder.layer.2"),
+        ("bert", {"hidden_size": 48}, "the width of encoder.layer.0.attention.* is 12, not 8"),
+        ("bert", {"intermediate_size": 40}, "the width of encoder.layer.0.* is 40, not 48"),
+    ],
+)
+def test_another_dense_model_is_refused(label, changes, words):
+    dense, other = build("bert"), build(label, **changes)
+    small = solpath.extract(dense, random_plan(dense, HALF))
+    with pytest.raises(FingerprintError, match=f"small was not cut from this .*: {words}.*; pass"):
+        compensated(small, other, batches(dense, 8))
+    if label == "bert":
+        also = solpath.extract(other, random_plan(other, HALF))
+        with pytest.raises(FingerprintError, match=r"small\[1\] was not cut from this dense model"):
+            compensated([small, also], dense)
+
+
+def test_other_weights_of_the_dense_model_give_a_warning_unless_they_may_be_rounded():
+    dense, data = build("bert"), batches(build("bert"), 8)
+    small = solpath.extract(dense, random_plan(dense, HALF))
+    with pytest.warns(UserWarning, match=r"small was cut from a dense model with other weights"):
+        compensated(small, build("bert", seed=1), data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compensated(small, copy.deepcopy(dense).bfloat16(), data)
+
+
+def test_a_larger_member_may_be_imitated():
+    dense = build("bert")
+    small, large = (solpath.extract(dense, random_plan(dense, f)) for f in (HALF, (0.9, 0.8, 0.9)))
+    data = batches(dense, 8)
+    assert error(compensated(small, large, data), large, data) < error(small, large, data)
+
+
+def test_members_of_paths_with_unlike_pairs_are_not_refitted_together():
+    dense = build("bert")
+    plan = random_plan(dense, HALF)
+    less = replace(plan, pairs=plan.pairs[:-1], unreached=(plan.pairs[-1].name,))
+    less = replace(less, kept={pair.name: plan.kept[pair.name] for pair in less.pairs})
+    small = [solpath.extract(dense, one) for one in (plan, less)]
+    name = plan.pairs[-1].name
+    with pytest.raises(FingerprintError, match=rf"small\[1\] are of .* {name} in one of"):
+        compensated(small, dense)
 
 
 def test_what_the_kept_variables_cannot_predict():

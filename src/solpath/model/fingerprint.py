@@ -5,16 +5,21 @@ have the same one. docs/file-formats.md says how it is made.
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from solpath.errors import FingerprintError
+from solpath.errors import FingerprintError, UnsupportedModelError
+from solpath.model.discovery import find_blocks
 from solpath.model.linear import linear_map
+from solpath.model.plain import check_floats
 from solpath.model.weights import weight_reader
 from solpath.pair import Fingerprint, Pair
+from solpath.planning.plan import Plan, plan_of
 from solpath.reading import tensors_digest, values_as_bytes
 
 _VERSION = 2
@@ -194,6 +199,69 @@ def check_pairs(known_pairs: Sequence[Pair], pairs: Sequence[Pair]) -> None:
             raise FingerprintError(
                 f"the plan is for another model: its pair {pair.name} is {state} in this one."
             )
+
+
+def check_cut_from(dense: nn.Module, plan: Plan, name: str) -> None:
+    """Raise `FingerprintError` unless a smaller model may have been cut from this dense one.
+
+    The weights of the dense model may have been rounded, packed or trained since. Those of the
+    first pair are looked at, and a warning says if they are others of the same dtype.
+
+    Args:
+        dense: The dense model at hand, or another model that was cut from it.
+        plan: The plan of the smaller model.
+        name: What messages call the smaller model.
+
+    Raises:
+        FingerprintError: The class or the pairs differ; the message says which.
+    """
+    known, own = plan.fingerprint, plan_of(dense)
+    if own is not None:
+        words = known.differences(own.fingerprint)
+    else:
+        words = known.differences(replace(known, architecture=type(dense).__name__))
+        words = words or _other_pairs(plan, dense)
+    if words:
+        raise FingerprintError(
+            f"{name} was not cut from this dense model: {words}; pass the one that it is from."
+        )
+    if own is None and (pair := _other_weights(plan, dense)):
+        warnings.warn(
+            f"{name} was cut from a dense model with other weights, those of {pair} among them, "
+            "and will be fitted to this one.",
+            stacklevel=5,
+        )
+
+
+def _other_pairs(plan: Plan, dense: nn.Module) -> str:
+    """Return in words how the pairs of a dense model are not those of a plan, or nothing."""
+    try:
+        blocks = find_blocks(dense, checked=True)
+    except UnsupportedModelError:  # packed layers are of other classes
+        return ""
+    found = {pair.name: pair for block in blocks for pair in block.pairs}
+    known = plan.fingerprint.digests
+    words = plan.fingerprint.differences(
+        replace(plan.fingerprint, digests={name: known.get(name, "") for name in found})
+    )
+    for pair in plan.pairs if not words else ():
+        for field, value in vars(pair).items():
+            if (here := getattr(found[pair.name], field)) != value:
+                return f"the {field} of {pair.name} is {here}, not {value}"
+    return words
+
+
+def _other_weights(plan: Plan, dense: nn.Module) -> str:
+    """Return the name of the first pair, if its weights are not those of a plan, or nothing."""
+    known = plan.fingerprint
+    try:
+        check_floats(dense)
+        found = fingerprint(dense, plan.pairs[:1], version=known.version)
+    except UnsupportedModelError:
+        return ""
+    [(name, digest)] = found.digests.items()
+    same = digest == known.digests[name] or "meta" in (digest, known.digests[name])
+    return "" if same or found.dtype != known.dtype else name
 
 
 def weights_digest(model: nn.Module) -> str:

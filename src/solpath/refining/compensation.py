@@ -9,15 +9,17 @@ from typing import Any, TypeVar, cast, overload
 import torch
 from torch import nn
 
+from solpath.config import check_number
 from solpath.data.preparation import Preparation, preparing
 from solpath.data.source import batch_size, check_ends, slice_samples, work_of
-from solpath.errors import BatchError, ConfigError, NonFiniteLossError, UnsupportedModelError
+from solpath.errors import BatchError, FingerprintError, NonFiniteLossError, UnsupportedModelError
 from solpath.model.extraction import copy_extracted
+from solpath.model.fingerprint import check_cut_from
 from solpath.model.linear import linear_map
 from solpath.model.plain import check_floats
 from solpath.objective import Loss, Objective, mean_loss
 from solpath.pair import Pair
-from solpath.planning.plan import plan_of
+from solpath.planning.plan import Plan, plan_of
 from solpath.refining.fitting import CHECKED, Share, refit_, share_of
 from solpath.refining.passes import Calls, DenseCalls, held_bytes, waits_of
 from solpath.running.claims import claimed
@@ -107,7 +109,10 @@ def compensate(
     Raises:
         UnsupportedModelError: `small` was not extracted or was quantised, or accelerate runs
             `dense` on several devices.
-        ConfigError: `ridge` is not positive.
+        FingerprintError: `small` was cut from a model of another class or shape than `dense`, or
+            several are of paths with unlike pairs. Other weights of the same shapes give a warning.
+        ConfigError: `ridge` is no number from 1e-12 to 1e12, or `loss` returns anything but one
+            number.
         BatchError: There are fewer than four batches, or fewer than processes; a batch is on
             another device; or two batches run layers in different orders or on other inputs.
         NonFiniteLossError: A model gives NaN or infinite values on a batch, or `loss` does.
@@ -122,17 +127,17 @@ def compensate(
     models = [cast("Model", unwrapped(model, hooks=True)) for model in models]
     if not models:
         return []
-    pairs = [_pairs_of(model) for model in models]
+    plans = [_plan_of(model) for model in models]
     for model in models:
         check_floats(model, "compensate before quantising")
     dense = unwrapped(dense, hooks=True)
-    if not ridge > 0:
-        raise ConfigError(f"ridge must be positive, got {ridge!r}.")
+    check_number("ridge", ridge, 1e-12, 1e12)
     check_ends(batches)
     check_one_device(dense, "compared")
     with claimed(dense, *models, doing="compensated"):
+        pairs = _common_pairs(plans, dense)
         models = [copy_extracted(model) if is_placed(model) else model for model in models]
-        results = _compensate(models, dense, pairs[0], batches, ridge, loss, progress)
+        results = _compensate(models, dense, pairs, batches, ridge, loss, progress)
     return results if isinstance(small, Sequence) else results[0]
 
 
@@ -194,13 +199,30 @@ def _others(model: nn.Module, layers: Iterable[str]) -> list[nn.Parameter]:
     return [value for value in model.parameters() if id(value) not in own]
 
 
-def _pairs_of(model: nn.Module) -> Sequence[Pair]:
+def _common_pairs(plans: Sequence[Plan], dense: nn.Module) -> list[Pair]:
+    """Return the pairs that are refitted, which are those of all plans.
+
+    Raise `FingerprintError` unless all plans are of the dense model, and of the same pairs.
+    """
+    pairs = set(plans[0].pairs)
+    for i, plan in enumerate(plans):
+        name = f"small[{i}]" if len(plans) > 1 else "small"
+        check_cut_from(dense, plan, name)
+        if other := sorted(pair.name for pair in pairs.symmetric_difference(plan.pairs)):
+            raise FingerprintError(
+                f"small[0] and {name} are of paths with unlike pairs, {other[0]} in one of them "
+                "alone; compensate each in a call of its own."
+            )
+    return [pair for pair in plans[0].pairs if pair.kind != "experts"]
+
+
+def _plan_of(model: nn.Module) -> Plan:
     plan = plan_of(model)
     if plan is None:
         raise UnsupportedModelError(
             f"this {type(model).__name__} was not extracted; call solpath.extract(model, plan)."
         )
-    return [pair for pair in plan.pairs if pair.kind != "experts"]
+    return plan
 
 
 def _refit_(
