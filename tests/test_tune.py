@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 import solpath
 from conftest import batches, build, inputs
+from plans import plan_of
 from solpath import SearchConfig, TuneConfig, baselines
 from solpath.errors import (
     BatchError,
@@ -309,6 +310,16 @@ def test_a_rate_that_was_given_stays(bert, rates):
 def test_no_default_rate_follows_from_a_negative_loss(bert):
     with pytest.raises(ConfigError, match=r"the loss is -1.* at the start.*learning_rate="):
         run(cut(bert), bert, TRIED, loss=lambda outputs, batch: outputs[0].square().mean() - 2)
+
+
+def test_layers_that_kept_no_inputs_do_not_set_the_default_rate(bert):
+    """Their weights are empty, and what is trained are the biases."""
+    small = solpath.extract(bert, plan_of(bert, [0] * len(solpath.find_pairs(bert))))
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_("output.dense" in name)
+    tuned = run(small, bert, TRIED)
+    assert error(tuned, bert) <= error(small, bert)
+    assert {p.shape[1] for n, p in tuned.named_parameters() if "output.dense.w" in n} == {0}
 
 
 def test_patience_stops_early(bert):

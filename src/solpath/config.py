@@ -48,6 +48,21 @@ def check_count(field: str, value: int, low: int) -> None:
         raise ConfigError(f"{field} must be an integer of at least {low}, got {value!r}.")
 
 
+def check_config(config: object, *kinds: type) -> None:
+    """Raise `ConfigError` unless `config` holds settings of one of these kinds.
+
+    Args:
+        config: What a user gave.
+        kinds: The classes of settings that are taken.
+
+    Raises:
+        ConfigError: It is of another class.
+    """
+    if not isinstance(config, kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ConfigError(f"config must be a {names}, got a {type(config).__name__}.")
+
+
 @dataclass(frozen=True)
 class SearchConfig:
     """Settings of the default search: binary masks under a growing pull (docs/method.md).

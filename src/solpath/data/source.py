@@ -19,39 +19,45 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def check_batches(batches: Any) -> None:
+def check_batches(batches: Any, name: str = "batches") -> None:
     """Raise `BatchError` unless `batches` can be an iterable of batches. Nothing is read.
 
     Args:
         batches: What a user gave. A single batch, a data set or table of another library, and what
             cannot be iterated are refused by name, with what to give instead.
+        name: The name of the argument, for the message.
     """
+    kind = type(batches).__name__
     if foreign_kind(batches):
-        raise BatchError(f"batches is a {type(batches).__name__}; {batching_hint(batches)}.")
+        raise BatchError(f"{name} is a {kind}; {batching_hint(batches)}.")
     if isinstance(batches, str | bytes | os.PathLike):
         raise BatchError(
-            f"batches must be an iterable of batches, got a single {type(batches).__name__}; make "
-            "batches of a file of texts with solpath.text_batches(file, tokenizer)."
+            f"{name} must be an iterable of batches, got a single {kind}; make batches of a file "
+            "of texts with solpath.text_batches(file, tokenizer)."
         )
     if isinstance(batches, Mapping | Tensor):
         raise BatchError(
-            f"batches must be an iterable of batches, got a single {type(batches).__name__}; "
-            "wrap it in a list."
+            f"{name} must be an iterable of batches, got a single {kind}; wrap it in a list."
         )
     if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
-        raise BatchError(f"batches must be an iterable of batches, got a {type(batches).__name__}.")
+        raise BatchError(f"{name} must be an iterable of batches, got a {kind}.")
 
 
 def check_ends(batches: Any, name: str = "batches") -> None:
     """Raise `BatchError` unless `batches` is known to end, for work that needs all of it.
+
+    One that is known to be empty is refused, too.
 
     Args:
         batches: What a user gave. It is known to end if it, or what it runs over, has a length. A
             generator has none, and nobody can tell an endless one from a long one.
         name: The name of the argument, for the message.
     """
-    check_batches(batches)
-    if operator.length_hint(batches, -1) < 0:
+    check_batches(batches, name)
+    length = operator.length_hint(batches, -1)
+    if length == 0:
+        raise BatchError(f"{name} is empty; give at least one batch.")
+    if length < 0:
         raise BatchError(
             f"{name} is a {type(batches).__name__} without a length, which may never end, and all "
             f"of it is needed; give list({name}) if it ends, or "

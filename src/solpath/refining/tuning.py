@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from solpath.config import TuneConfig, check_count
+from solpath.config import TuneConfig, check_config, check_count
 from solpath.data.preparation import Preparation, preparing
 from solpath.data.source import BatchSource, check_ends, derive_seed
 from solpath.errors import BatchError, UnsupportedModelError
@@ -98,14 +98,14 @@ def tune(
         BatchError: There are no batches or too few to hold some out, a batch is on another device
             or has fewer samples than there are processes, or the outputs of the models differ in
             shape.
-        ConfigError: `lora_rank` is set and peft is not installed, `checkpoint_every` is below 1,
-            ``accelerate`` is set up in a way that does not fit, `loss` is negative at the start,
-            from which no default learning rate follows, or it returns anything but a scalar with a
-            gradient.
+        ConfigError: `config` is no `TuneConfig`, `lora_rank` is set and peft is not installed,
+            `checkpoint_every` is below 1, ``accelerate`` is set up in a way that does not fit,
+            `loss` is negative at the start, from which no default learning rate follows, or it
+            returns anything but a scalar with a gradient.
         FileError: A checkpoint is damaged or cannot be written.
         UnsupportedModelError: No parameter can be trained, one is quantised, or one that is to be
             trained is in half precision and `lora_rank` is None. Adapters are trained in float32
-            and merged once.
+            and merged once. Or `lora_rank` is set, and `small` has adapters of peft already.
         NonFiniteLossError: The loss became NaN or infinite; the message names batch and row. The
             last checkpoint is kept.
         FingerprintError: The checkpoint belongs to other models or other settings.
@@ -118,8 +118,12 @@ def tune(
         True
     """
     check_count("checkpoint_every", checkpoint_every, 1)
-    config = config or TuneConfig()
-    small, dense = cast("Model", unwrapped(small, adapters=True)), unwrapped(dense, adapters=True)
+    config = TuneConfig() if config is None else config
+    check_config(config, TuneConfig)
+    if heldout is not None:
+        check_ends(heldout, "heldout")
+    small = cast("Model", unwrapped(small, adapters=config.lora_rank is None))
+    dense = unwrapped(dense, adapters=True)
     device = _check_model(small, config)
     file = None if checkpoint is None else Path(checkpoint) / "tune.safetensors"
     with claimed(small, dense, doing="tuned"):
@@ -215,10 +219,10 @@ def _result(
 
 
 def _width(model: nn.Module) -> float:
-    """Return the median number of inputs of the matrices that are trained."""
+    """Return the median number of inputs of the matrices that are trained, which are not empty."""
     first = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() == 2]
-    inputs = [matrix.shape[0 if id(matrix) in first else 1] for matrix in matrices]
+    trained = (p for p in model.parameters() if p.requires_grad and p.dim() == 2 and p.numel())
+    inputs = [matrix.shape[0 if id(matrix) in first else 1] for matrix in trained]
     return statistics.median(inputs) if inputs else 1.0
 
 
@@ -235,7 +239,6 @@ def _split(
     """
     train = BatchSource(batches, seed, prepare)
     if heldout is not None:
-        check_ends(heldout, "heldout")
         if not isinstance(heldout, Sequence):  # a DataLoader, read only once
             torch.manual_seed(derive_seed(seed, "heldout"))
             heldout = list(heldout)

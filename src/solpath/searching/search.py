@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from solpath.config import InclusionConfig, SearchConfig, check_count
+from solpath.config import InclusionConfig, SearchConfig, check_config, check_count
 from solpath.data.samples import union
 from solpath.data.source import check_batches
 from solpath.errors import FileError, NonFiniteLossError
@@ -162,9 +162,9 @@ def search(
         UnsupportedModelError: The model cannot be cut (see `find_pairs`), or it is in float16.
         FileError: The model cannot be loaded (see `from_pretrained`), or the checkpoint is damaged
             or cannot be written.
-        ConfigError: `checkpoint_every` or `micro_batch` is out of its range, timm is needed and not
-            installed, a measure in `MEASURES` does not count whole numbers, or `loss` returns
-            anything but a scalar with a gradient.
+        ConfigError: `config` is of another kind, `checkpoint_every` or `micro_batch` is out of its
+            range, timm is needed and not installed, a measure in `MEASURES` does not count whole
+            numbers, or `loss` returns anything but a scalar with a gradient.
         BatchError: There are no batches, or one is empty, on another device, or of a wrong type.
         NonFiniteLossError: The loss is NaN or infinite; the message names batch and row. The last
             checkpoint is kept.
@@ -182,8 +182,9 @@ def search(
     if micro_batch is not None:
         check_count("micro_batch", micro_batch, 1)
     check_batches(batches)
+    config = SearchConfig() if config is None else config
+    check_config(config, SearchConfig, InclusionConfig)
     model, batches = for_batches(model, batches)
-    config = config or SearchConfig()
     with claimed(model, doing="searched"):
         opened = open_engine(
             model,
