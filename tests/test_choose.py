@@ -317,6 +317,20 @@ def test_settings_out_of_range(bert, path, options, error):
         solpath.choose(bert, path, heldout(bert, 2), **options)
 
 
+def test_an_unknown_constraint_is_refused_with_those_that_are_near(bert, path):
+    for name, near in {"multipleof": "multiple_of", "progres_": "multiple_of, for_"}.items():
+        with pytest.raises(TypeError, match=rf"choose\(\) got an .* '{name}'; .* such as {near}"):
+            solpath.choose(bert, path, heldout(bert, 2), 0.5, **{name: 8}, **QUIET)
+
+
+def test_too_few_batches_to_fit_on_are_refused_before_a_model_runs(bert, path, monkeypatch):
+    monkeypatch.setattr(choosing, "metric_for", pytest.fail)
+    with pytest.raises(BatchError, match="compensate needs at least 4 batches, got 2"):
+        solpath.choose(
+            bert, path, heldout(bert, 4), 0.5, compensate=heldout(bert, 2, seed=50), **QUIET
+        )
+
+
 class Shuffled(list):
     """A sequence that gives other batches every time."""
 

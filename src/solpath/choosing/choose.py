@@ -7,6 +7,8 @@ probability delta (fixed-sequence testing: Maurer et al. 1995; as part of Learn 
 Angelopoulos, Bates, Candès, Jordan & Lei 2021, arXiv 2110.01052, section 4).
 """
 
+import difflib
+import inspect
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
@@ -28,9 +30,10 @@ from solpath.model.fingerprint import check_fingerprint
 from solpath.planning.path import SolutionPath
 from solpath.planning.plan import Plan
 from solpath.refining.compensation import compensate as refit
+from solpath.refining.fitting import check_enough
 from solpath.running.claims import claimed
 from solpath.running.forward import device_of
-from solpath.running.modes import contained, inferring
+from solpath.running.modes import contained, inferring, keeping_random_state
 from solpath.running.progress import progress_bar
 from solpath.running.provenance import provenance
 from solpath.wrapping import unwrapped
@@ -90,6 +93,7 @@ def choose(
         The choice, with every size that was tested. If the first one failed, it is the dense model.
 
     Raises:
+        TypeError: A keyword is no constraint.
         ConfigError: A setting is out of range, or a budget is among the constraints.
         BudgetError: A size is not reachable.
         BatchError: `batches` are too few to show so small a loss, share a sample with the search or
@@ -107,20 +111,24 @@ def choose(
         (200, True)
     """
     check_ends(batches)
+    if compensate is not None:
+        check_ends(compensate, "compensate")
     model = unwrapped(model, hooks=True)
     _check(max_loss, confidence, clip, constraints)
     plans = _plans(path, sizes, constraints)
-    known = batches if isinstance(batches, Sequence) else list(batches)
-    fitted = None if compensate is None else _listed(compensate)
     delta = 1 - confidence
     with (
+        keeping_random_state(),
         claimed(model, doing="chosen from", admits="anything"),
         preparing(model, device_of(model)) as prepare,
         progress_bar("choose", "", len(plans) + 1, 0, show=progress) as report,
     ):
         check_fingerprint(path.fingerprint, path.pairs, model, survey(model)[0])
+        known = batches if isinstance(batches, Sequence) else list(batches)
+        fitted = None if compensate is None else list(compensate)
         samples = Samples(known, prepare, groups, set(path.seen.tolist()))
         if fitted is not None:
+            check_enough(fitted)
             samples.check_apart(fitted, model)
         with inferring(model):
             judge = metric_for(metric, model, samples.first(), clip, grouped=groups is not None)
@@ -174,6 +182,14 @@ def _check(max_loss: float, confidence: float, clip: float, constraints: dict[st
     budgets = {"budget", "sparsity", "params", "bytes", "macs", "cache", "latency_ms", "latency"}
     if named := budgets & set(constraints):
         raise ConfigError(f"choose finds the size itself: give sizes=, not {min(named)}=.")
+    known = [*inspect.signature(SolutionPath.plan).parameters][1:]
+    for name in constraints:
+        if name not in known:
+            close = difflib.get_close_matches(name, {*known} - budgets) or ["multiple_of", "for_"]
+            raise TypeError(
+                f"choose() got an unexpected keyword argument {name!r}; constraints are those of "
+                f"SolutionPath.plan, such as {', '.join(close)}."
+            )
 
 
 def _plans(
@@ -194,11 +210,6 @@ def _plans(
         if not plans or plan.achieved.params != plans[-1][1].achieved.params:
             plans.append((sparsity, plan))
     return plans
-
-
-def _listed(batches: Iterable[Any]) -> list[Any]:
-    check_ends(batches, "compensate")
-    return list(batches)
 
 
 def _check_count(judge: Metric, samples: Samples, max_loss: float, delta: float) -> None:

@@ -39,7 +39,7 @@ class Samples:
         groups: Iterable[Hashable] | None,
         seen: Container[int],
     ) -> None:
-        groups = None if groups is None else _listed(groups)
+        groups = None if groups is None else _comparable(groups)
         self._batches, self._prepare = batches, prepare
         self._kept: dict[int, list[int]] = {}
         self._digests: dict[int, list[int]] = {}
@@ -157,7 +157,7 @@ class Samples:
             yield from (own[row] for row in kept)
 
 
-def _listed(groups: Iterable[Hashable]) -> list[Hashable]:
+def _comparable(groups: Iterable[Hashable]) -> list[Hashable]:
     """Return groups as values that are equal where they mean the same."""
     given: Any = groups
     if isinstance(given, str):

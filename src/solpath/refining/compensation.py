@@ -12,7 +12,7 @@ from torch import nn
 from solpath.config import check_number
 from solpath.data.preparation import Preparation, preparing
 from solpath.data.source import batch_size, check_ends, slice_samples, work_of
-from solpath.errors import BatchError, FingerprintError, NonFiniteLossError, UnsupportedModelError
+from solpath.errors import FingerprintError, NonFiniteLossError, UnsupportedModelError
 from solpath.model.extraction import copy_extracted
 from solpath.model.fingerprint import check_cut_from
 from solpath.model.linear import linear_map
@@ -20,7 +20,7 @@ from solpath.model.plain import check_floats
 from solpath.objective import Loss, Objective, mean_loss
 from solpath.pair import Pair
 from solpath.planning.plan import Plan, plan_of
-from solpath.refining.fitting import CHECKED, Share, refit_, share_of
+from solpath.refining.fitting import CHECKED, Share, check_enough, refit_, share_of
 from solpath.refining.passes import Calls, DenseCalls, held_bytes, waits_of
 from solpath.running.claims import claimed
 from solpath.running.forward import Batch, device_of, row_not_finite, run
@@ -159,8 +159,7 @@ def _compensate(
         inferring(*everyone),
     ):
         known = [prepare(i, batch) for i, batch in enumerate(batches)]
-        if len(known) < CHECKED:
-            raise BatchError(f"compensate needs at least {CHECKED} batches, got {len(known)}.")
+        check_enough(known)
         share = share_of(known)
         if loss is not None:  # what is wrong with it is said before the work
             mean_loss(loss, run(models[0], known[0], labels=True), known[0])

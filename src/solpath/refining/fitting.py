@@ -42,6 +42,12 @@ class Share:
         return [number % CHECKED == CHECKED - 1 for number in self.numbers]
 
 
+def check_enough(batches: Sequence[Batch]) -> None:
+    """Raise `BatchError` if there are too few batches to fit on some and check on others."""
+    if len(batches) < CHECKED:
+        raise BatchError(f"compensate needs at least {CHECKED} batches, got {len(batches)}.")
+
+
 def share_of(batches: Sequence[Batch]) -> Share:
     """Return the share of this process: each batch to fit, and each held-out one, has one process.
 
