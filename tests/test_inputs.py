@@ -1,5 +1,6 @@
 """What people give as batches: it works, or an error names what is wrong and what to give."""
 
+import copy
 import itertools
 import re
 import warnings
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, T5Model
 import solpath
 from conftest import CASES, batches, build, inputs
 from solpath.data.source import BatchSource
-from solpath.errors import BatchError, ConfigError, NonFiniteLossError
+from solpath.errors import BatchError, ConfigError, NonFiniteLossError, UnsupportedModelError
 from solpath.measuring.evaluation import reference_outputs
 from solpath.running.forward import forward
 
@@ -365,3 +366,80 @@ def test_compensate_names_a_bad_loss_before_it_fits_anything(bert, small, monkey
     monkeypatch.setattr("solpath.refining.compensation.refit_", pytest.fail)
     with pytest.raises(ConfigError, match="returned None"):
         solpath.compensate(small, bert, batches(bert, 8), loss=lambda o, b: None, progress=False)
+
+
+def test_settings_of_another_kind_are_refused(bert, small):
+    data = batches(bert, 12)
+    for config in (QUICK, {"steps": 2}, {}):
+        with pytest.raises(ConfigError, match=r"must be a TuneConfig, got a (Sea|dict)"):
+            solpath.tune(small, bert, data, config, progress=False)
+    for config in (TUNING, {"steps": 2}, {}):
+        with pytest.raises(ConfigError, match="must be a SearchConfig or InclusionConfig, got a"):
+            solpath.search(bert, data, config, progress=False)
+
+
+def test_what_is_empty_or_no_batches_is_called_by_the_name_of_its_argument(bert, small, tmp_path):
+    data = batches(bert, 8)
+    path = search(bert, batches(bert, 2, 5))
+
+    def family(heldout, **options):
+        return solpath.make_family(bert, path, heldout, tmp_path / "out", progress=False, **options)
+
+    calls = {
+        "heldout": [
+            lambda given: solpath.tune(small, bert, data, TUNING, heldout=given, progress=False),
+            family,
+        ],
+        "compensate": [
+            lambda given: solpath.choose(bert, path, data, 0.9, compensate=given, progress=False)
+        ],
+        "compensate_on": [lambda given: family(data, compensate_on=given)],
+        "batches": [
+            lambda given: solpath.evaluate(small, bert, given),
+            lambda given: solpath.compensate(small, bert, given, progress=False),
+            lambda given: solpath.tune(small, bert, given, TUNING, heldout=data, progress=False),
+            lambda given: solpath.choose(bert, path, given, 0.9, progress=False),
+            lambda given: search(bert, given),
+            lambda given: reference_outputs(bert, given),
+        ],
+    }
+    for name, ones in calls.items():
+        for call in ones:
+            for given, words in (([], "is empty; give at least one"), (data[0], "a single dict")):
+                with pytest.raises(BatchError, match=f"^{name} .*{words}"):
+                    call(given)
+
+
+def test_a_model_with_adapters_gets_no_others(bert, small):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["query"])
+    adapted = peft.get_peft_model(copy.deepcopy(small), config)
+    options = {"steps": 1, "evaluate_every": 1, "learning_rate": 1e-4}
+    data = batches(bert, 12)
+    solpath.tune(adapted, bert, data, solpath.TuneConfig(**options), progress=False)
+    config = solpath.TuneConfig(**options, lora_rank=2)
+    with pytest.raises(UnsupportedModelError, match=r"adapters of peft.*merge_and_unload\(\)"):
+        solpath.tune(adapted, bert, data, config, progress=False)
+
+
+def test_no_function_that_reads_a_loader_changes_the_random_state(bert, small, tmp_path):
+    rows = [{k: v[i] for k, v in b.items()} for b in batches(bert, 10, 8) for i in range(8)]
+    path = search(bert, batches(bert, 2, 5))
+    bert.save_pretrained(tmp_path / "bert")
+    tuning = {"heldout": DataLoader(rows, 8), "progress": False}
+    calls = {
+        "search": lambda data: search(bert, data),
+        "search by name": lambda data: search(tmp_path / "bert", data),
+        "evaluate": lambda data: solpath.evaluate(small, bert, data),
+        "reference_outputs": lambda data: reference_outputs(bert, data),
+        "compensate": lambda data: solpath.compensate(small, bert, data, progress=False),
+        "tune": lambda data: solpath.tune(small, bert, data, TUNING, **tuning),
+        "choose": lambda data: solpath.choose(bert, path, data, 0.9, sizes=[0.1], progress=False),
+        "make_family": lambda data: solpath.make_family(
+            bert, path, data, tmp_path / "family", sizes=[0.1], repeats=1, progress=False
+        ),
+    }
+    for name, call in calls.items():
+        before = torch.get_rng_state()
+        call(DataLoader(rows, 8, shuffle=True))
+        assert torch.equal(before, torch.get_rng_state()), name

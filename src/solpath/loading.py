@@ -18,6 +18,7 @@ from solpath.errors import UnsupportedModelError
 from solpath.gguf import is_gguf
 from solpath.pretrained import Name, from_pretrained, load_placed
 from solpath.running.memory import fits
+from solpath.running.modes import keeping_random_state
 from solpath.wrapping import unwrapped
 
 if TYPE_CHECKING:
@@ -34,11 +35,12 @@ def for_batches(model: nn.Module | Name, batches: Iterable[Any]) -> tuple[nn.Mod
     """
     if not isinstance(model, str | os.PathLike):
         return unwrapped(model, hooks=True), batches
-    if isinstance(batches, Iterator):
-        first = next(batches, None)
-        batches = () if first is None else chain([first], batches)
-    else:
-        first = next(iter(batches), None)
+    with keeping_random_state():
+        if isinstance(batches, Iterator):
+            first = next(batches, None)
+            batches = () if first is None else chain([first], batches)
+        else:
+            first = next(iter(batches), None)
     values = first.values() if isinstance(first, Mapping) else (first,)
     device = next((value.device for value in values if isinstance(value, Tensor)), "cpu")
     return load_within(model, device=device), batches

@@ -32,6 +32,7 @@ from solpath.reporting.family import (
 )
 from solpath.reporting.report import check_installed, write_report
 from solpath.reporting.scores import DISTANCES, Scores, Task, both, metrics_of, scores_at
+from solpath.running.modes import keeping_random_state
 from solpath.running.progress import progress_bar
 from solpath.running.provenance import provenance
 from solpath.storing.reading import load
@@ -104,10 +105,11 @@ def make_family(
     """
     named = _named(sizes)
     check_installed()
-    check_ends(heldout)
+    check_ends(heldout, "heldout")
     if compensate_on is not None:
         check_ends(compensate_on, "compensate_on")
-    heldout = list(heldout)
+    with keeping_random_state():
+        heldout = list(heldout)
     plans = {member: path.plan(sparsity=size, for_=for_) for member, size in named.items()}
     with new_folder(out) as folder:
         fitted = _cut(model, plans, folder, compensate_on, tokenizer, progress)
