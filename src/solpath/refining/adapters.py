@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,7 +54,8 @@ def add_adapters_(model: nn.Module, rank: int, alpha: float) -> "LoraModel":
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
-        target_modules="|".join(map(re.escape, layers)),  # a list would match ends of names
+        target_modules=layers,
+        exclude_modules=_alike(model, layers),
         fan_in_fan_out=turned,
     )
     tuner = LoraModel(model, config, "default")
@@ -75,6 +76,16 @@ def adaptable(model: nn.Module) -> list[str]:
         and module.weight.requires_grad
         and owners[id(module.weight)] == 1
     ]
+
+
+def _alike(model: nn.Module, layers: Collection[str]) -> str | None:
+    """Return an expression for all modules that peft takes for one of some layers, or None.
+
+    It looks at the ends of names: ``block.fc`` is taken for a layer ``fc``.
+    """
+    ends = tuple(f".{name}" for name in layers)
+    names = {name for name, _ in model.named_modules() if name.endswith(ends)} - set(layers)
+    return "|".join(map(re.escape, sorted(names))) or None
 
 
 def merge_adapters_(tuner: "LoraModel", adapters: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
