@@ -443,3 +443,24 @@ def test_no_function_that_reads_a_loader_changes_the_random_state(bert, small, t
         before = torch.get_rng_state()
         call(DataLoader(rows, 8, shuffle=True))
         assert torch.equal(before, torch.get_rng_state()), name
+
+
+@pytest.mark.parametrize("label", ["bert", "llama", "vit", "t5"])
+def test_tuples_are_compared_by_a_loss_alone(label):
+    model = build(label)
+    data, config = batches(model, 8), solpath.TuneConfig(steps=1, evaluate_every=1)
+    small = solpath.extract(model, solpath.baselines.magnitude(model, data[:1]).plan(sparsity=0.4))
+    for one in (model, small):
+        one.config.return_dict = False
+    calls = [
+        lambda: search(model, data),
+        lambda: solpath.tune(small, model, data, config, heldout=data, progress=False),
+        lambda: solpath.compensate(small, model, data, progress=False),
+        lambda: solpath.evaluate(small, model, data),
+        lambda: reference_outputs(model, data),
+    ]
+    for call in calls:
+        with pytest.raises((BatchError, UnsupportedModelError), match="return_dict = True"):
+            call()
+    if label in ("bert", "t5"):
+        solpath.evaluate(small, model, data, loss=lambda o, b: o[0].square().mean())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from solpath.errors import BatchError
+from solpath.errors import BatchError, UnsupportedModelError
 from solpath.running.placement import execution_device
 
 Batch = Any
@@ -47,6 +47,7 @@ def run(model: nn.Module, batch: Batch, *, labels: bool) -> Any:
 
     Raises:
         BatchError: The model has a decoder that gets no inputs and cannot do without.
+        UnsupportedModelError: The parts of the model return tuples, of which it takes names.
     """
     if not isinstance(batch, Mapping):
         return model(batch)
@@ -57,6 +58,13 @@ def run(model: nn.Module, batch: Batch, *, labels: bool) -> Any:
         inputs.setdefault("use_cache", False)
     try:
         return model(**inputs)
+    except AttributeError as error:
+        if getattr(getattr(model, "config", None), "return_dict", True) is not False:
+            raise
+        raise UnsupportedModelError(
+            f"this {type(model).__name__} cannot run with return_dict=False in its configuration; "
+            "set model.config.return_dict = True."
+        ) from error
     except ValueError as error:
         if "decoder_input_ids" not in parameters or any(
             inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")
@@ -98,6 +106,11 @@ def output_tensor(outputs: Any) -> Tensor:
     """
     if isinstance(outputs, Tensor):
         return outputs
+    if isinstance(outputs, tuple) and not hasattr(outputs, "_fields"):
+        raise BatchError(
+            "the model returns a tuple, in which nothing says what to compare; set "
+            "model.config.return_dict = True, or pass your own loss."
+        )
     name = type(outputs).__name__
     tensors = {key: getattr(outputs, key, None) for key in (*_KNOWN, *_OTHER_HEADS)}
     found = {key: value for key, value in tensors.items() if isinstance(value, Tensor)}
