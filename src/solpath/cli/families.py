@@ -193,6 +193,6 @@ def _go_on(folder: Path, prompts: Path, dense: str) -> None:
     place = Placement()
     models = {"dense": load_any(dense, place)}
     models |= {m.name: load_any(str(folder / m.folder), place) for m in family.members if m.folder}
-    lines = [line for line in read_lines(prompts, Broken("raise")) if line]
+    lines = read_lines(prompts, Broken("raise"))
     found = continuations(models, load_processor(dense), lines)
     replace(family, continuations=found).write(folder)

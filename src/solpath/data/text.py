@@ -179,11 +179,11 @@ def _texts(
 
 
 def read_lines(file: Path, broken: Broken) -> list[str]:
-    """Return the lines of a text file, without the space around them.
+    """Return the lines of a text file that are not blank, without the space around them.
 
     Args:
         file: The file, in UTF-8.
-        broken: What to do about a line that is not UTF-8. If it is left out, a blank stands for it.
+        broken: What to do about a line that is not UTF-8.
 
     Raises:
         FileError: The file or a line cannot be read, or there is no text. The message names them.
@@ -195,12 +195,14 @@ def read_lines(file: Path, broken: Broken) -> list[str]:
     lines = []
     for i, line in enumerate(_LINE_END.split(content.removeprefix(_BYTE_ORDER_MARK))):
         try:
-            lines.append(line.decode("utf-8").strip())
+            text = line.decode("utf-8").strip()
         except UnicodeDecodeError as error:
             name = f"line {i + 1} of {file}"
             broken.note(name, FileError(f"cannot read {name}: {error}."))
-            lines.append("")
-    if not any(lines):
+            continue
+        if text:
+            lines.append(text)
+    if not lines:
         raise FileError(f"{file} has no text; give one text per line.")
     return lines
 
