@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import pytest
-from PIL import Image
-from transformers import ViTImageProcessor
 
 import solpath
 from conftest import batches, build
@@ -50,3 +48,24 @@ def test_blank_lines_are_no_rows(tmp_path, capsys):
     search = "search", "bert", "--text", f"{tmp_path / 'b.txt'}", "--steps", "2", "--length", "4"
     assert run([*search, "--out", str(tmp_path / "p")]) == 0
     assert "2 of 2 rows" in capsys.readouterr().err
+
+
+def choosing(*more):
+    return "choose", "bert", "path", "--text", "a.txt", "--length", "6", "--max-loss", "0.9", *more
+
+
+def test_a_choice_that_cannot_be_written_is_found_before_the_work(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("solpath.cli.choose.load_any", None)  # the work would begin with it
+    (tmp_path / "old.json").write_text("{}")
+    assert "path is a folder; give the name" in refused(*choosing("--out", "path"))
+    said = refused(*choosing("--out", tmp_path / "old.json"))
+    assert "old.json exists; choose another file or remove it" in said
+    said = refused(*choosing("--out", "a.txt/choice.json"))
+    assert "cannot write to a.txt/choice.json: a.txt is a file" in said
+    assert "cannot write to '/proc/" in refused(*choosing("--out", "/proc/choice.json"))
+    assert (tmp_path / "old.json").read_text() == "{}"
+
+
+def test_a_folder_in_a_file_is_named(refused):
+    said = refused("extract", "bert", "path", "--sparsity", "0.4", "--out", "a.txt/small")
+    assert "cannot write to a.txt/small: a.txt is a file" in said

@@ -50,6 +50,7 @@ def check_output(
     """
     with _naming(path, "cannot write to"):
         folder = Path(path).resolve()
+        _check_parents(Path(path))
         _put_back(folder)
         if not overwrite and folder.is_dir() and _entries(folder):
             raise FileError(f"{path} is not empty; choose another folder or pass overwrite=True.")
@@ -59,6 +60,23 @@ def check_output(
         with temporary_folder(home):
             pass
     return Path(path)
+
+
+def check_new_file(path: Path) -> None:
+    """Raise `FileError` before any long work unless a new file can be written. Make its folder.
+
+    Args:
+        path: The file.
+    """
+    with _naming(path, "cannot write to"):
+        _check_parents(path)
+        if path.is_dir():
+            raise FileError(f"{path} is a folder; give the name of a new file.")
+        if os.path.lexists(path):
+            raise FileError(f"{path} exists; choose another file or remove it.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(path.parent):
+            pass
 
 
 @contextlib.contextmanager
@@ -198,6 +216,15 @@ def _home(folder: Path) -> Path:
 def _entries(folder: Path) -> list[str]:
     """Return the names in a folder, without temporary ones."""
     return sorted(name for name in os.listdir(folder) if not _TEMPORARY.fullmatch(name))
+
+
+def _check_parents(path: Path) -> None:
+    """Raise `FileError` if a path leads through a file."""
+    for parent in path.parents:
+        if parent.is_dir():
+            return
+        if parent.exists():
+            raise FileError(f"cannot write to {path}: {parent} is a file; choose another place.")
 
 
 def _check_replaceable(folder: Path, marks: Collection[str]) -> None:

@@ -48,7 +48,9 @@ def choose(
     sizes: Annotated[
         str | None, typer.Option(help="Sparsities to test, as in 0.1,0.2; default 0.05 to 0.7.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the choice to.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file to write the choice to, a new one.")
+    ] = None,
     save: Annotated[
         Path | None, typer.Option(help="Folder for the chosen member, new or empty.")
     ] = None,
@@ -58,11 +60,13 @@ def choose(
     from solpath.choosing.choose import SIZES
     from solpath.choosing.choose import choose as find
     from solpath.cli.splits import choice_batches
-    from solpath.files import check_output, json_bytes, write_file
+    from solpath.files import check_new_file, check_output, json_bytes, write_file
     from solpath.pretrained import load_processor
     from solpath.storing.writing import save as write
 
     grid = SIZES if sizes is None else numbers(sizes)
+    if out is not None:
+        check_new_file(out)
     if save is not None:
         check_output(save)
     order, device = path_of(path), device_for(place)

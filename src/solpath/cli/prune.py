@@ -276,12 +276,15 @@ def _plan_for_latency(
     constraints: Mapping[str, Any],
 ) -> "Plan":
     """Read the table, or measure it and write it if a file is given; then plan and verify."""
+    from solpath.files import check_new_file
     from solpath.measuring.latency import check_request, measure_latency, plan_for_latency
 
     check_request(model, path, batch, latency_ms, **constraints)
     if file is not None and file.exists():
         table = table_of(file)
     else:
+        if file is not None:
+            check_new_file(file)
         say("measuring shapes; keep the machine quiet")
         table = measure_latency(model, batch)
         if file is not None:
