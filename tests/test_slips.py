@@ -23,6 +23,11 @@ def home(tmp_path_factory) -> Path:
     path.save(folder / "path")
     solpath.save(solpath.extract(bert, path.plan(sparsity=0.4)), folder / "small")
     (folder / "a.txt").write_text("".join(f"w{i} w{i + 1}\n" for i in range(58)))
+    (folder / "losses.py").write_text(
+        "def size(outputs, batch): return outputs.last_hidden_state.square().mean()\n"
+        "def three(outputs, batch): return 3\n"
+        "def raising(outputs, batch): return outputs.nothing\n"
+    )
     return folder
 
 
@@ -69,3 +74,24 @@ def test_a_choice_that_cannot_be_written_is_found_before_the_work(refused, tmp_p
 def test_a_folder_in_a_file_is_named(refused):
     said = refused("extract", "bert", "path", "--sparsity", "0.4", "--out", "a.txt/small")
     assert "cannot write to a.txt/small: a.txt is a file" in said
+
+
+def test_the_next_command_judges_by_other_data_that_is_read_the_same_way(tmp_path, capsys):
+    words = ["compensate", "small", "bert", "--text", "a.txt", "--length", "6", "--batch-size", "8"]
+    words += ["--batches", "4", "--dtype", "float32", "--loss", "losses:size"]
+    assert run([*words, "--out", str(tmp_path / "better")]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == (
+        f"Next: solpath eval {tmp_path / 'better'} --reference bert --text OTHER_DATA "
+        "--batch-size 8 --length 6 --dtype float32 --loss losses:size"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("three", "returned 3, not a tensor"), ("raising", "raised AttributeError: ")],
+)
+def test_a_loss_that_fails_is_named(name, text, refused, tmp_path):
+    search = "search", "bert", "--text", "a.txt", "--steps", "2", "--length", "6"
+    said = refused(*search, "--loss", f"losses:{name}", "--out", tmp_path / "p")
+    assert f"--loss losses:{name} {text}" in said

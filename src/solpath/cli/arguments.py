@@ -61,6 +61,12 @@ class Placement:
     dtype: Precision = Precision.AUTO
     attention: Attention | None = None
 
+    @property
+    def words(self) -> list[str]:
+        """The options that are not left at their defaults, as they are typed."""
+        found = {name: getattr(self, name) for name in PLACEMENT}
+        return _words({n: v for n, v in found.items() if v != PLACEMENT[n][1]})
+
 
 @dataclass(frozen=True)
 class Data:
@@ -83,14 +89,20 @@ class Data:
         return bool(self.text or self.images or self.data)
 
     @property
-    def words(self) -> list[str]:
-        """The options that name data and columns, as they are typed."""
-        found = []
-        for option in ("text", "images", "data", "config", "split", "column"):
-            value = getattr(self, option)
-            values = value if isinstance(value, list | tuple) else [value]
-            found += [word for one in values if one for word in (f"--{option}", str(one))]
-        return found
+    def words_for_others(self) -> list[str]:
+        """The options for other data that is read the same way, as they are typed."""
+        named = {n: "OTHER_DATA" for n in ("text", "images", "data") if getattr(self, n)}
+        read = {n: getattr(self, n) for n in ("column", "batch_size", "length")}
+        return _words(named | {n: v for n, v in read.items() if v})
+
+
+def _words(options: Mapping[str, Any]) -> list[str]:
+    """Return options and their values as they are typed."""
+    found: list[str] = []
+    for name, value in options.items():
+        for one in value if isinstance(value, list) else [value]:
+            found += [f"--{name.replace('_', '-')}", str(one)]
+    return found
 
 
 ModelName = Annotated[

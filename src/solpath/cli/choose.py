@@ -14,7 +14,6 @@ from solpath.cli.arguments import (
     ModelName,
     PathFolder,
     Placement,
-    Precision,
     takes_constraints,
     takes_data,
     takes_placement,
@@ -122,9 +121,8 @@ def choose(
         return print(
             "Next: the same command with --save FOLDER, for this member as it was refitted"
         )
-    dtype = [] if place.dtype is Precision.AUTO else ["--dtype", place.dtype.value]
     size = ["--sparsity", f"{found.sparsity:g}", *_options(constraints)]
-    say_next("extract", model, path, *size, *dtype, "--out", "small")
+    say_next("extract", model, path, *size, *place.words, "--out", "small")
 
 
 def _options(constraints: Mapping[str, Any]) -> list[str]:

@@ -13,12 +13,13 @@ from solpath.errors import ConfigError, FileError
 if TYPE_CHECKING:
     import torch
 
+    from solpath.cli.losses import NamedLoss
     from solpath.measuring.evaluation import Result
     from solpath.planning.latency_table import LatencyTable
     from solpath.planning.path import SolutionPath
 
 
-def loss_of(text: str | None) -> Any:
+def loss_of(text: str | None) -> "NamedLoss | None":
     """Import a loss of the user, ``module:function``, from the folder that the command runs in.
 
     Raises:
@@ -40,7 +41,9 @@ def loss_of(text: str | None) -> Any:
         sys.path.remove(str(Path.cwd()))
     if not callable(found):
         raise ConfigError(f"--loss: {module} has no function {name}.")
-    return found
+    from solpath.cli.losses import NamedLoss
+
+    return NamedLoss(text, found)
 
 
 def device_for(place: Placement) -> "torch.device":

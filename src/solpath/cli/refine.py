@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,9 @@ from solpath.cli.inputs import device_for, load_any, load_small, loss_of
 from solpath.cli.state import keeping_state
 from solpath.cli.terminal import print_json, print_table, say_next
 from solpath.errors import ConfigError
+
+if TYPE_CHECKING:
+    from solpath.cli.losses import NamedLoss
 
 
 @app.command()
@@ -114,7 +117,7 @@ def _improve(
     data: Data,
     place: Placement,
     seed: int,
-    loss: Any,
+    loss: "NamedLoss | None",
     config: dict[str, Any],
     improved: Callable[[Any, Any, Sequence[Any], Sequence[Any]], AbstractContextManager[Any]],
     as_json: bool,
@@ -146,4 +149,5 @@ def _improve(
     rows = [(name, f"{before[name]:.4f}", f"{after[name]:.4f}") for name in before]
     print_table(("held-out metric", "before", "after"), rows)
     print(f"written to {out}")
-    say_next("eval", out, "--reference", dense, *data.words)
+    own = [] if loss is None else ["--loss", loss.name]
+    say_next("eval", out, "--reference", dense, *data.words_for_others, *place.words, *own)

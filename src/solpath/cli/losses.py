@@ -1,0 +1,49 @@
+"""Losses that a user names on the command line. Commands import this when they run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from solpath.errors import ConfigError, SolpathError
+
+
+@dataclass(frozen=True)
+class NamedLoss:
+    """A loss of the user, whose own errors name the function.
+
+    Attributes:
+        name: What the user typed, ``module:function``.
+        function: The function of that name.
+    """
+
+    name: str
+    function: Callable[[Any, Any], Any]
+
+    def __call__(self, outputs: Any, batch: Any) -> Tensor:
+        """Return what the function returns.
+
+        Args:
+            outputs: See `solpath.objective.Loss`.
+            batch: See `solpath.objective.Loss`.
+
+        Raises:
+            ConfigError: The function raised an error, or returned something other than a tensor.
+        """
+        try:
+            found = self.function(outputs, batch)
+        except (SolpathError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # code of the user can raise anything
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ConfigError(
+                f"--loss {self.name} raised {type(error).__name__}: {reason}; --debug shows where."
+            ) from error
+        if not isinstance(found, Tensor):
+            raise ConfigError(
+                f"--loss {self.name} returned {found!r:.60}, not a tensor; let it "
+                "return the mean over the samples of the batch as a scalar tensor."
+            )
+        return found
