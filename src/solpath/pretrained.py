@@ -21,7 +21,8 @@ from solpath.gguf import (
     read_gguf,
     scale_positions_,
 )
-from solpath.vetting import INDEX, check_files, check_index, check_settings
+from solpath.holding import DENSE, FAMILY, PATH, holds
+from solpath.vetting import INDEX, check_files, check_index, check_on_hub, check_settings
 from solpath.wrapping import unwrapped
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ def load_placed(
         found = transformers.PreTrainedConfig.get_config_dict(str(name), **options)[0]
         check_settings(name, found)
         model_type = found.get("model_type")
+        if model_type is None:
+            raise FileError(_no_model(name))
         if model_type == TIMM_WRAPPER:
             timm.check_settings(found)
         else:
@@ -238,6 +241,19 @@ def as_model(model: nn.Module | Name, *, device: str | torch.device = "cpu") -> 
     return unwrapped(model)
 
 
+def check_name(name: Name) -> None:
+    """Raise `FileError` unless a name leads to something that may be a dense model.
+
+    Args:
+        name: See `from_pretrained`.
+    """
+    if is_gguf(name):
+        return
+    folder, local = _locate(name)
+    if local and holds(folder) in (PATH, FAMILY):
+        raise FileError(_no_model(name))
+
+
 def _locate(name: Name) -> tuple[Path, bool]:
     """Return `name` as a location, and whether it is a folder.
 
@@ -246,6 +262,8 @@ def _locate(name: Name) -> tuple[Path, bool]:
     folder = Path(name)
     if not folder.is_dir() and (folder.exists() or not _HUB_ID.fullmatch(os.fspath(name))):
         raise FileError(f"{name}: no such folder, and not a hub id such as owner/name.")
+    if not folder.is_dir():
+        check_on_hub(os.fspath(name))
     return folder, folder.is_dir()
 
 
@@ -291,6 +309,14 @@ def _without_weights(kind: Any, config: Any, dtype: torch.dtype | None) -> "PreT
     drop_data_(model)
     model.tie_weights()
     return cast("PreTrainedModel", model.eval())
+
+
+def _no_model(name: Name) -> str:
+    """Return the words for what has no configuration of a model."""
+    found = holds(name)
+    if found in (None, DENSE):
+        return f"{name} holds no model: it has no config.json that names a model_type."
+    return f"{name} holds {found}; give the model."
 
 
 def _unreadable(name: Name, error: Exception) -> FileError:

@@ -13,8 +13,39 @@ from solpath.errors import FileError, UnsupportedModelError
 from solpath.reading import file_in, opened, read_json
 
 INDEX = "model.safetensors.index.json"
+_HUB_SECONDS = 10
 _SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 _IMPLEMENTATIONS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+
+
+def check_on_hub(name: str) -> None:
+    """Refuse a name that is no folder if no Hub knows it, before anything is tried again and again.
+
+    A repository that the cache has a part of is not asked for.
+
+    Args:
+        name: The id of a repository.
+
+    Raises:
+        FileError: The Hub has no such model, or does not answer.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
+
+    if (Path(HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")).is_dir():
+        return
+    missing = f"cannot load {name}: there is no folder of that name here, and the Hub"
+    try:
+        HfApi().model_info(name, timeout=_HUB_SECONDS)
+    except RepositoryNotFoundError as error:
+        raise FileError(f"{missing} has no such model that you may read.") from error
+    except (HfHubHTTPError, HFValidationError):  # what it said is told by whoever reads from it
+        return
+    except Exception as error:  # the errors of the network depend on the version of its client
+        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        raise FileError(f"{missing} does not answer: {reason}.") from error
 
 
 def check_files(folder: Path) -> None:

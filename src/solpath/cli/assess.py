@@ -19,8 +19,10 @@ from solpath.cli.arguments import (
     takes_data,
     takes_placement,
 )
-from solpath.cli.inputs import device_for, load_any, loss_of
+from solpath.cli.inputs import check_not_swapped, device_for, load_any, loss_of
 from solpath.cli.terminal import print_json, print_table
+from solpath.errors import ConfigError
+from solpath.holding import DENSE, EXTRACTED, holds
 
 
 @app.command(name="eval")
@@ -45,6 +47,9 @@ def evaluate_(
     from solpath.pretrained import load_processor
     from solpath.reporting.retrieval import embedder, retrieval_accuracy
 
+    check_not_swapped(model, reference, EXTRACTED, DENSE)
+    if holds(reference) == EXTRACTED:
+        raise ConfigError(f"--reference {reference} holds {EXTRACTED}; give the dense model.")
     own, device = loss_of(loss), device_for(place)
     small, dense = load_any(model, place), load_any(reference, place)
     pairs: Sequence[Any] = ()

@@ -20,9 +20,18 @@ from solpath.cli.arguments import (
     takes_data,
     takes_placement,
 )
-from solpath.cli.inputs import device_for, load_any, loss_of, numbers, path_of, searched_on
+from solpath.cli.inputs import (
+    check_not_swapped,
+    device_for,
+    load_any,
+    loss_of,
+    numbers,
+    path_of,
+    searched_on,
+)
 from solpath.cli.terminal import print_json, print_table, say, say_next
 from solpath.errors import ConfigError
+from solpath.holding import DENSE, PATH
 
 if TYPE_CHECKING:
     from solpath.reporting.family import Family
@@ -109,6 +118,7 @@ def family(
     from solpath.reporting.making import make_family
 
     check_output(out)
+    check_not_swapped(model, path, DENSE, PATH)
     own, device, order = loss_of(loss), device_for(place), path_of(path)
     dense = load_any(model, place)
     split = split_batches(

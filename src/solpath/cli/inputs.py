@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from solpath.cli.arguments import Data, Placement, Precision
 from solpath.errors import ConfigError, FileError
+from solpath.holding import holds
 
 if TYPE_CHECKING:
     import torch
@@ -127,6 +128,19 @@ def _attending(model: Any, place: Placement) -> Any:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(f"--attention {place.attention}: {reason}") from error
     return model
+
+
+def check_not_swapped(first: str | Path, second: str | Path, first_is: str, second_is: str) -> None:
+    """Raise `ConfigError` if each of two folders holds what the other one should.
+
+    Args:
+        first: The folder that was given first.
+        second: The folder that was given second.
+        first_is: What the first should hold; see `solpath.holding.holds`.
+        second_is: What the second should hold.
+    """
+    if (holds(first), holds(second)) == (second_is, first_is):
+        raise ConfigError(f"{first} holds {second_is}, and {second} {first_is}; swap them.")
 
 
 def path_of(folder: Path) -> "SolutionPath":

@@ -27,6 +27,7 @@ from solpath.cli.arguments import (
     takes_placement,
 )
 from solpath.cli.inputs import (
+    check_not_swapped,
     device_for,
     load_any,
     load_dense,
@@ -39,6 +40,7 @@ from solpath.cli.inputs import (
 from solpath.cli.state import keeping_state
 from solpath.cli.terminal import print_json, print_table, say, say_next
 from solpath.errors import BudgetError, ConfigError, FileError
+from solpath.holding import DENSE, PATH
 
 if TYPE_CHECKING:
     from solpath.planning.path import SolutionPath
@@ -182,13 +184,15 @@ def extract(
     from solpath.cli.batches import random_tokens
     from solpath.files import check_output
     from solpath.planning.budget import Budget
-    from solpath.pretrained import load_processor, quiet_transformers
+    from solpath.pretrained import check_name, load_processor, quiet_transformers
     from solpath.storing.streaming import extract as cut
     from solpath.storing.writing import save
 
     quiet_transformers()
     check_output(out)
+    check_not_swapped(model, path, DENSE, PATH)
     found, (measure, value) = path_of(path), budget
+    check_name(model)
     if measure != "latency_ms":
         if latency is not None:
             raise BudgetError("--latency is for --latency-ms.")
@@ -247,12 +251,12 @@ def export(
     given |= {"int8": int8 or None, "pad": pad or None}
     options = {name: value for name, value in given.items() if value is not None}
     found = None if evaluation is None else result_of(evaluation)
+    model = load_small(small, Placement(dtype=Precision.FLOAT32))
     if "tokenizer" in options_of(format):
         try:
             options["tokenizer"] = load_processor(small)
         except FileError as error:
             say(f"no tokenizer or image processor is saved with it: {error}")
-    model = load_small(small, Placement(dtype=Precision.FLOAT32))
     try:
         check_evaluation(model, found)
     except ConfigError as error:

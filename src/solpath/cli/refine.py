@@ -20,10 +20,11 @@ from solpath.cli.arguments import (
     takes_data,
     takes_placement,
 )
-from solpath.cli.inputs import device_for, load_any, load_small, loss_of
+from solpath.cli.inputs import check_not_swapped, device_for, load_any, load_small, loss_of
 from solpath.cli.state import keeping_state
 from solpath.cli.terminal import print_json, print_table, say_next
 from solpath.errors import ConfigError
+from solpath.holding import DENSE, EXTRACTED
 
 if TYPE_CHECKING:
     from solpath.cli.losses import NamedLoss
@@ -130,6 +131,7 @@ def _improve(
     from solpath.storing.writing import save
 
     check_output(out)
+    check_not_swapped(small, dense, EXTRACTED, DENSE)
     start, teacher = load_small(small, place), load_any(dense, place)
     split = split_batches(
         dense,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from solpath.errors import FileError
 from solpath.files import json_bytes, new_folder
+from solpath.holding import check_holds
 from solpath.pair import Fingerprint, flatten, pairs_from, unflatten
 from solpath.planning.cost import CostTable
 from solpath.reading import (
@@ -85,6 +86,7 @@ def read_path(folder: Path) -> dict[str, Any]:
 
 
 def _read(folder: Path) -> dict[str, Any]:
+    check_holds(folder, HEADER, "give the folder that search wrote")
     file = file_in(folder, HEADER)
     header = read_json(file)
     advice = "a path of another version has to be searched again"

@@ -11,6 +11,7 @@ from typing import Any
 
 from solpath.errors import FileError
 from solpath.files import json_bytes, write_file
+from solpath.holding import check_holds
 from solpath.planning.path import SolutionPath
 from solpath.reading import check_format, read_json
 from solpath.reporting.plain import LARGEST, built, is_number, plain
@@ -292,6 +293,7 @@ class Family:
             FileError: The file is missing or damaged, or a field is missing or wrong. The message
                 names the file and the field.
         """
+        check_holds(folder, FILE, "give the folder that family or demo wrote")
         file = folder / FILE
         value = read_json(file)
         check_format(file, value, FORMAT, FORMAT_VERSION)

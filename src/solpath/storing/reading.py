@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from solpath.errors import FileError, UnsupportedModelError
+from solpath.holding import check_holds
 from solpath.reading import (
     check_digest,
     check_header,
@@ -87,6 +88,7 @@ def load(
 
 def _read(folder: Path, verify: bool) -> nn.Module:
     """Return the model in a folder, on the CPU and in eval mode."""
+    check_holds(folder, HEADER, "give a folder that extract or solpath.save wrote")
     file = file_in(folder, HEADER)
     head = read_json(file)
     plan = check_manifest(file, head)
