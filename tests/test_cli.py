@@ -225,12 +225,12 @@ def test_a_short_search_goes_on_from_its_checkpoint(texts, tmp_path, capsys):
     ("arguments", "words"),
     [
         (["plan", "{path}"], "exactly one of --sparsity, --params"),
-        (["plan", "{path}", "--latency-ms", "5"], "latency_ms needs latency="),
+        (["plan", "{path}", "--latency-ms", "5"], "--latency-ms needs --latency FILE"),
         (["plan", "{path}", "--latency-ms", "5", "--latency", "{tmp}/no.json"], "no.json"),
         (["plan", "{path}", "--sparsity", "1.5"], "[0, 1)"),
         (["plan", "{path}", "--sparsity", "0.5", "--params", "0.5"], "exactly one"),
         (["plan", "{path}", "--sparsity", "0.5", "--protect", "zzz"], "'zzz' matches no pair"),
-        (["plan", "{tmp}/nothing", "--sparsity", "0.5"], "path.json"),
+        (["plan", "{tmp}/nothing", "--sparsity", "0.5"], "nothing does not exist"),
         (["extract", "{model}", "{path}", "--sparsity", "0.5", "--out", "{path}"], "is not empty"),
         (["inspect", "{tmp}/nothing"], "nothing"),
         (["search", "{model}", "--out", "{tmp}/p", "--method", "best"], "method must be one of"),
@@ -254,7 +254,10 @@ def test_a_short_search_goes_on_from_its_checkpoint(texts, tmp_path, capsys):
         (["demo", "--out", "{path}"], "is not empty"),
         (["report", "{tmp}"], "family.json"),
         (["tune", "{model}", "{model}", "--out", "{tmp}/t"], "solpath.json"),
-        (["tune", "{tmp}", "{model}", "--out", "{tmp}/t", "--lora-rank", "0"], "lora_rank must be"),
+        (
+            ["tune", "{tmp}", "{model}", "--out", "{tmp}/t", "--lora-rank", "0"],
+            "--lora-rank must be",
+        ),
         (["dance"], "dance"),
     ],
 )

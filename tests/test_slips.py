@@ -7,6 +7,7 @@ import pytest
 import solpath
 from conftest import batches, build
 from solpath.cli.main import run
+from solpath.cli.wording import as_typed
 from test_batching import PADDED, tokenizer
 
 datasets = pytest.importorskip("datasets")
@@ -23,6 +24,7 @@ def home(tmp_path_factory) -> Path:
     path.save(folder / "path")
     solpath.save(solpath.extract(bert, path.plan(sparsity=0.4)), folder / "small")
     (folder / "a.txt").write_text("".join(f"w{i} w{i + 1}\n" for i in range(58)))
+    (folder / "empty").mkdir()
     (folder / "losses.py").write_text(
         "def size(outputs, batch): return outputs.last_hidden_state.square().mean()\n"
         "def three(outputs, batch): return 3\n"
@@ -95,3 +97,103 @@ def test_a_loss_that_fails_is_named(name, text, refused, tmp_path):
     search = "search", "bert", "--text", "a.txt", "--steps", "2", "--length", "6"
     said = refused(*search, "--loss", f"losses:{name}", "--out", tmp_path / "p")
     assert f"--loss losses:{name} {text}" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["search", "nosuch", "--text", "a.txt", "--out", "{tmp}/p"],
+        ["extract", "nosuch", "path", "--sparsity", "0.4", "--out", "{tmp}/s"],
+        ["eval", "small", "--reference", "nosuch", "--text", "a.txt"],
+        ["inspect", "nosuch"],
+    ],
+)
+def test_a_name_that_nobody_knows_is_refused_once(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", None)
+    monkeypatch.setattr("transformers.PreTrainedConfig.get_config_dict", None)
+    assert run([word.format(tmp=tmp_path) for word in words]) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert "cannot load nosuch: there is no folder of that name here, and the Hub does not" in said
+
+
+def test_a_name_in_the_cache_is_not_asked_for(tmp_path, monkeypatch):
+    from solpath.vetting import check_on_hub
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(solpath.SolpathError, match="does not answer"):
+        check_on_hub("nobody/nothing")
+    (tmp_path / "models--nobody--nothing").mkdir()
+    check_on_hub("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("plan bert --sparsity 0.4", "bert holds a dense model, not a path (there is no path.json"),
+        ("plan small --sparsity 0.4", "small holds an extracted model, not a path"),
+        ("plan nosuch --sparsity 0.4", "the folder nosuch does not exist; give the folder that"),
+        ("plan a.txt --sparsity 0.4", "the folder a.txt is a file; give the folder that search"),
+        ("extract path bert --sparsity 0.4 --out {out}", "path holds a path, and bert a dense"),
+        ("extract path path --sparsity 0.4 --out {out}", "path holds a path; give the model"),
+        ("choose path bert --text a.txt --max-loss 0.5", "and bert a dense model; swap them"),
+        ("family path bert --text a.txt --out {out}", "and bert a dense model; swap them"),
+        ("tune bert small --text a.txt --out {out}", "and small an extracted model; swap them"),
+        ("compensate bert small --text a.txt --out {out}", "an extracted model; swap them"),
+        ("compensate bert bert --text a.txt --out {out}", "bert holds a dense model, not an"),
+        ("export bert --format stock --out {out}", "bert holds a dense model, not an extracted"),
+        ("export path --format onnx --out {out}", "path holds a path, not an extracted model"),
+        ("eval path --reference bert --text a.txt", "path holds a path; give the model"),
+        ("search path --text a.txt --out {out}", "path holds a path; give the model"),
+        ("inspect path", "path holds a path; give the model"),
+        ("inspect empty", "empty holds no model: it has no config.json"),
+        ("bench bert path", "path holds a path; give the model"),
+        ("eval bert --reference small --text a.txt", "bert holds a dense model, and small an"),
+        ("eval small --reference small --text a.txt", "--reference small holds an extracted model"),
+        ("report path", "path holds a path, not a family (there is no family.json"),
+    ],
+)
+def test_a_folder_of_the_wrong_kind_is_named(words, text, tmp_path, capsys):
+    assert run(words.format(out=tmp_path / "out").split()) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert text in said
+
+
+def test_a_dense_model_is_not_loaded_as_an_extracted_one():
+    with pytest.raises(solpath.SolpathError, match="bert holds a dense model, not an extracted"):
+        solpath.load("bert")
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("search bert --text a.txt --out path", "path is not empty; choose another folder."),
+        ("plan path --latency-ms 3", "--latency-ms needs --latency FILE, which solpath extract"),
+        ("plan path --sparsity 0.4 --for nosuch", "--for must be one of onnx, openvino"),
+        ("plan path --sparsity 0.4 --min-width -1", "--min-width must be an integer of at least"),
+        ("search small --text a.txt --out {out}", "small was already extracted; give the dense"),
+    ],
+)
+def test_messages_name_the_options_of_the_command_line(words, text, refused, tmp_path):
+    said = refused(*words.format(out=tmp_path / "out").split())
+    assert text in said
+
+
+@pytest.mark.parametrize(
+    ("python", "typed"),
+    [
+        ("of every head: path.plan(min_width=1).", "of every head: --min-width 1."),
+        ("a share, such as path.plan(bytes=0.5).", "a share, such as --bytes 0.5."),
+        ("latency= is a table for latency_ms=, not for sparsity=.",
+         "--latency is a table for --latency-ms, not for --sparsity."),
+        ("With pad=True the rest", "With --pad the rest"),
+        ("protect=['*.qk', '*.vo'], or", "--protect '*.qk' --protect '*.vo', or"),
+        ("with min_width=1 or more (multiple_of, if", "with --min-width 1 or more (--multiple-of, if"),
+        ("take quantization='f16'.", "take --quantization f16."),
+        ("dtype=torch.bfloat16 or dtype=torch.float32.", "--dtype bfloat16 or --dtype float32."),
+        ("from_pretrained(folder, dtype=...)", "from_pretrained(folder, dtype=...)"),
+        ("members[0].latency_ms, asked={'multiple_of': 1}",
+         "members[0].latency_ms, asked={'multiple_of': 1}"),
+    ],
+)  # fmt: skip
+def test_arguments_become_options(python, typed):
+    assert as_typed(python) == typed

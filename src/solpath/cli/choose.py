@@ -18,8 +18,17 @@ from solpath.cli.arguments import (
     takes_data,
     takes_placement,
 )
-from solpath.cli.inputs import device_for, load_any, numbers, path_of, searched_on
+from solpath.cli.inputs import (
+    check_not_swapped,
+    device_for,
+    load_any,
+    numbers,
+    path_of,
+    searched_on,
+)
 from solpath.cli.terminal import print_json, say, say_next
+from solpath.cli.wording import as_typed
+from solpath.holding import DENSE, PATH
 
 
 @app.command()
@@ -68,6 +77,7 @@ def choose(
         check_new_file(out)
     if save is not None:
         check_output(save)
+    check_not_swapped(model, path, DENSE, PATH)
     order, device = path_of(path), device_for(place)
     dense = load_any(model, place)
     batches = choice_batches(
@@ -111,7 +121,7 @@ def choose(
     if as_json:
         return print_json(found.to_dict())
     print(found)
-    print("This holds if:", *(f"- {text}" for text in found.assumptions), sep="\n")
+    print("This holds if:", *(f"- {as_typed(text)}" for text in found.assumptions), sep="\n")
     if found.plan is None:
         return print("Next: a larger --max-loss, more samples, or smaller --sizes")
     if save is not None:

@@ -13,6 +13,7 @@ from solpath.cli import assess, choose, families, inspecting, prune, refine
 from solpath.cli.app import State, app
 from solpath.cli.state import has_state, stopping_well
 from solpath.cli.terminal import fail
+from solpath.cli.wording import as_typed
 from solpath.errors import SolpathError
 
 _COMMANDS = (
@@ -51,7 +52,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if state.debug:
             raise
         text = error.format_message() if hasattr(error, "format_message") else str(error)
-        fail(text)
+        fail(as_typed(text))
         return 2
     except Exception as error:
         if state.debug:
