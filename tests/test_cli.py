@@ -256,7 +256,7 @@ def test_a_short_search_goes_on_from_its_checkpoint(texts, tmp_path, capsys):
         (["tune", "{model}", "{model}", "--out", "{tmp}/t"], "solpath.json"),
         (
             ["tune", "{tmp}", "{model}", "--out", "{tmp}/t", "--lora-rank", "0"],
-            "--lora-rank must be",
+            "--lora-rank must",
         ),
         (["dance"], "dance"),
     ],

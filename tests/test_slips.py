@@ -3,11 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from transformers import ViTImageProcessor
 
 import solpath
 from conftest import batches, build
 from solpath.cli.main import run
 from solpath.cli.wording import as_typed
+from solpath.errors import BatchError
 from test_batching import PADDED, tokenizer
 
 datasets = pytest.importorskip("datasets")
@@ -25,6 +29,14 @@ def home(tmp_path_factory) -> Path:
     solpath.save(solpath.extract(bert, path.plan(sparsity=0.4)), folder / "small")
     (folder / "a.txt").write_text("".join(f"w{i} w{i + 1}\n" for i in range(58)))
     (folder / "empty").mkdir()
+    few = build("bert", vocab_size=40, max_position_embeddings=16)
+    few.save_pretrained(folder / "few")
+    tokenizer(**PADDED).save_pretrained(folder / "few")
+    build("vit", num_channels=3).save_pretrained(folder / "vit")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder / "vit")
+    (folder / "photos").mkdir()
+    for i in range(4):
+        Image.new("RGB", (10, 10), (40 * i, 0, 200)).save(folder / "photos" / f"{i}.png")
     (folder / "losses.py").write_text(
         "def size(outputs, batch): return outputs.last_hidden_state.square().mean()\n"
         "def three(outputs, batch): return 3\n"
@@ -187,7 +199,7 @@ def test_messages_name_the_options_of_the_command_line(words, text, refused, tmp
          "--latency is a table for --latency-ms, not for --sparsity."),
         ("With pad=True the rest", "With --pad the rest"),
         ("protect=['*.qk', '*.vo'], or", "--protect '*.qk' --protect '*.vo', or"),
-        ("with min_width=1 or more (multiple_of, if", "with --min-width 1 or more (--multiple-of, if"),
+        ("min_width=1 or more (multiple_of, if", "--min-width 1 or more (--multiple-of, if"),
         ("take quantization='f16'.", "take --quantization f16."),
         ("dtype=torch.bfloat16 or dtype=torch.float32.", "--dtype bfloat16 or --dtype float32."),
         ("from_pretrained(folder, dtype=...)", "from_pretrained(folder, dtype=...)"),
@@ -197,3 +209,28 @@ def test_messages_name_the_options_of_the_command_line(words, text, refused, tmp
 )  # fmt: skip
 def test_arguments_become_options(python, typed):
     assert as_typed(python) == typed
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("search bert --text a.txt --seed 99999999999999999999999 --out {out}", "'--seed'"),
+        ("search bert --text a.txt --device meta --out {out}", "--device meta: nothing can be"),
+        ("eval small --reference vit --images photos", "small takes text, and vit image; give"),
+        ("search few --text a.txt --steps 2 --length 6 --out {out}",
+         "and the embedding of BertModel ends at 39; give the tokenizer"),
+    ],
+)  # fmt: skip
+def test_what_was_an_unexpected_error(words, text, refused, tmp_path):
+    assert text in refused(*words.format(out=tmp_path / "out").split())
+
+
+def test_a_seed_that_torch_does_not_take_is_refused():
+    with pytest.raises(solpath.SolpathError, match="seed must be at most 9223372036854775807"):
+        solpath.SearchConfig(seed=2**63)
+
+
+def test_tokens_beyond_the_embedding_are_named():
+    bert = build("bert", vocab_size=40)
+    with pytest.raises(BatchError, match=r"input_ids of batch 0 go up to 40.* ends at 39"):
+        solpath.search(bert, [{"input_ids": torch.full((2, 5), 40)}], progress=False)

@@ -5,6 +5,9 @@ from typing import Any
 
 from solpath.errors import ConfigError
 
+LARGEST_SEED = 2**63 - 1
+"""The largest seed of random numbers."""
+
 
 def check_number(field: str, value: float, low: float, high: float) -> None:
     """Raise `ConfigError` unless `value` is an int or a float from `low` to `high`, both included.
@@ -61,6 +64,17 @@ def check_config(config: object, *kinds: type) -> None:
     if not isinstance(config, kinds):
         names = " or ".join(kind.__name__ for kind in kinds)
         raise ConfigError(f"config must be a {names}, got a {type(config).__name__}.")
+
+
+def check_seed(seed: int) -> None:
+    """Raise `ConfigError` unless `seed` is an integer that torch takes as a seed.
+
+    Args:
+        seed: The setting. A bool is not an integer.
+    """
+    check_count("seed", seed, 0)
+    if seed > LARGEST_SEED:
+        raise ConfigError(f"seed must be at most {LARGEST_SEED}, got {seed}.")
 
 
 @dataclass(frozen=True)
@@ -125,7 +139,7 @@ class SearchConfig:
     def __post_init__(self) -> None:
         _check_choice("basis", self.basis, ("coordinate", "principal"))
         check_count("steps", self.steps, 2)
-        check_count("seed", self.seed, 0)
+        check_seed(self.seed)
         check_count("scale_batches", self.scale_batches, 1)
         check_number("momentum", self.momentum, 0, 0.999)
         check_number("relaxation", self.relaxation, 1e-3, 1)
@@ -179,7 +193,7 @@ class InclusionConfig:
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps, 2)
-        check_count("seed", self.seed, 0)
+        check_seed(self.seed)
         check_count("scale_batches", self.scale_batches, 1)
         check_number("kappa", self.kappa, 0, 1e6)
         check_number("step_size", self.step_size, 1e-4, 1)
@@ -246,7 +260,7 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps, 1)
-        check_count("seed", self.seed, 0)
+        check_seed(self.seed)
         check_count("evaluate_every", self.evaluate_every, 1)
         for field in ("patience", "lora_rank"):
             if getattr(self, field) is not None:

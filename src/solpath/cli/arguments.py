@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from solpath.config import LARGEST_SEED
 from solpath.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
@@ -316,6 +317,15 @@ def _with_parameters(
 
 def _budget_option(help: str) -> Any:
     return Annotated[float | None, typer.Option(help=help)]
+
+
+def seed_option(help: str) -> Any:
+    """Return the option of a seed.
+
+    Args:
+        help: What it seeds.
+    """
+    return typer.Option(help=help, min=0, max=LARGEST_SEED)
 
 
 def takes_constraints(command: Callable[..., None]) -> Callable[..., None]:

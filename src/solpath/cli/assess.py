@@ -52,6 +52,11 @@ def evaluate_(
         raise ConfigError(f"--reference {reference} holds {EXTRACTED}; give the dense model.")
     own, device = loss_of(loss), device_for(place)
     small, dense = load_any(model, place), load_any(reference, place)
+    if takes(small) != takes(dense):
+        raise ConfigError(
+            f"{model} takes {' and '.join(sorted(takes(small)))}, and {reference} "
+            f"{' and '.join(sorted(takes(dense)))}; give the dense model that it was cut from."
+        )
     pairs: Sequence[Any] = ()
     scored: Any = None
     if not data.named and task != Task.CLASSIFICATION and takes(dense) == {"text"}:

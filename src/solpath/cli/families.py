@@ -17,6 +17,7 @@ from solpath.cli.arguments import (
     Placement,
     Task,
     TaskName,
+    seed_option,
     takes_data,
     takes_placement,
 )
@@ -48,7 +49,7 @@ def demo(
     model: Annotated[
         str | None, typer.Option(help="Folder or hub id; default: the installed MiniLM.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the search.")] = 0,
+    seed: Annotated[int, seed_option("Seed of the search.")] = 0,
     steps: Annotated[
         int | None, typer.Option(help="Steps of the search; default 200, quick 40.")
     ] = None,
@@ -107,7 +108,7 @@ def family(
     task: TaskName = None,
     loss: Loss = None,
     for_: For = None,
-    seed: Annotated[int, typer.Option(help="Seed of the order of the samples.")] = 0,
+    seed: Annotated[int, seed_option("Seed of the order of the samples.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Cut a path at some sizes, judge and time every member, and write a report to choose by."""

@@ -58,10 +58,13 @@ def device_for(place: Placement) -> "torch.device":
     if place.device == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=torch.device(place.device)).device  # with its number
+        found = torch.empty(0, device=torch.device(place.device)).device  # with its number
     except Exception as error:  # every backend has its own
         reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(f"--device {place.device}: {reason}.") from error
+    if found.type == "meta":
+        raise ConfigError("--device meta: nothing can be computed there; give cpu or cuda.")
+    return found
 
 
 def load_any(name: str, place: Placement) -> Any:

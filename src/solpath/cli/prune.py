@@ -21,6 +21,7 @@ from solpath.cli.arguments import (
     SmallName,
     StateFolder,
     Tokens,
+    seed_option,
     takes_budget,
     takes_constraints,
     takes_data,
@@ -57,7 +58,7 @@ def search(
     data: Data,
     place: Placement,
     steps: Annotated[int | None, typer.Option(help="Steps of the search; default 200.")] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same path.")] = 0,
+    seed: Annotated[int, seed_option("Same seed, same path.")] = 0,
     method: Annotated[
         str, typer.Option(help="spp, paper, or a baseline: random, magnitude, taylor, ...")
     ] = "spp",

@@ -17,6 +17,7 @@ from solpath.cli.arguments import (
     Placement,
     SmallName,
     StateFolder,
+    seed_option,
     takes_data,
     takes_placement,
 )
@@ -47,7 +48,7 @@ def tune(
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak; default: by the distance to the dense model.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the order of texts and of the adapters.")] = 0,
+    seed: Annotated[int, seed_option("Seed of the order of texts and of the adapters.")] = 0,
     loss: Loss = None,
     checkpoint: StateFolder = None,
     as_json: Json = False,
@@ -88,7 +89,7 @@ def compensate(
     out: Annotated[Path, typer.Option(help="Folder for the better model, new or empty.")],
     data: Data,
     place: Placement,
-    seed: Annotated[int, typer.Option(help="Seed of the order of texts.")] = 0,
+    seed: Annotated[int, seed_option("Seed of the order of texts.")] = 0,
     loss: Loss = None,
     as_json: Json = False,
 ) -> None:

@@ -56,7 +56,8 @@ def preparing(
 class Preparation:
     """Checks and completes the batches of one model, called as ``prepare(index, batch)``.
 
-    - A batch that no model takes is refused by its number, with what to give instead.
+    - A batch that no model takes is refused by its number, with what to give instead, and so are
+      token numbers that the model has no embedding for.
     - Rows of padding alone, whose attention mask is all 0 or whose labels are all -100, are left
       out: attention over no token means nothing, and is NaN in many models. `skipped` says which.
     - A model with encoder and decoder gets its decoder inputs from ``labels``, if a batch has
@@ -66,7 +67,7 @@ class Preparation:
     A batch of which all this is true already comes back as it is.
 
     Args:
-        model: The model. Only its class and its configuration are looked at.
+        model: The model. Its weights are not looked at.
         devices: The devices that tensors must be on.
         name: What messages call a batch.
 
@@ -87,7 +88,7 @@ class Preparation:
 
         Raises:
             BatchError: It is no batch, has no samples or nothing but padding, is on another device,
-                or has numbers of another kind than the model takes.
+                or has numbers of another kind than the model takes, or of tokens it does not know.
         """
         name = self.place(index)
         _check_values(self._model, batch, name)
@@ -163,11 +164,37 @@ def _check_values(model: nn.Module, batch: Any, name: str) -> None:
                 f"{key} of {name} has the shape {list(value.shape)}, not [samples, tokens]; add "
                 "a dimension with .unsqueeze(0) if it is a single sample."
             )
+        if key == "input_ids":
+            _check_vocabulary(model, value, name)
         if key in _VALUES and not value.is_floating_point():
             raise BatchError(
                 f"{key} of {name} is {value.dtype}, and the model takes floats; let its processor "
                 "make them (solpath.image_batches does), which also scales them."
             )
+
+
+def _check_vocabulary(model: nn.Module, ids: Tensor, name: str) -> None:
+    """Raise `BatchError` if token numbers on the CPU go beyond the embedding of a model."""
+    embedding = _embedding(model)
+    if embedding is None or ids.device.type != "cpu" or not ids.numel():
+        return
+    most = int(ids.max())
+    if most >= embedding.num_embeddings:
+        raise BatchError(
+            f"input_ids of {name} go up to {most:,}, and the embedding of {type(model).__name__} "
+            f"ends at {embedding.num_embeddings - 1:,}; give the tokenizer of this model, or call "
+            "model.resize_token_embeddings(len(tokenizer)) and train the new rows first."
+        )
+
+
+def _embedding(model: nn.Module) -> nn.Embedding | None:
+    """Return the embedding of a model's tokens, if transformers knows one."""
+    find: Any = getattr(model, "get_input_embeddings", None)
+    try:
+        found = None if find is None else find()
+    except (AttributeError, NotImplementedError):  # that of a model of images
+        return None
+    return found if isinstance(found, nn.Embedding) else None
 
 
 def _with_decoder_inputs(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
