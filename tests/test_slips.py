@@ -234,3 +234,47 @@ def test_tokens_beyond_the_embedding_are_named():
     bert = build("bert", vocab_size=40)
     with pytest.raises(BatchError, match=r"input_ids of batch 0 go up to 40.* ends at 39"):
         solpath.search(bert, [{"input_ids": torch.full((2, 5), 40)}], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("head.csv", b"text,label\n", "head.csv has no rows."),
+        ("none.csv", b"", "none.csv has no rows."),
+        ("none.jsonl", b"", "none.jsonl has no rows."),
+        ("wide.csv", "text,label\na,0\n".encode("utf-16-le"), "wide.csv is not UTF-8 text; save"),
+        ("wide.txt", "a cat\n".encode("utf-16-le"), "wide.txt is not UTF-8 text; save the file"),
+        ("latin.txt", "é\n".encode("latin-1"), "save the file as UTF-8"),
+    ],
+)
+def test_files_that_hold_no_text_are_named(name, content, text, refused, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    search = "search", "bert", "--data", tmp_path / name, "--length", "6", "--steps", "2"
+    assert text in refused(*search, "--out", tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("column", "text"),
+    [
+        ("foo=text", "--column foo=text: 'foo' is none of the roles text, pair, image, label"),
+        ("label=nope", "has no column 'nope'; its columns are text, kind=of"),
+        ("nope", "has no column 'nope'"),
+    ],
+)
+def test_columns_that_are_not_there_are_refused(column, text, refused, tmp_path):
+    (tmp_path / "t.csv").write_text("text,kind=of\nw1 w2,0\nw3,1\n")
+    search = "search", "bert", "--data", tmp_path / "t.csv", "--length", "6", "--steps", "2"
+    assert text in refused(*search, "--column", column, "--out", tmp_path / "p")
+
+
+def test_a_kind_is_given_once(refused):
+    said = refused("plan", "path", "--sparsity", "0.4", "--multiple-of", "qk=2,mlp=8,qk=4")
+    assert "--multiple-of gives a kind twice: qk=2,mlp=8,qk=4" in said
+
+
+def test_pickled_weights_say_the_way_out(refused, tmp_path):
+    build("bert").config.save_pretrained(tmp_path / "old")
+    (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"")
+    said = refused("bench", tmp_path / "old", tmp_path / "old")
+    assert "has its weights in pytorch_model.bin, a pickle" in said
+    assert "model.save_pretrained(folder), which writes safetensors" in said

@@ -22,7 +22,14 @@ from solpath.gguf import (
     scale_positions_,
 )
 from solpath.holding import DENSE, FAMILY, PATH, holds
-from solpath.vetting import INDEX, check_files, check_index, check_on_hub, check_settings
+from solpath.vetting import (
+    INDEX,
+    check_files,
+    check_index,
+    check_on_hub,
+    check_settings,
+    check_weights,
+)
 from solpath.wrapping import unwrapped
 
 if TYPE_CHECKING:
@@ -106,6 +113,8 @@ def load_placed(
         kind = _class_of(config)
         if torch.device(device).type == "meta":
             return _without_weights(kind, config, dtype)
+        if local:
+            check_weights(folder)
         if not local and (index := _cached_index(str(name))):
             check_index(index)
         model, report = kind.from_pretrained(

@@ -73,6 +73,24 @@ def check_files(folder: Path) -> None:
         check_index(folder / INDEX)
 
 
+def check_weights(folder: Path) -> None:
+    """Refuse a folder whose weights are pickled, which may hold code and are never read.
+
+    Args:
+        folder: A local folder.
+
+    Raises:
+        FileError: The message says how to write other weights.
+    """
+    pickled = sorted(folder.glob("pytorch_model*.bin"))
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise FileError(
+            f"{folder} has its weights in {pickled[0].name}, a pickle, which may hold code and is "
+            "not read; if you trust it, load it with transformers and call "
+            "model.save_pretrained(folder), which writes safetensors."
+        )
+
+
 def check_index(file: Path) -> None:
     """Refuse an index of weight files that names anything but safetensors beside it.
 

@@ -364,9 +364,12 @@ def _per_kind(option: str, text: str) -> int | dict[str, int]:
     try:
         if "=" not in text:
             return int(text)
-        return {kind: int(number) for kind, number in (p.split("=") for p in text.split(","))}
+        found = [(kind, int(number)) for kind, number in (p.split("=") for p in text.split(","))]
     except ValueError as error:
         raise ConfigError(f"{option} is a number, or as in qk=4,mlp=32; got {text!r}.") from error
+    if len(dict(found)) < len(found):
+        raise ConfigError(f"{option} gives a kind twice: {text}.")
+    return dict(found)
 
 
 CONSTRAINTS: dict[str, tuple[Any, Any]] = {

@@ -80,7 +80,8 @@ def batches_for(
         return docstring_batches(model, load_processor(name), known, data, device)
     if labels and not data.named:
         raise ConfigError("there are no labels without data; give some with --data.")
-    tables, columns = _tables(name, model, data), _columns(model, data.column or ())
+    tables = _tables(name, model, data)
+    columns = _columns(model, [table for table, _ in tables], data.column or ())
     if "group" in columns and not grouped:
         raise ConfigError("a column of groups is for solpath choose; leave group= out here.")
     found = feed(
@@ -185,7 +186,7 @@ def _once_or_each(option: str, values: Sequence[str] | None, count: int) -> Sequ
     return list(values) * (count // len(values))
 
 
-def _columns(model: Any, given: Sequence[str]) -> dict[Role, str]:
+def _columns(model: Any, tables: Sequence[Table], given: Sequence[str]) -> dict[Role, str]:
     """Return role to column, of ``COLUMN`` or ``ROLE=COLUMN``."""
     found: dict[Role, str] = {}
     for text in given:
@@ -194,6 +195,10 @@ def _columns(model: Any, given: Sequence[str]) -> dict[Role, str]:
         role: Role = "image" if takes(model) == {"image"} else "text"
         if known:
             role = known[0]
+        elif mark and not any(text in table.holds for table in tables):
+            raise ConfigError(
+                f"--column {text}: {before!r} is none of the roles {', '.join(ROLES)}."
+            )
         else:
             column = text
         if role in found:

@@ -48,10 +48,7 @@ def find_columns(table: Table, roles: Iterable[Role], given: Mapping[Role, str])
     """
     found: dict[Role, str] = {}
     for role, column in given.items():
-        if column not in table.holds:
-            raise ConfigError(
-                f"{table.name} has no column {column!r}; its columns are {', '.join(table.holds)}."
-            )
+        check_column(table, column)
         if table.holds[column] not in _HOLDS.get(role, {"text"}):
             what = _WORDS.get(role, "texts")
             raise ConfigError(f"column {column!r} of {table.name} does not hold {what}.")
@@ -72,6 +69,19 @@ def find_columns(table: Table, roles: Iterable[Role], given: Mapping[Role, str])
             "first with text=COLUMN."
         )
     return found
+
+
+def check_column(table: Table, column: str) -> None:
+    """Raise `ConfigError` unless a table has a column.
+
+    Args:
+        table: The table.
+        column: The column that a user chose.
+    """
+    if column not in table.holds:
+        raise ConfigError(
+            f"{table.name} has no column {column!r}; its columns are {', '.join(table.holds)}."
+        )
 
 
 def _texts(table: Table) -> dict[Role, str]:

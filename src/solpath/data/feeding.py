@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from solpath.data.batches import Batches
-from solpath.data.columns import Labels, Role, find_columns
+from solpath.data.columns import Labels, Role, check_column, find_columns
 from solpath.data.images import image_batches, image_text_batches
 from solpath.data.mixture import Mixture, Part
 from solpath.data.tables import Table
@@ -123,8 +123,10 @@ def feed(
         roles += ["label"] if labels or there else []
     elif labels:
         raise ConfigError(f"{type(model).__name__} is no classifier, so labels say nothing of it.")
-    if "label" not in roles:
-        chosen.pop("label", None)
+    if "label" in chosen and "label" not in roles:
+        unused = chosen.pop("label")
+        for table, _ in tables:
+            check_column(table, unused)
     parts: list[Part] = [(table, find_columns(table, roles, chosen)) for table, _ in tables]
     if len(kinds) == 2:
         parts = [(t, {r: c for r, c in found.items() if r != "pair"}) for t, found in parts]

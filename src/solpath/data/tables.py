@@ -12,6 +12,7 @@ from solpath.data.batches import Broken
 from solpath.data.images import image_files, is_image
 from solpath.data.text import read_lines
 from solpath.errors import ConfigError, FileError, SolpathError
+from solpath.reading import opened
 
 Holds: TypeAlias = Literal["text", "image", "whole", "names", "other"]
 """What a column holds. ``"whole"`` are whole numbers, ``"names"`` those that stand for names."""
@@ -30,6 +31,8 @@ SUFFIXES = (".txt", *_READERS)
 _CAPTIONS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _SAVED = ("state.json", "dataset_dict.json")  # of `save_to_disk`
 _SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+_BEGINNING = 4096  # bytes
+_NO_ROWS = ("corresponds to no data", "No columns to parse")  # what `datasets` says of none
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
@@ -126,12 +129,21 @@ def _file(name: str, path: Path, config: str | None, split: str | None) -> Table
     if suffix not in _READERS:
         raise FileError(f"{name}: the ending of a file must be one of {', '.join(SUFFIXES)}.")
     kind, options = _READERS[suffix]
+    if kind in ("csv", "json"):
+        _check_text(path)
     with _reading(name) as datasets:
         files = [_literal(path)]
         table = _table(name, datasets.load_dataset(kind, data_files=files, **options), None)
     if kind == "csv":
         _check_cells(table, path)
     return table
+
+
+def _check_text(path: Path) -> None:
+    """Raise `FileError` if a file begins like no text in UTF-8, as one in UTF-16 does."""
+    with opened(path) as stream:
+        if b"\0" in stream.read(_BEGINNING):
+            raise FileError(f"{path} is not UTF-8 text; save it as UTF-8.")
 
 
 def _check_cells(table: Table, path: Path) -> None:
@@ -218,6 +230,8 @@ def _reading(name: str) -> Iterator[Any]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        if isinstance(cause, StopIteration) or any(words in str(cause) for words in _NO_ROWS):
+            raise FileError(f"{name} has no rows.") from error
         reason = " ".join(str(cause).split())[:300] or type(cause).__name__
         raise FileError(f"cannot read {name}: {reason.rstrip('.')}.") from error
     finally:

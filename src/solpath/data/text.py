@@ -198,9 +198,12 @@ def read_lines(file: Path, broken: Broken) -> list[str]:
             text = line.decode("utf-8").strip()
         except UnicodeDecodeError as error:
             name = f"line {i + 1} of {file}"
-            broken.note(name, FileError(f"cannot read {name}: {error}."))
+            broken.note(name, FileError(f"cannot read {name}: {error}; save the file as UTF-8."))
             continue
-        if text:
+        if "\0" in text:
+            name = f"line {i + 1} of {file}"
+            broken.note(name, FileError(f"{name} is not UTF-8 text; save the file as UTF-8."))
+        elif text:
             lines.append(text)
     if not lines:
         raise FileError(f"{file} has no text; give one text per line.")
