@@ -278,3 +278,18 @@ def test_pickled_weights_say_the_way_out(refused, tmp_path):
     said = refused("bench", tmp_path / "old", tmp_path / "old")
     assert "has its weights in pytorch_model.bin, a pickle" in said
     assert "model.save_pretrained(folder), which writes safetensors" in said
+
+
+def test_what_python_is_given_by_mistake_is_named():
+    model = build("bert", vocab_size=60)
+    data = batches(model)
+    path = solpath.baselines.magnitude(model, data)
+    for call, text in (
+        (lambda: path.plan(0.4), r"a budget says of what: sparsity=0\.4"),
+        (lambda: solpath.extract(model, path), r"got a SolutionPath; make one.* path\.plan\("),
+        (lambda: solpath.extract("bert", 0.4, out="new"), r"plan must be a Plan, got a float"),
+        (lambda: solpath.measure(model, data[0]), r"dict of name to model, got a BertModel"),
+        (lambda: solpath.text_batches(["w1"], "bert"), r"AutoTokenizer\.from_pretrained\('bert'\)"),
+    ):
+        with pytest.raises(solpath.SolpathError, match=text):
+            call()

@@ -93,6 +93,11 @@ def text_batches(
                 [100,  35, 103, 114, 106,   1]])
     """
     check_counts(batch_size=batch_size, length=length, limit=limit)
+    if isinstance(tokenizer, str | os.PathLike):
+        raise ConfigError(
+            f"tokenizer must be a tokenizer, got {tokenizer!r}; give "
+            f"transformers.AutoTokenizer.from_pretrained({os.fspath(tokenizer)!r})."
+        )
     check_vocabulary(tokenizer)
     broken = Broken(on_error)
     if not pack and tokenizer.pad_token_id is None:

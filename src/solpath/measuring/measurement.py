@@ -84,8 +84,8 @@ def measure(
         Name to measurement.
 
     Raises:
-        ConfigError: There is no model, `repeats` is below 1 or `generate` below 2, or prompts and
-            new tokens are more than a model has positions.
+        ConfigError: There is no model, or it has no name, `repeats` is below 1 or `generate` below
+            2, or prompts and new tokens are more than a model has positions.
         BatchError: The batch has no samples, or is on another device than a model; or there is
             nothing in it to generate after.
         UnsupportedModelError: A model cannot generate text, or does so without a key-value cache.
@@ -100,6 +100,11 @@ def measure(
         >>> found["small"].macs < found["dense"].macs
         True
     """
+    if not isinstance(models, Mapping | nn.ModuleDict):
+        raise ConfigError(
+            f"models must be a dict of name to model, got a {type(models).__name__}; give "
+            "{'dense': model}, for example."
+        )
     if not models:
         raise ConfigError("models is empty; give at least one, for example {'dense': model}.")
     check_count("repeats", repeats, 1)

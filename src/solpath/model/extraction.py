@@ -3,12 +3,12 @@
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar, cast, overload
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 
-from solpath.errors import BudgetError
+from solpath.errors import BudgetError, ConfigError
 from solpath.model.basis import rotated
 from solpath.model.checking import check_for_plan
 from solpath.model.cutting import channels_kept, cut_model
@@ -64,7 +64,7 @@ def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Mo
             table was registered, and is wrong or could not be checked; see `check_table`.
         FileError: A folder or id was given and cannot be read; see `from_pretrained`.
         ConfigError: The model needs timm, which is not installed, or asks timm for more than a
-            model; see `from_pretrained`.
+            model; see `from_pretrained`. Or `plan` is no plan.
         ModelInUseError: The model is masked or searched, or another thread works on it.
 
     Example:
@@ -74,9 +74,23 @@ def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Mo
         >>> small(**batch).logits.shape == model(**batch).logits.shape
         True
     """
+    check_plan(plan)
     model = as_model(model)
     with claimed(model, doing="cut"):
         return _extract(model, plan, check)
+
+
+def check_plan(plan: Any) -> None:
+    """Raise `ConfigError` unless `plan` is a plan.
+
+    Args:
+        plan: What a user gave.
+    """
+    if not isinstance(plan, Plan):
+        raise ConfigError(
+            f"plan must be a Plan, got a {type(plan).__name__}; make one of the path with "
+            "path.plan(sparsity=0.4)."
+        )
 
 
 def _extract(model: Model, plan: Plan, check: bool) -> Model:

@@ -169,6 +169,8 @@ class SolutionPath:
             budget = Budget.of(given, latency)
         elif any(value is not None for value in (*given.values(), latency)):
             raise BudgetError("give a Budget, or one by name, not both.")
+        elif not isinstance(budget, Budget):
+            raise BudgetError(f"a budget says of what: sparsity={budget!r}, for example.")
         constraints = Constraints(
             multiple_of=multiple_of,
             min_width=min_width,

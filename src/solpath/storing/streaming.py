@@ -109,8 +109,8 @@ def extract(
         FileError: A folder or id was given and cannot be read; see `from_pretrained`. Or `out`
             cannot be written; see `save`.
         ConfigError: The model needs timm, which is not installed, or asks timm for more than a
-            model; see `from_pretrained`. Or `out` is given with a model in memory, or what belongs
-            to `out` is given without it.
+            model; see `from_pretrained`. `plan` is no plan. Or `out` is given with a model in
+            memory, or what belongs to `out` is given without it.
         SolpathError: `out` is given, and `load` could not rebuild the model.
         ModelInUseError: The model is masked or searched, or another thread works on it.
 
@@ -131,6 +131,7 @@ def extract(
                 "tokenizer, overwrite and max_shard_size are for out=; pass a folder."
             )
         return extraction.extract(model, plan, check=check)
+    extraction.check_plan(plan)
     if isinstance(model, nn.Module):
         raise ConfigError(
             "out= cuts a folder or hub id without loading it, and this model is in memory; call "
