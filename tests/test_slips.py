@@ -197,6 +197,7 @@ def test_messages_name_the_options_of_the_command_line(words, text, refused, tmp
         ("a share, such as path.plan(bytes=0.5).", "a share, such as --bytes 0.5."),
         ("latency= is a table for latency_ms=, not for sparsity=.",
          "--latency is a table for --latency-ms, not for --sparsity."),
+        ("plan with the constraint uniform.", "plan with --uniform all."),
         ("With pad=True the rest", "With --pad the rest"),
         ("protect=['*.qk', '*.vo'], or", "--protect '*.qk' --protect '*.vo', or"),
         ("min_width=1 or more (multiple_of, if", "--min-width 1 or more (--multiple-of, if"),
@@ -293,3 +294,8 @@ def test_what_python_is_given_by_mistake_is_named():
     ):
         with pytest.raises(solpath.SolpathError, match=text):
             call()
+
+
+def test_data_that_nobody_knows_says_that_it_is_not_here(refused, tmp_path):
+    said = refused("search", "bert", "--data", "nosuch", "--out", tmp_path / "p")
+    assert "cannot read nosuch (there is no file or folder of that name here): " in said

@@ -26,6 +26,7 @@ _SENTENCES = {
     "Use lora_rank=None": "Leave --lora-rank out",
     "pass learning_rate= in the TuneConfig": "give --learning-rate",
     "with compensated=False": "without --compensated",
+    "the constraint uniform": "--uniform all",
     "for_ must": "--for must",
 }
 _OPTIONS = (

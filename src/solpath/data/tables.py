@@ -115,7 +115,8 @@ def open_table(name: str, *, config: str | None = None, split: str | None = None
             return _captioned(name, path, split) if captions else _images(name, path, split)
     elif path.suffix.lower() in SUFFIXES or not _HUB_ID.fullmatch(name):
         raise FileError(f"{name}: no such file or folder, and not a name on the Hub.")
-    with _reading(name) as datasets:
+    said = name if path.is_dir() else f"{name} (there is no file or folder of that name here)"
+    with _reading(said) as datasets:
         place = _literal(path) if path.is_dir() else name
         data = datasets.load_dataset(place, config, split=split)
     return _table(name, data, None)
