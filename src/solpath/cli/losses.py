@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from solpath.errors import ConfigError, SolpathError
 
@@ -22,7 +21,7 @@ class NamedLoss:
     name: str
     function: Callable[[Any, Any], Any]
 
-    def __call__(self, outputs: Any, batch: Any) -> Tensor:
+    def __call__(self, outputs: Any, batch: Any) -> Any:
         """Return what the function returns.
 
         Args:
@@ -30,10 +29,10 @@ class NamedLoss:
             batch: See `solpath.objective.Loss`.
 
         Raises:
-            ConfigError: The function raised an error, or returned something other than a tensor.
+            ConfigError: The function raised an error.
         """
         try:
-            found = self.function(outputs, batch)
+            return self.function(outputs, batch)
         except (SolpathError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # code of the user can raise anything
@@ -41,9 +40,3 @@ class NamedLoss:
             raise ConfigError(
                 f"--loss {self.name} raised {type(error).__name__}: {reason}; --debug shows where."
             ) from error
-        if not isinstance(found, Tensor):
-            raise ConfigError(
-                f"--loss {self.name} returned {found!r:.60}, not a tensor; let it "
-                "return the mean over the samples of the batch as a scalar tensor."
-            )
-        return found

@@ -27,6 +27,7 @@ _SENTENCES = {
     "pass learning_rate= in the TuneConfig": "give --learning-rate",
     "with compensated=False": "without --compensated",
     "the constraint uniform": "--uniform all",
+    "loss returned": "--loss returned",
     "for_ must": "--for must",
 }
 _OPTIONS = (
