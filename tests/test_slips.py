@@ -103,7 +103,7 @@ def test_the_next_command_judges_by_other_data_that_is_read_the_same_way(tmp_pat
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("three", "--loss returned 3"), ("raising", "--loss losses:raising raised AttributeError: ")],
+    [("three", "--loss returned 3"), ("raising", "--loss losses:raising raised AttributeError(")],
 )
 def test_a_loss_that_fails_is_named(name, text, refused, tmp_path):
     search = "search", "bert", "--text", "a.txt", "--steps", "2", "--length", "6"

@@ -150,5 +150,5 @@ def test_the_state_of_the_user_stays(home):
 
 def test_a_search_that_fails_leaves_nothing_beside_its_path(home):
     (home / "stopping_loss.py").write_text("def pausing(outputs, batch):\n    raise ValueError")
-    assert run([*_SEARCH, "--out", "path"]) == 1
+    assert run([*_SEARCH, "--out", "path"]) == 2
     assert not (home / "path.unfinished").exists()

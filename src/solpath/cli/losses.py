@@ -36,7 +36,6 @@ class NamedLoss:
         except (SolpathError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # code of the user can raise anything
-            reason = " ".join(str(error).split()).rstrip(".")
             raise ConfigError(
-                f"--loss {self.name} raised {type(error).__name__}: {reason}; --debug shows where."
+                f"--loss {self.name} raised {error!r:.200}; solpath --debug shows where."
             ) from error
