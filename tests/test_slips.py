@@ -1,5 +1,6 @@
 """What people type by mistake: the command says what is wrong and the way out, before long work."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ from transformers import ViTImageProcessor
 
 import solpath
 from conftest import batches, build
+from solpath.cli import wording
 from solpath.cli.main import run
 from solpath.cli.wording import as_typed
+from solpath.data.preparation import Preparation
 from solpath.errors import BatchError
 from test_batching import PADDED, tokenizer
 
@@ -210,6 +213,24 @@ def test_messages_name_the_options_of_the_command_line(words, text, refused, tmp
 )  # fmt: skip
 def test_arguments_become_options(python, typed):
     assert as_typed(python) == typed
+
+
+def test_sentences_that_are_put_otherwise_are_said():
+    """One that was changed in the package would not be recognised any more."""
+    package = Path(solpath.__file__).parent
+    sources = (file.read_text() for file in package.rglob("*.py") if file.stem != "wording")
+    joined = re.sub(r'"\s*\n\s*f?"', "", "".join(sources))
+    assert [sentence for sentence in wording._SENTENCES if sentence not in joined] == []
+
+
+def test_placeholders_of_images_need_no_embedding():
+    """Some models put images where a token stands that is beyond their embedding."""
+    model = build("bert", vocab_size=40)
+    model.config.image_token_id = 40
+    prepare = Preparation(model)
+    prepare(0, {"input_ids": torch.tensor([[39, 40]])})
+    with pytest.raises(BatchError, match="go up to 41"):
+        prepare(0, {"input_ids": torch.tensor([[41, 40]])})
 
 
 @pytest.mark.parametrize(

@@ -178,13 +178,24 @@ def _check_vocabulary(model: nn.Module, ids: Tensor, name: str) -> None:
     embedding = _embedding(model)
     if embedding is None or ids.device.type != "cpu" or not ids.numel():
         return
-    most = int(ids.max())
-    if most >= embedding.num_embeddings:
+    if int(ids.max()) < embedding.num_embeddings:
+        return
+    unknown = {one for one in ids.flatten().tolist() if one >= embedding.num_embeddings}
+    if unknown := unknown - _placeholders(model):
+        kind = type(model).__name__
         raise BatchError(
-            f"input_ids of {name} go up to {most:,}, and the embedding of {type(model).__name__} "
-            f"ends at {embedding.num_embeddings - 1:,}; give the tokenizer of this model, or call "
+            f"input_ids of {name} go up to {max(unknown):,}, and the embedding of {kind} ends at "
+            f"{embedding.num_embeddings - 1:,}; give the tokenizer of this model, or call "
             "model.resize_token_embeddings(len(tokenizer)) and train the new rows first."
         )
+
+
+def _placeholders(model: nn.Module) -> set[Any]:
+    """Return the tokens that stand for images or sounds, which some models embed otherwise."""
+    config = getattr(model, "config", None)
+    settings = {} if config is None else config.to_dict()
+    names = [name for name in settings if name.endswith(("_token_id", "_token_index"))]
+    return {settings[name] for name in names if isinstance(settings[name], int)}
 
 
 def _embedding(model: nn.Module) -> nn.Embedding | None:
