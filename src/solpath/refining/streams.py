@@ -161,5 +161,5 @@ def _gain(value: Tensor, output: Tensor, after: Tensor) -> Tensor | None:
     rounding = eps * (after.abs() + added.abs())
     shift = (rounding * output).norm(dim=0) / energy  # of the gain, if they are independent
     fits = (step - added).abs() <= rounding + 4 * shift * output.abs()
-    told = (added - added.median(0).values).norm() > 4 * rounding.norm()
+    told = (added - added.mean(0)).norm() > 4 * rounding.norm()
     return gain if fits.all() and told else None
