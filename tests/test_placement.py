@@ -252,7 +252,7 @@ def test_two_devices():
     with solpath.masked(spread, plan):
         assert forward(spread, batch).device.type == "meta"
     output = forward(spread, batch)
-    for mask in (output_mask(batch, output), activation_mask(batch, output)):
+    for mask in (output_mask(batch, output), activation_mask(batch, output, "lm_head")):
         assert mask.device.type == "meta"
     with pytest.raises(UnsupportedModelError, match="on several devices"):
         solpath.measure({"spread": spread}, batch, repeats=1)
