@@ -165,7 +165,7 @@ def _check_values(model: nn.Module, batch: Any, name: str) -> None:
                 "a dimension with .unsqueeze(0) if it is a single sample."
             )
         if key == "input_ids":
-            _check_vocabulary(model, value, name)
+            _check_tokens(model, value, name)
         if key in _VALUES and not value.is_floating_point():
             raise BatchError(
                 f"{key} of {name} is {value.dtype}, and the model takes floats; let its processor "
@@ -173,7 +173,7 @@ def _check_values(model: nn.Module, batch: Any, name: str) -> None:
             )
 
 
-def _check_vocabulary(model: nn.Module, ids: Tensor, name: str) -> None:
+def _check_tokens(model: nn.Module, ids: Tensor, name: str) -> None:
     """Raise `BatchError` if token numbers on the CPU go beyond the embedding of a model."""
     embedding = _embedding(model)
     if embedding is None or ids.device.type != "cpu" or not ids.numel():

@@ -56,7 +56,7 @@ def check_ends(batches: Any, name: str = "batches") -> None:
     check_batches(batches, name)
     length = operator.length_hint(batches, -1)
     if length == 0:
-        raise BatchError(f"{name} is empty; give at least one batch.")
+        raise BatchError(_EMPTY.format(name))
     if length < 0:
         raise BatchError(
             f"{name} is a {type(batches).__name__} without a length, which may never end, and all "
@@ -99,7 +99,7 @@ class BatchSource:
         self._last: Any = None
         self._step = -1  # whose batch `_last` is
         if self.length == 0:
-            raise BatchError(_EMPTY)
+            raise BatchError(_EMPTY.format("batches"))
 
     @property
     def length(self) -> int | None:
@@ -134,7 +134,7 @@ class BatchSource:
                 self._batches.append(batch)
         if isinstance(self._batches, Sequence):
             if not self._batches:
-                raise BatchError(_EMPTY)
+                raise BatchError(_EMPTY.format("batches"))
             return self._batches[step % len(self._batches)]
         if step < self._position - 1:
             self._epoch, self._position, self._iterator = -1, 0, iter(())
@@ -151,13 +151,13 @@ class BatchSource:
             self._iterator = iter(self._batches)
             batch = next(self._iterator, _END)
             if batch is _END:
-                raise BatchError(_EMPTY)
+                raise BatchError(_EMPTY.format("batches"))
         self._read_last = batch
         self._position += 1
 
 
 _END = object()
-_EMPTY = "batches is empty; give at least one batch."
+_EMPTY = "{} is empty; give at least one batch."
 
 
 def batch_size(batch: Any) -> int:
