@@ -9,6 +9,7 @@ from torch import nn
 
 import solpath
 from conftest import batches, build
+from solpath.cli.main import run
 from solpath.errors import UnsupportedModelError
 from solpath.measuring.memory import bytes_on_disk
 from solpath.model.counting import count_macs
@@ -120,6 +121,15 @@ def test_weights_of_few_bits_go_to_onnx_as_they_are(tmp_path):
     )
     linear = [m.weight.numel() for m in small.modules() if isinstance(m, nn.Linear)]
     assert eight >= sum(linear)
+
+
+def test_a_saved_member_of_few_bits_goes_to_onnx_by_a_command(cut, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    solpath.save(quantized(cut[1]), tmp_path / "small")
+    words = ["export", str(tmp_path / "small"), "--format", "onnx", "--out", str(tmp_path / "onnx")]
+    assert run(words) == 0
+    assert run([*words[:3], "stock", "--out", str(tmp_path / "stock")]) == 2
+    assert "export to stock before quantising, or to onnx" in capsys.readouterr().err
 
 
 def test_a_quantised_dense_model_may_judge_but_not_be_cut(cut):

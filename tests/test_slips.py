@@ -1,5 +1,6 @@
 """What people type by mistake: the command says what is wrong and the way out, before long work."""
 
+import json
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from solpath.cli.main import run
 from solpath.cli.wording import as_typed
 from solpath.data.preparation import Preparation
 from solpath.errors import BatchError
+from solpath.measuring.metrics import figure
 from test_batching import PADDED, tokenizer
 
 datasets = pytest.importorskip("datasets")
@@ -164,6 +166,8 @@ def test_a_name_in_the_cache_is_not_asked_for(tmp_path, monkeypatch):
         ("bench bert path", "path holds a path; give the model"),
         ("eval bert --reference small --text a.txt", "bert holds a dense model, and small an"),
         ("eval small --reference small --text a.txt", "--reference small holds an extracted model"),
+        ("search bert --text a.txt --out {out} --checkpoint bert", "bert, which holds a dense"),
+        ("tune small bert --text a.txt --out {out} --checkpoint path", "path, which holds a path"),
         ("report path", "path holds a path, not a family (there is no family.json"),
     ],
 )
@@ -310,11 +314,38 @@ def test_what_python_is_given_by_mistake_is_named():
         (lambda: path.plan(0.4), r"a budget says of what: sparsity=0\.4"),
         (lambda: solpath.extract(model, path), r"got a SolutionPath; make one.* path\.plan\("),
         (lambda: solpath.extract("bert", 0.4, out="new"), r"plan must be a Plan, got a float"),
+        (lambda: solpath.choose(model, "path", data, 0.1), r"SolutionPath\.load\('path'\)"),
+        (lambda: solpath.make_family(model, data, data, "new"), r"a SolutionPath, got a list"),
+        (lambda: solpath.plan_for_latency(model, "path", data[0], 1), r"the name of a folder"),
+        (lambda: solpath.masked(model, path).__enter__(), r"must be a Plan, got a SolutionPath"),
+        (lambda: solpath.search(model, data, checkpoint="bert"), r"which holds a dense model"),
         (lambda: solpath.measure(model, data[0]), r"dict of name to model, got a BertModel"),
         (lambda: solpath.text_batches(["w1"], "bert"), r"AutoTokenizer\.from_pretrained\('bert'\)"),
     ):
         with pytest.raises(solpath.SolpathError, match=text):
             call()
+
+
+def test_a_budget_is_shown_in_its_measure(capsys):
+    assert run(["plan", "path", "--bytes", "0.8"]) == 0
+    made = solpath.SolutionPath.load("path").plan(bytes=0.8)
+    assert f", bytes={made.achieved.bytes:,}, " in capsys.readouterr().out
+
+
+def test_a_small_distance_is_not_shown_as_none():
+    assert [figure(v) for v in (0.0, 0.00004, 0.01234567, 12.5)] == [
+        "0.0000", "4.0e-05", "0.0123", "12.5000",
+    ]  # fmt: skip
+
+
+def test_an_export_says_that_it_casts(tmp_path, capsys):
+    low = solpath.load("small").bfloat16()
+    solpath.save(low, tmp_path / "low")
+    words = f"export {tmp_path / 'low'} --format stock --pad --out {tmp_path / 'out'}"
+    assert run(words.split()) == 0
+    assert "weights in bfloat16 are written in float32." in capsys.readouterr().err
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "float32"
 
 
 def test_data_that_nobody_knows_says_that_it_is_not_here(refused, tmp_path):

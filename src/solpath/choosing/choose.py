@@ -27,7 +27,7 @@ from solpath.errors import BatchError, ConfigError
 from solpath.model.discovery import survey
 from solpath.model.extraction import extract
 from solpath.model.fingerprint import check_fingerprint
-from solpath.planning.path import SolutionPath
+from solpath.planning.path import SolutionPath, check_path
 from solpath.planning.plan import Plan
 from solpath.refining.compensation import compensate as refit
 from solpath.refining.fitting import check_enough
@@ -94,7 +94,8 @@ def choose(
 
     Raises:
         TypeError: A keyword is no constraint.
-        ConfigError: A setting is out of range, or a budget is among the constraints.
+        ConfigError: A setting is out of range, `path` is no path, or a budget is among the
+            constraints.
         BudgetError: A size is not reachable.
         BatchError: `batches` are too few to show so small a loss, share a sample with the search or
             with `compensate`, give other samples when they are read again, have no labels, are not
@@ -110,6 +111,7 @@ def choose(
         >>> choice.samples, choice.tests[-1].passed or choice.sparsity < choice.tests[-1].sparsity
         (200, True)
     """
+    check_path(path)
     check_ends(batches)
     if compensate is not None:
         check_ends(compensate, "compensate")

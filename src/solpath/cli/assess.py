@@ -44,6 +44,7 @@ def evaluate_(
     from solpath.data.docstrings import read_corpus, texts_of
     from solpath.data.feeding import takes
     from solpath.measuring.evaluation import evaluate
+    from solpath.measuring.metrics import figure
     from solpath.pretrained import load_processor
     from solpath.reporting.retrieval import embedder, retrieval_accuracy
 
@@ -82,12 +83,12 @@ def evaluate_(
     names = {"task": "retrieval accuracy@1"}
     rows = []
     for name, value in result.metrics.items():
-        rows.append((names.get(name, name), f"{value:.4f}", _between(result.intervals, name)))
+        rows.append((names.get(name, name), figure(value), _between(result.intervals, name)))
     print_table(("distance to the dense model", "value", "95 % confidence"), rows)
     if task is not None:
         table = [
             (name, *(cell for one in scores.values() for cell in (
-                f"{one.metrics[name]:.4f}", _between(one.intervals, name))))
+                figure(one.metrics[name]), _between(one.intervals, name))))
             for name in scores["model"].metrics
         ]  # fmt: skip
         print_table((task.value, "model", "95 % confidence", "dense", "95 % confidence"), table)
@@ -101,8 +102,10 @@ def _plain(scores: Mapping[str, Any]) -> dict[str, Any]:
 
 def _between(intervals: Mapping[str, Sequence[float]], name: str) -> str:
     """Return the ends of the interval of a metric; nothing if it has none."""
+    from solpath.measuring.metrics import figure
+
     ends = intervals.get(name)
-    return "" if ends is None else "{:.4f} to {:.4f}".format(*ends)
+    return "" if ends is None else " to ".join(map(figure, ends))
 
 
 @app.command()

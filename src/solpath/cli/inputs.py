@@ -122,6 +122,28 @@ def load_small(name: str, place: Placement) -> Any:
     return _attending(model.to(device_for(place)), place)
 
 
+def load_float32(name: str) -> tuple[Any, list[str]]:
+    """Load an extracted model on the CPU, its weights in float32 but for those that are quantised.
+
+    Args:
+        name: The name of the model.
+
+    Returns:
+        The model, and the names of the other dtypes that its weights are stored in.
+    """
+    import torch
+
+    from solpath.storing.quantized import is_quantized
+
+    model = load_small(name, Placement())
+    weights = [weight for weight in model.parameters() if not is_quantized(weight)]
+    stored = {str(weight.dtype).removeprefix("torch.") for weight in weights} - {"float32"}
+    for weight in weights:  # buffers stay as they are
+        weight.data = weight.data.float()
+    model.config.dtype = torch.float32
+    return model, sorted(stored)
+
+
 def _attending(model: Any, place: Placement) -> Any:
     """Return the model with the attention that was asked for."""
     if place.attention is not None:

@@ -32,7 +32,7 @@ from solpath.cli.inputs import (
     device_for,
     load_any,
     load_dense,
-    load_small,
+    load_float32,
     loss_of,
     path_of,
     result_of,
@@ -81,6 +81,7 @@ def search(
     from solpath.config import InclusionConfig, SearchConfig
     from solpath.files import check_output
     from solpath.model.basis import obstacle
+    from solpath.running.checkpoint import checkpoint_file
     from solpath.searching.search import search as search_path
 
     searches = ("spp", "paper")
@@ -100,6 +101,7 @@ def search(
     if method == "paper":
         config = InclusionConfig(**length, seed=seed)
     check_output(out)
+    checkpoint_file(checkpoint, "search.safetensors")
     own, device = loss_of(loss), device_for(place)
     loaded = load_dense(model, place)
     labels = None if own is not None else False
@@ -252,8 +254,11 @@ def export(
     given |= {"int8": int8 or None, "pad": pad or None}
     options = {name: value for name, value in given.items() if value is not None}
     found = None if evaluation is None else result_of(evaluation)
-    model = load_small(small, Placement(dtype=Precision.FLOAT32))
-    if "tokenizer" in options_of(format):
+    known = options_of(format)
+    model, stored = load_float32(small)
+    if stored and "quantization" not in known:
+        say(f"weights in {' and '.join(stored)} are written in float32.")
+    if "tokenizer" in known:
         try:
             options["tokenizer"] = load_processor(small)
         except FileError as error:

@@ -56,9 +56,10 @@ def tune(
     """Train an extracted model towards the dense one. Stopped, the same command goes on."""
     from solpath.config import TuneConfig
     from solpath.refining.tuning import tune as train
+    from solpath.running.checkpoint import checkpoint_file
 
     config = TuneConfig(steps=steps, seed=seed, learning_rate=learning_rate, lora_rank=lora_rank)
-
+    checkpoint_file(checkpoint, "tune.safetensors")
     own = loss_of(loss)
 
     @contextmanager
@@ -128,6 +129,7 @@ def _improve(
     from solpath.cli.splits import split_batches
     from solpath.files import check_output
     from solpath.measuring.evaluation import evaluate
+    from solpath.measuring.metrics import figure
     from solpath.pretrained import load_processor
     from solpath.storing.writing import save
 
@@ -149,7 +151,7 @@ def _improve(
     )
     if as_json:
         return print_json({"out": str(out), "config": config, "before": before, "after": after})
-    rows = [(name, f"{before[name]:.4f}", f"{after[name]:.4f}") for name in before]
+    rows = [(name, figure(before[name]), figure(after[name])) for name in before]
     print_table(("held-out metric", "before", "after"), rows)
     print(f"written to {out}")
     own = [] if loss is None else ["--loss", loss.name]

@@ -16,6 +16,7 @@ from solpath.data.source import batch_size, check_device, check_ends
 from solpath.errors import BatchError, ConfigError, NonFiniteLossError
 from solpath.measuring.comparison import Tally, Target, compare_batch, dense_output
 from solpath.measuring.intervals import mean_interval
+from solpath.measuring.metrics import figure
 from solpath.model.head import LazyLogits
 from solpath.objective import Loss, mean_loss
 from solpath.planning.cost import Achieved
@@ -84,7 +85,7 @@ class Result:
         )
 
     def __repr__(self) -> str:
-        metrics = ", ".join(f"{name}={value:.4f}" for name, value in self.metrics.items())
+        metrics = ", ".join(f"{name}={figure(value)}" for name, value in self.metrics.items())
         size = f", {self.cost.params:,} parameters" if self.cost else ""
         return f"Result({metrics}, {self.samples:,} samples{size})"
 

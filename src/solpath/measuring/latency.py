@@ -24,7 +24,7 @@ from solpath.model.extraction import extract
 from solpath.model.fingerprint import check_fingerprint
 from solpath.pair import Fingerprint, Pair
 from solpath.planning.latency_table import BlockLatency, LatencyTable, pair_shapes
-from solpath.planning.path import SolutionPath
+from solpath.planning.path import SolutionPath, check_path
 from solpath.planning.plan import Plan
 from solpath.running.claims import claimed
 from solpath.running.forward import device_of, run
@@ -219,6 +219,7 @@ def check_request(
         BatchError: The batch is on another device than the model.
         UnsupportedModelError: The model cannot be cut; see `find_pairs`.
     """
+    check_path(path)
     if not isinstance(latency_ms, int | float) or not 0 < latency_ms < math.inf:
         raise BudgetError(f"latency_ms must be a positive number, got {latency_ms!r}.")
     path.plan(sparsity=0, **constraints)

@@ -11,6 +11,19 @@ from solpath.divergence import Kind, divergence
 from solpath.running.forward import at_least_float
 
 
+def figure(value: float) -> str:
+    """Return a metric for people: four decimals, or two digits where those would say too little.
+
+    Args:
+        value: The metric.
+
+    Example:
+        >>> figure(0.98765), figure(0.000012), figure(0.0)
+        ('0.9877', '1.2e-05', '0.0000')
+    """
+    return f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.4f}"
+
+
 def compare(
     output: Tensor, target: Tensor, mask: Tensor | None, *, kind: Kind
 ) -> dict[str, Tensor]:

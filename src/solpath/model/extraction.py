@@ -3,12 +3,12 @@
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeVar, cast, overload
+from typing import TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 
-from solpath.errors import BudgetError, ConfigError
+from solpath.errors import BudgetError
 from solpath.model.basis import rotated
 from solpath.model.checking import check_for_plan
 from solpath.model.cutting import channels_kept, cut_model
@@ -18,7 +18,7 @@ from solpath.model.linear import layer_at, linear_map
 from solpath.model.placed import copied
 from solpath.model.slicing import cut_linear
 from solpath.pair import Pair
-from solpath.planning.plan import EXTRACTED, Plan, plan_of
+from solpath.planning.plan import EXTRACTED, Plan, check_plan, plan_of
 from solpath.pretrained import Name, as_model
 from solpath.running.claims import claimed
 from solpath.running.forward import device_of
@@ -78,19 +78,6 @@ def extract(model: nn.Module | Name, plan: Plan, *, check: bool = True) -> nn.Mo
     model = as_model(model)
     with claimed(model, doing="cut"):
         return _extract(model, plan, check)
-
-
-def check_plan(plan: Any) -> None:
-    """Raise `ConfigError` unless `plan` is a plan.
-
-    Args:
-        plan: What a user gave.
-    """
-    if not isinstance(plan, Plan):
-        raise ConfigError(
-            f"plan must be a Plan, got a {type(plan).__name__}; make one of the path with "
-            "path.plan(sparsity=0.4)."
-        )
 
 
 def _extract(model: Model, plan: Plan, check: bool) -> Model:

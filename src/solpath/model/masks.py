@@ -16,7 +16,7 @@ from solpath.model.fingerprint import check_pairs
 from solpath.model.linear import layer_at
 from solpath.nn.experts import OnNeurons
 from solpath.pair import Norm, Pair
-from solpath.planning.plan import Plan, norm_gain, plan_of
+from solpath.planning.plan import Plan, check_plan, norm_gain, plan_of
 from solpath.running.claims import claimed
 from solpath.running.forward import Batch, activation_mask, device_of
 from solpath.running.hooks import Hook, hooked
@@ -95,6 +95,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
         FingerprintError: The plan is for a model of another class or with other pairs, or it was
             read from a saved model and lacks the basis of a pair that it cuts.
         UnsupportedModelError: The model was extracted.
+        ConfigError: `plan` is no plan.
         ModelInUseError: The model is masked or searched already, or another thread works on it.
 
     Example:
@@ -103,6 +104,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
         >>> torch.allclose(outputs.logits, small(**batch).logits, atol=1e-5)
         True
     """
+    check_plan(plan)
     given, model = model, unwrapped(model, hooks=True)
     if plan_of(model) is not None:
         raise UnsupportedModelError(

@@ -318,3 +318,18 @@ class SolutionPath:
             True
         """
         return cls(**read_path(Path(path)))
+
+
+def check_path(path: Any) -> None:
+    """Raise `ConfigError` unless `path` is a path.
+
+    Args:
+        path: What a user gave.
+    """
+    if isinstance(path, str | os.PathLike):
+        raise ConfigError(
+            f"path must be a SolutionPath, got the name of a folder; give "
+            f"SolutionPath.load({os.fspath(path)!r})."
+        )
+    if not isinstance(path, SolutionPath):
+        raise ConfigError(f"path must be a SolutionPath, got a {type(path).__name__}.")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from solpath.errors import FingerprintError
+from solpath.errors import ConfigError, FingerprintError
 from solpath.pair import Fingerprint, Pair, pairs_from
 from solpath.planning.constraint_cost import ConstraintCost
 from solpath.planning.constraints import attention_of
@@ -106,10 +106,13 @@ class Plan:
         whole = f"{len(self.unreached)} unreached pairs whole, " if self.unreached else ""
         cost = self.constraint_cost
         whole += "" if cost is None else f"{cost.kept_score:.1%} of the score, "
+        asked = [name for name in self.asked if name in {"bytes", "cache", *size.others}]
+        sizes = "".join(f"{name}={size.size(name):,}, " for name in asked)
         times = "".join(f"{name} {ms:.2f} ms, " for name, ms in self.latency_ms.items())
         return (
             f"Plan(sparsity={size.sparsity:.4f}, params={size.params:,} ({size.params_share:.1%}), "
-            f"macs={size.macs:,} ({size.macs_share:.1%}), {times}{whole}asked={dict(self.asked)})"
+            f"macs={size.macs:,} ({size.macs_share:.1%}), {sizes}{times}{whole}"
+            f"asked={dict(self.asked)})"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -185,6 +188,19 @@ def plan_of(model: object) -> Plan | None:
     """
     plan = getattr(model, EXTRACTED, None)
     return plan if isinstance(plan, Plan) else None
+
+
+def check_plan(plan: Any) -> None:
+    """Raise `ConfigError` unless `plan` is a plan.
+
+    Args:
+        plan: What a user gave.
+    """
+    if not isinstance(plan, Plan):
+        raise ConfigError(
+            f"plan must be a Plan, got a {type(plan).__name__}; make one of the path with "
+            "path.plan(sparsity=0.4)."
+        )
 
 
 def unit_mask(pair: Pair, kept: Tensor, heads: Tensor | None = None) -> Tensor:

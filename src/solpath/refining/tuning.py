@@ -29,7 +29,7 @@ from solpath.refining.distributed import (
     unalias_,
 )
 from solpath.refining.training import Training, prepared, train_
-from solpath.running.checkpoint import read_checkpoint
+from solpath.running.checkpoint import checkpoint_file, read_checkpoint
 from solpath.running.claims import claimed
 from solpath.running.forward import device_of
 from solpath.running.modes import contained, evaluating, gradients, keeping_random_state
@@ -102,7 +102,8 @@ def tune(
             `checkpoint_every` is below 1, ``accelerate`` is set up in a way that does not fit,
             `loss` is negative at the start, from which no default learning rate follows, or it
             returns anything but a scalar with a gradient.
-        FileError: A checkpoint is damaged or cannot be written.
+        FileError: A checkpoint is damaged, cannot be written, or would lie beside a model, a path
+            or a family.
         UnsupportedModelError: No parameter can be trained, one is quantised, or one that is to be
             trained is in half precision and `lora_rank` is None. Adapters are trained in float32
             and merged once. Or `lora_rank` is set, and `small` has adapters of peft already.
@@ -125,7 +126,7 @@ def tune(
     small = cast("Model", unwrapped(small, adapters=config.lora_rank is None))
     dense = unwrapped(dense, adapters=True)
     device = _check_model(small, config)
-    file = None if checkpoint is None else Path(checkpoint) / "tune.safetensors"
+    file = checkpoint_file(checkpoint, "tune.safetensors")
     with claimed(small, dense, doing="tuned"):
         return _tune(
             small, dense, batches, config, heldout, loss, file, checkpoint_every, progress, device

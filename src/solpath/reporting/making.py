@@ -17,7 +17,7 @@ from solpath.measuring.evaluation import Result, evaluate
 from solpath.measuring.measurement import Measurement, measure
 from solpath.model.extraction import extract, in_dtype_of
 from solpath.objective import Loss
-from solpath.planning.path import SolutionPath
+from solpath.planning.path import SolutionPath, check_path
 from solpath.planning.plan import Plan
 from solpath.refining.compensation import compensate
 from solpath.reporting.family import (
@@ -84,9 +84,9 @@ def make_family(
         What is written to ``family.json`` and shown in the report.
 
     Raises:
-        ConfigError: `sizes` are not numbers that ascend between 0 and 1; or jinja2 or matplotlib
-            is not installed; or the task gives some models other metrics, one that is not finite,
-            or one that the distance has.
+        ConfigError: `path` is no path; or `sizes` are not numbers that ascend between 0 and 1;
+            or jinja2 or matplotlib is not installed; or the task gives some models other metrics,
+            one that is not finite, or one that the distance has.
         SolpathError: See `extract`, `compensate`, `save`, `evaluate` and `measure`.
 
     Example:
@@ -103,6 +103,7 @@ def make_family(
         >>> [metric.key for metric in family.metrics][:2]
         ['biases', 'kl']
     """
+    check_path(path)
     named = _named(sizes)
     check_installed()
     check_ends(heldout, "heldout")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from solpath.errors import FileError, FingerprintError
 from solpath.files import write_file
+from solpath.holding import holds
 from solpath.reading import (
     Expected,
     check_digest,
@@ -27,6 +28,27 @@ State = dict[str, Tensor]
 """The tensors of a run that is under way, by name."""
 
 _KEY, _DIGEST = "solpath.checkpoint", "solpath.sha256"
+
+
+def checkpoint_file(folder: str | os.PathLike[str] | None, name: str) -> Path | None:
+    """Return the file that keeps the state of a run; None if none is kept.
+
+    Args:
+        folder: The folder that a user gave for the state, or None.
+        name: The name of the file.
+
+    Raises:
+        FileError: There is no state in the folder yet, and it holds a model, a path or a family.
+    """
+    if folder is None:
+        return None
+    file = Path(folder) / name
+    if not os.path.lexists(file) and (found := holds(folder)):
+        raise FileError(
+            f"the state would be kept in {os.fspath(folder)}, which holds {found}; give a folder "
+            "of its own."
+        )
+    return file
 
 
 def write_checkpoint(file: Path, header: Mapping[str, Any], state: State) -> None:

@@ -27,6 +27,7 @@ from solpath.reading import Expected
 from solpath.running.checkpoint import (
     State,
     check_state,
+    checkpoint_file,
     read_checkpoint,
     resume_hint,
     write_checkpoint,
@@ -160,8 +161,8 @@ def search(
 
     Raises:
         UnsupportedModelError: The model cannot be cut (see `find_pairs`), or it is in float16.
-        FileError: The model cannot be loaded (see `from_pretrained`), or the checkpoint is damaged
-            or cannot be written.
+        FileError: The model cannot be loaded (see `from_pretrained`), or the checkpoint is damaged,
+            cannot be written, or would lie beside a model, a path or a family.
         ConfigError: `config` is of another kind, `checkpoint_every` or `micro_batch` is out of its
             range, timm is needed and not installed, a measure in `MEASURES` does not count whole
             numbers, or `loss` returns anything but a scalar with a gradient.
@@ -184,6 +185,7 @@ def search(
     check_batches(batches)
     config = SearchConfig() if config is None else config
     check_config(config, SearchConfig, InclusionConfig)
+    file = checkpoint_file(checkpoint, "search.safetensors")
     model, batches = for_batches(model, batches)
     with claimed(model, doing="searched"):
         opened = open_engine(
@@ -195,7 +197,7 @@ def search(
             micro_batch=micro_batch,
         )
         kind = "divergence" if loss is None else "user"
-        return _search(model, opened, config, kind, checkpoint, checkpoint_every, progress)
+        return _search(model, opened, config, kind, file, checkpoint_every, progress)
 
 
 def _search(
@@ -203,12 +205,11 @@ def _search(
     opened: AbstractContextManager[Engine],
     config: SearchConfig | InclusionConfig,
     loss: str,
-    checkpoint: str | os.PathLike[str] | None,
+    file: Path | None,
     checkpoint_every: int,
     progress: bool,
 ) -> SolutionPath:
     identity = fingerprint(model, find_pairs(model))
-    file = None if checkpoint is None else Path(checkpoint) / "search.safetensors"
     header = {
         "version": 2,
         "kind": type(config).__name__,

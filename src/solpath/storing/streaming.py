@@ -31,7 +31,7 @@ from solpath.model.fingerprint import (
     values_digest,
 )
 from solpath.model.weights import weight_reader
-from solpath.planning.plan import EXTRACTED, Plan
+from solpath.planning.plan import EXTRACTED, Plan, check_plan
 from solpath.pretrained import Name
 from solpath.running.modes import contained
 from solpath.storing.writing import Tokenizer, contents_of, save, write
@@ -131,7 +131,7 @@ def extract(
                 "tokenizer, overwrite and max_shard_size are for out=; pass a folder."
             )
         return extraction.extract(model, plan, check=check)
-    extraction.check_plan(plan)
+    check_plan(plan)
     if isinstance(model, nn.Module):
         raise ConfigError(
             "out= cuts a folder or hub id without loading it, and this model is in memory; call "
