@@ -57,7 +57,6 @@ DEFAULT = ",".join(["spp", *METHODS])
 SMOKE = {
     "iterative": {"stages": 2, "scale_batches": 1},
     "iterative_curvature": {"stages": 2, "scale_batches": 1},
-    "released": {"steps": 2},
     "taylor": {"scale_batches": 1},
     "gauss_newton": {"scale_batches": 1},
 }
@@ -94,6 +93,9 @@ def main(
         "data": work.data,
     }
     judge, dense = work.judge()
+    if work.loss is None and "released" in names:
+        names.remove("released")
+        print(f"{model} has no labels, and the released rule needs a loss of them: left out.")
     for seed in (int(seed) for seed in seeds.split(",")):
         batches = work.batches(seed, settings["batch_count"], settings["batch_size"])
         paths: Paths = {}
@@ -171,9 +173,13 @@ def find_path(
     work: Workload, name: str, seed: int, batches: list[Any], settings: dict[str, Any]
 ) -> SolutionPath:
     if name in METHODS:
-        options = SMOKE.get(name, {}) if settings["smoke"] else {}
-        if name == "released" and settings["steps"] is not None:
-            options = {"steps": settings["steps"]}
+        options: dict[str, Any] = SMOKE.get(name, {}) if settings["smoke"] else {}
+        if name == "released":
+            options = {"loss": work.loss}
+            if settings["steps"] is not None:
+                options["steps"] = settings["steps"]
+            if work.labelled is not None:
+                batches = work.labelled(seed, settings["batch_count"], settings["batch_size"])
         return METHODS[name](work.model, batches, seed=seed, **options)
     if name in FAIREST:
         return FAIREST[name](work.model, batches, seed=seed)

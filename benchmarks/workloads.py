@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import gemma as gemma3
 import passages
@@ -19,6 +20,7 @@ from solpath.config import SearchConfig
 from solpath.data.docstrings import read_corpus, texts_of
 from solpath.data.text import text_batches
 from solpath.measuring.evaluation import evaluate, reference_outputs
+from solpath.objective import Loss
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "zoo"))  # its modules are imported when needed
@@ -49,6 +51,8 @@ class Workload:
         data: what the figures depend on, for the record.
         judging: what `judge` is, where outputs for all of `heldout` would take too much memory.
         at_once: members that are compensated side by side.
+        loss: the loss of the task, for the method that needs one; None where there are no labels.
+        labelled: `batches` with the labels that `loss` asks for; None if it needs none.
     """
 
     name: str
@@ -65,6 +69,8 @@ class Workload:
     data: dict[str, Any]
     judging: Callable[[], tuple[Judge, dict[str, float]]] | None = None
     at_once: int | None = None
+    loss: Loss | None = None
+    labelled: Callable[[int, int, int], list[Batch]] | None = None
 
     def judge(self) -> tuple[Judge, dict[str, float]]:
         """A function that gives the metrics of a model, and those of the dense one."""
@@ -130,11 +136,15 @@ def images(
     from train import MODELS, load
 
     quiet()
-    train, _, test, labels = digits.load_split()
+    train, train_labels, test, labels = digits.load_split()
     test, labels = test[:heldout], labels[:heldout]
 
     def batches(seed: int, count: int, size: int) -> list[Batch]:
         return [{"pixel_values": train[pick]} for pick in _picks(len(train), seed, count, size)]
+
+    def labelled(seed: int, count: int, size: int) -> list[Batch]:
+        picks = _picks(len(train), seed, count, size)
+        return [{"pixel_values": train[pick], "labels": train_labels[pick]} for pick in picks]
 
     def tuning(seed: int, count: int) -> tuple[list[Batch], list[Batch]]:
         moved, _ = _augmented(train, seed, count)
@@ -154,6 +164,8 @@ def images(
         headline="task",
         higher_is_better=True,
         data={"heldout": len(test), "task": "accuracy"},
+        loss=lambda outputs, batch: functional.cross_entropy(outputs.logits, batch["labels"]),
+        labelled=labelled,
     )
 
 
@@ -196,6 +208,7 @@ def clip(checkpoint: Path | None, heldout: int | None) -> Workload:
         headline="task",
         higher_is_better=True,
         data={"heldout": len(test), "task": "zero-shot accuracy"},
+        loss=_image_and_text_loss,
     )
 
 
@@ -224,6 +237,7 @@ def language(name: str, checkpoint: Path | None, heldout: int | None) -> Workloa
         headline="task",
         higher_is_better=False,
         data={"heldout": len(test), "tokens": test.shape[1], "task": "bits per byte"},
+        loss=partial(_next_token_loss, tokens="input_ids"),
     )
 
 
@@ -252,6 +266,7 @@ def t5(checkpoint: Path | None, heldout: int | None) -> Workload:
         headline="task",
         higher_is_better=False,
         data={"heldout": len(said), "cut": said.shape[1], "task": "bits per cut byte"},
+        loss=partial(_next_token_loss, tokens="decoder_input_ids"),
     )
 
 
@@ -307,6 +322,7 @@ def gemma(
             "weights": gemma3.SHA256[:16],
         },
         judging=lambda: gemma3.judging(decoder.model, test),
+        loss=partial(_next_token_loss, tokens="input_ids"),
         at_once=1,
     )
 
@@ -364,6 +380,19 @@ def random_tokens(model: nn.Module, size: int, length: int, count: int = 1) -> l
         }
         for _ in range(count)
     ]
+
+
+def _next_token_loss(outputs: Any, batch: Batch, *, tokens: str) -> Tensor:
+    """Cross-entropy of every token but the first, given those before it."""
+    said, wanted = outputs.logits[:, :-1], batch[tokens][:, 1:]
+    return functional.cross_entropy(said.flatten(0, 1), wanted.flatten())
+
+
+def _image_and_text_loss(outputs: Any, batch: Batch) -> Tensor:
+    """Cross-entropy of images to their texts and back, as CLIP is trained."""
+    right = torch.arange(len(outputs.logits_per_image))
+    of_images = functional.cross_entropy(outputs.logits_per_image, right)
+    return (of_images + functional.cross_entropy(outputs.logits_per_text, right)) / 2
 
 
 def _picks(available: int, seed: int, count: int, size: int) -> Tensor:

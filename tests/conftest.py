@@ -16,6 +16,8 @@ import torch
 import transformers
 from torch import nn
 
+from solpath.running.forward import output_tensor
+
 torch.set_num_threads(1)
 
 # Awkward on purpose: odd inner widths, heads that do not divide them.
@@ -517,6 +519,11 @@ def _tokens(samples: int, generator: torch.Generator) -> dict[str, torch.Tensor]
 def batches(model: nn.Module, count: int = 3, samples: int = 4) -> list:
     """A few different batches."""
     return [inputs(model, samples=samples, seed=i) for i in range(count)]
+
+
+def size_of_output(outputs: object, batch: object) -> torch.Tensor:
+    """A loss without labels that every model has."""
+    return output_tensor(outputs).square().mean()
 
 
 @pytest.fixture(params=CASES)

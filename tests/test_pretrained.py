@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import solpath
-from conftest import CASES, batches, build
+from conftest import CASES, batches, build, size_of_output
 from solpath.errors import ConfigError, FileError, UnsupportedModelError
 from solpath.model.extraction import extract
 from solpath.pretrained import from_pretrained, load_processor
@@ -47,7 +47,8 @@ def test_pairs_of_a_name_need_its_config_only(tmp_path):
 )
 def test_a_name_gives_the_path_of_the_model(method, bert, tmp_path):
     bert.save_pretrained(tmp_path)
-    options = {"iterative": {"stages": 2}, "released": {"steps": 3}}.get(method, {})
+    released = {"steps": 3, "loss": size_of_output}
+    options = {"iterative": {"stages": 2}, "released": released}.get(method, {})
 
     def order(model):
         if method == "spp":

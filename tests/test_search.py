@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import solpath
-from conftest import batches, build, inputs
+from conftest import batches, build, inputs, size_of_output
 from solpath import InclusionConfig, SearchConfig, baselines
 from solpath.data.samples import sample_digests
 from solpath.data.source import BatchSource
@@ -85,7 +85,8 @@ def test_the_model_is_left_as_it_was(common_model, method):
     elif method == "inclusion":
         run(model, config=InclusionConfig(steps=4))
     else:
-        baselines.METHODS[method](model, batches(model))
+        options = {"loss": size_of_output} if method == "released" else {}
+        baselines.METHODS[method](model, batches(model), **options)
     assert_equal(everything(model), before)
 
 
@@ -402,11 +403,27 @@ def test_bad_inclusion_settings(field):
         ("iterative", {"stages": 0}, "stages must be"),
         ("iterative_curvature", {"keep": 0}, "keep must be"),
         ("released", {"steps": 0}, "steps must be"),
+        ("released", {}, "released needs loss="),
     ],
 )
 def test_bad_settings_of_baselines(bert, method, options, words):
     with pytest.raises(ConfigError, match=words):
         baselines.METHODS[method](bert, batches(bert), **options)
+
+
+def test_the_released_rule_follows_the_loss(bert):
+    """After one update V is an odd function of the gradient around where it started."""
+
+    def scores(sign):
+        def loss(outputs, batch):
+            return sign * size_of_output(outputs, batch)
+
+        path = baselines.released(bert, batches(bert), steps=1, loss=loss)
+        return torch.cat([path.score[pair.name].flatten() for pair in path.pairs])
+
+    up, down = scores(1), scores(-1)
+    assert up.unique().numel() > 0.9 * up.numel()
+    assert torch.allclose(up + down, torch.full_like(up, 2 * 1e-3 / (1 - 0.9)), atol=1e-12)
 
 
 def test_bad_checkpoint_every(bert):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import solpath
-from conftest import batches, build, inputs
+from conftest import batches, build, inputs, size_of_output
 from solpath import InclusionConfig, SearchConfig, baselines
 from solpath.errors import BatchError
 from solpath.model.discovery import find_pairs
@@ -71,7 +71,8 @@ def test_a_vision_tower_that_gets_no_image_stays_whole(config, tmp_path):
 @pytest.mark.parametrize("name", sorted(baselines.METHODS))
 def test_a_baseline_knows_too(name, tmp_path):
     model = build("gemma3")
-    options = {"released": {"steps": 3}, "iterative": {"stages": 2}}.get(name, {})
+    released = {"steps": 3, "loss": size_of_output}
+    options = {"released": released, "iterative": {"stages": 2}}.get(name, {})
     path = baselines.METHODS[name](model, text_only(model), **options)
     check_whole(model, path, "vision_tower", tmp_path)
 

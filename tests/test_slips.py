@@ -166,6 +166,7 @@ def test_a_name_in_the_cache_is_not_asked_for(tmp_path, monkeypatch):
         ("bench bert path", "path holds a path; give the model"),
         ("eval bert --reference small --text a.txt", "bert holds a dense model, and small an"),
         ("eval small --reference small --text a.txt", "--reference small holds an extracted model"),
+        ("search bert --text a.txt --out {out} --method released", "released needs --loss;"),
         ("search bert --text a.txt --out {out} --checkpoint bert", "bert, which holds a dense"),
         ("tune small bert --text a.txt --out {out} --checkpoint path", "path, which holds a path"),
         ("report path", "path holds a path, not a family (there is no family.json"),

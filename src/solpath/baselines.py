@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from solpath.config import check_count, check_number
 from solpath.data.samples import union
 from solpath.data.source import check_batches
+from solpath.errors import ConfigError
 from solpath.loading import for_batches
 from solpath.model.discovery import find_pairs
 from solpath.model.fingerprint import fingerprint
@@ -282,24 +283,34 @@ def released(
     every head has a mask of its own.
 
     Args:
-        model, batches, loss: See `solpath.search`.
+        model, batches: See `solpath.search`.
+        loss: See `solpath.search`; it is needed. The divergence from the dense model's own output
+            is least at the dense model, from where the rule would not move.
         seed: Seeds a shuffling `DataLoader`.
         steps: Updates, one batch each. At least 1.
         learning_rate: Step size of both updates, in [1e-12, 1000].
         lam: Threshold λ, in [1e-6, 1e12].
 
     Raises:
-        ConfigError: A setting has the wrong type or is out of its range.
+        ConfigError: There is no `loss`, or a setting has the wrong type or is out of its range.
         SolpathError: In the same cases as `solpath.search`.
 
     Example:
-        >>> rival = solpath.baselines.released(model, batches, steps=4)
+        >>> def loss(outputs, batch):
+        ...     return torch.nn.functional.cross_entropy(outputs.logits, batch["labels"])
+        >>> labelled = [{**one, "labels": one["input_ids"][:, 0] % 2} for one in batches]
+        >>> rival = solpath.baselines.released(model, labelled, steps=4, loss=loss)
         >>> rival.method, rival.config["steps"]
         ('released', 4)
     """
     check_count("steps", steps, 1)
     check_number("learning_rate", learning_rate, 1e-12, 1e3)
     check_number("lam", lam, 1e-6, 1e12)
+    if loss is None:
+        raise ConfigError(
+            "released needs loss=, such as that of a task with labels: the divergence from the "
+            "dense model is least at the dense model, from where this rule would not move."
+        )
     with _opened(model, batches, loss, seed) as (engine, identity):
         keep_pairs(engine, engine.measure_reach(_REACH_BATCHES))
         mask = torch.ones(engine.units, dtype=torch.float64, requires_grad=True)

@@ -90,6 +90,8 @@ def search(
         raise ConfigError(f"method must be one of {names}; got {method!r}.")
     if method != "spp" and (basis != "coordinate" or compensated):
         raise ConfigError(f"basis and compensated are settings of the method spp, not of {method}.")
+    if method == "released" and loss is None:
+        raise ConfigError("the method released needs --loss; see solpath.baselines.released.")
     if method not in searches and (steps, checkpoint, micro_batch) != (None, None, None):
         raise ConfigError(
             f"steps, checkpoint and micro-batch are of the methods spp and paper, not of {method}."
