@@ -36,7 +36,7 @@ from quality_runs import (
 from record import RESULTS
 from scale_page import TABLES as SCALE
 from solpath.reporting.charts import spread
-from zoo_page import compensated_table, zoo_page, zoo_table
+from zoo_page import COMPENSATED, RELEASED, methods_table, zoo_page, zoo_table
 
 ROOT = RESULTS.parents[1]
 DOCS = ("index", "first-family", "choosing-a-size", "benchmarks", "runtimes", "zoo")
@@ -120,7 +120,9 @@ def table(name: str) -> str:
     if name in ("zoo", "zoo_fidelity"):
         return zoo_table("task" if name == "zoo" else "fidelity")
     if name == "zoo_compensated":
-        return compensated_table()
+        return methods_table("compensated", COMPENSATED, "fidelity")
+    if name == "released":
+        return methods_table("released", RELEASED, "task")
     if name == "ablation":
         return _quality(read_runs("digits", "ablation"), "kl", ABLATION)
     if name.startswith("basis_"):

@@ -3,6 +3,7 @@
 python benchmarks/zoo_page.py          # reads results/quality_*.json, writes docs/zoo.svg
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,26 +91,36 @@ def zoo_table(compared: str) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def compensated_table() -> str:
-    """Distance to the dense model, a markdown row per model and closed form."""
-    labels = {
-        "spp_principal": "as cut, principal axes",
-        "spp_principal_refit": "weights compensated",
-        "spp_best": "**order and weights compensated**",
-        "gauss_newton_refit": "one-shot Gauss-Newton, same axes and compensation",
-    }
+COMPENSATED = {
+    "spp_principal": "as cut, principal axes",
+    "spp_principal_refit": "weights compensated",
+    "spp_best": "**order and weights compensated**",
+    "gauss_newton_refit": "one-shot Gauss-Newton, same axes and compensation",
+}
+RELEASED = {"spp": "**solpath, without labels**", "released": "released rule, with labels"}
+
+
+def methods_table(kind: str, labels: Mapping[str, str], compared: str) -> str:
+    """A markdown row per model and method.
+
+    Args:
+        kind: of the files ``<kind>_<model>.json``.
+        labels: the methods, by the names that the table gives them.
+        compared: ``task``, or ``fidelity`` for the distance to the dense model.
+    """
     shares = [f"{keep:.0%}" for keep in COMMON]
     rows = [["model", "metric, seeds", "members", *shares], ["---"] * (3 + len(COMMON))]
-    for model, title in {"minilm": "MiniLM", **{m: t for m, (t, _) in PANELS.items()}}.items():
-        runs = read_runs(model, "compensated")
+    for model, (title, task) in {"minilm": ("MiniLM", ""), **PANELS}.items():
+        runs = read_runs(model, kind)
         first = True
         for method, label in labels.items():
             if method in runs:
-                metric = fidelity(runs)
+                metric = headline(runs) if compared == "task" else fidelity(runs)
                 column = means(runs[method], metric)
                 where = keeps(runs)
                 cells = [shown(column[where.index(keep)], metric) for keep in COMMON]
-                seeds = f"{metric}, {len(runs[method])}"
+                said = task if metric == "task" else metric
+                seeds = f"{said}, {len(runs[method])}"
                 rows.append([title if first else "", seeds if first else "", label, *cells])
                 first = False
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
