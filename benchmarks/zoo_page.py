@@ -37,6 +37,14 @@ STYLES = {
     "random": ("#9aa3ab", ":", "+"),
     "released": ("#9aa3ab", "-.", "1"),
 }
+# What the tables call their methods.
+COMPENSATED = {
+    "spp_principal": "as cut, principal axes",
+    "spp_principal_refit": "weights compensated",
+    "spp_best": "**order and weights compensated**",
+    "gauss_newton_refit": "one-shot Gauss-Newton, same axes and compensation",
+}
+RELEASED = {"spp": "**solpath, without labels**", "released": "released rule, with labels"}
 
 
 def zoo_page(file: Path) -> None:
@@ -89,15 +97,6 @@ def zoo_table(compared: str) -> str:
             label += f", dense {runs['spp'][0]['dense'][metric]:#.3g}"
         rows.append([title, label, *cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-COMPENSATED = {
-    "spp_principal": "as cut, principal axes",
-    "spp_principal_refit": "weights compensated",
-    "spp_best": "**order and weights compensated**",
-    "gauss_newton_refit": "one-shot Gauss-Newton, same axes and compensation",
-}
-RELEASED = {"spp": "**solpath, without labels**", "released": "released rule, with labels"}
 
 
 def methods_table(kind: str, labels: Mapping[str, str], compared: str) -> str:

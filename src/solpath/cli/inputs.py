@@ -3,7 +3,7 @@
 import importlib
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,9 +116,7 @@ def load_small(name: str, place: Placement) -> Any:
                     f"--dtype {place.dtype}: torchao has quantised {weight_name} of {name}, which "
                     "keeps its dtype; leave --dtype out, or cast before quantising."
                 )
-        for parameter in model.parameters():  # buffers stay as they are
-            parameter.data = parameter.data.to(place.dtype.dtype)
-        model.config.dtype = place.dtype.dtype
+        _cast(model, model.parameters(), place.dtype.dtype)
     return _attending(model.to(device_for(place)), place)
 
 
@@ -138,10 +136,15 @@ def load_float32(name: str) -> tuple[Any, list[str]]:
     model = load_small(name, Placement())
     weights = [weight for weight in model.parameters() if not is_quantized(weight)]
     stored = {str(weight.dtype).removeprefix("torch.") for weight in weights} - {"float32"}
-    for weight in weights:  # buffers stay as they are
-        weight.data = weight.data.float()
-    model.config.dtype = torch.float32
+    _cast(model, weights, torch.float32)
     return model, sorted(stored)
+
+
+def _cast(model: Any, weights: "Iterable[torch.Tensor]", dtype: "torch.dtype | None") -> None:
+    """Cast weights of a model, and say so in its configuration; buffers stay as they are."""
+    for weight in weights:
+        weight.data = weight.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def _attending(model: Any, place: Placement) -> Any:
