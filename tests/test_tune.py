@@ -34,12 +34,12 @@ from solpath.errors import (
 from solpath.refining import training
 from solpath.refining.adapters import adaptable, add_adapters_, merge_adapters_
 from solpath.refining.distillation import Distillation
-from solpath.refining.tuning import _width
+from solpath.refining.tuning import typical_width
 
 QUICK = TuneConfig(steps=6, evaluate_every=3, learning_rate=3e-3)
 LORA = TuneConfig(steps=6, evaluate_every=3, learning_rate=1e-2, lora_rank=3)
 TRIED = TuneConfig(steps=6, evaluate_every=3)
-HOT = 1e3, 1.0
+HOT = {"_RATE": 1e3, "_MAX_RATE": 1.0, "_LONG": 1, "_GROWTH": 1.0}
 CONFIGS = {"full": QUICK, "lora": LORA, "tried": TRIED}
 
 
@@ -184,12 +184,21 @@ def test_the_learning_rate_follows_its_schedule(bert, rates):
 def test_the_default_rate_goes_with_the_root_of_the_first_look(bert, monkeypatch, rates, rank):
     """A member that is near the dense model takes short steps, and so does a wide one."""
     small, times = cut(bert), 1 if rank is None else 10
-    config = TuneConfig(steps=2, schedule="constant", warmup=0.0, lora_rank=rank)
-    for look, rate in ((1e-6, 1e-4 / 32), (4e-6, 2e-4 / 32), (9.0, 1e-3)):
+    config = TuneConfig(steps=4, schedule="constant", warmup=0.0, lora_rank=rank)
+    for look, rate in ((1e-6, 1e-5 / 32), (4e-6, 2e-5 / 32), (9.0, 1e-4)):
         rates.clear()
         monkeypatch.setattr(Distillation, "divergence", lambda self, model, look=look: look)
         run(small, bert, config)
-        assert rates == [pytest.approx(times * rate)] * 2
+        assert rates == [pytest.approx(times * rate)] * 4
+
+
+@pytest.mark.parametrize(("steps", "share"), [(1, 0.05), (100, 0.5), (400, 1.0), (900, 1.0)])
+def test_the_default_rate_of_a_short_run_is_lower(bert, monkeypatch, rates, steps, share):
+    looks = [1.0, 0.0, 0.0]  # patience stops it then
+    monkeypatch.setattr(Distillation, "divergence", lambda self, model: looks.pop(0))
+    options = {"schedule": "constant", "warmup": 0.0, "evaluate_every": 1, "patience": 1}
+    run(cut(bert), bert, TuneConfig(steps=steps, **options))
+    assert rates == [pytest.approx(1e-3 * share)] * len(rates)
 
 
 def test_adapters_change_linear_layers_by_a_low_rank(bert):
@@ -229,7 +238,7 @@ def test_the_best_look_wins_not_the_last(bert, monkeypatch):
 @pytest.fixture
 def hot(monkeypatch):
     """A default learning rate that is far too high at first."""
-    for name, value in zip(("_RATE", "_MAX_RATE"), HOT, strict=True):
+    for name, value in HOT.items():
         monkeypatch.setattr(training, name, value)
 
 
@@ -250,7 +259,34 @@ def test_a_default_rate_that_makes_things_worse_is_halved(bert, hot, rates, rank
     assert same(run(small, bert, left, rest), tuned)
 
 
-def test_a_default_rate_that_gives_nan_is_halved(bert, hot, rates, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("rate", "updates"), [(None, 8), (1e-4, 2)], ids=["default", "given"])
+def test_patience_does_not_count_what_the_peak_makes_worse(bert, monkeypatch, rates, rate, updates):
+    """Two stale looks end a run; at the default rate those above the start are none."""
+    looks = [1.0, 1.5, 1.9, 2.5, 1.2, 0.9, 0.8, 0.85, 0.95, 0.7]
+    monkeypatch.setattr(Distillation, "divergence", lambda self, model: looks.pop(0))
+    config = TuneConfig(steps=9, evaluate_every=1, patience=2, warmup=0.0, learning_rate=rate)
+    run(cut(bert), bert, config)
+    assert len(rates) == updates
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["distance", "loss"])
+@pytest.mark.parametrize("look", [1.1, 1.9, 2.1])
+def test_a_distance_may_double_before_the_rate_is_halved_but_no_loss_may_grow(
+    bert, monkeypatch, rates, look, own
+):
+    looks = [1.0, look, 0.5, 0.4]
+    monkeypatch.setattr(Distillation, "divergence", lambda self, model: looks.pop(0))
+    config = TuneConfig(steps=3, schedule="constant", warmup=0.0, evaluate_every=1)
+    loss = (lambda outputs, batch: outputs[0].square().mean()) if own else None
+    run(cut(bert), bert, config, loss=loss)
+    first, *later = rates
+    assert later == [pytest.approx(first / 2 if own or look > 2 else first)] * 2
+
+
+@pytest.mark.parametrize("growth", [1.0, 2.0], ids=["early", "late"])
+def test_a_default_rate_that_gives_nan_is_halved(bert, hot, rates, monkeypatch, tmp_path, growth):
+    """It is halved before the first check, and later on if that check was within bounds."""
+    monkeypatch.setattr(training, "_GROWTH", growth)
     small, data = cut(bert), batches(bert)
     real, start = Distillation.errors, list(small.parameters())
 
@@ -412,7 +448,8 @@ def test_several_processes_give_the_same_model(processes, cases, hot, tmp_path):
             return stock[2](self)
 
         folder = sys.argv[1]
-        t.training._RATE, t.training._MAX_RATE = t.HOT
+        for name, value in t.HOT.items():
+            setattr(t.training, name, value)
         stock = Accelerator.prepare, Accelerator.is_fsdp2, Training.finish_
         for name in sys.argv[2:]:
             config = t.CONFIGS[name.split("-")[-1]]
@@ -491,7 +528,7 @@ def test_a_start_that_rounds_to_less_than_nothing(bert, monkeypatch):
 def test_the_width_of_transposed_layers():
     """GPT-2 has [inputs, outputs] where others have [outputs, inputs]."""
     layer = Conv1D(30, 4)  # from 4 inputs to 30 outputs
-    assert _width(layer) == _width(nn.Linear(4, 30)) == 4
+    assert typical_width(layer) == typical_width(nn.Linear(4, 30)) == 4
 
 
 def test_any_two_modules_with_equal_outputs():

@@ -218,17 +218,19 @@ class TuneConfig:
         seed: Seeds the initial adapters and a shuffling `DataLoader`.
         learning_rate: Peak of the learning rate. None takes 0.1 times the root of the held-out
             loss before the first step, divided by the median number of inputs of the trained
-            matrices, but at most 1e-3; for adapters it takes ten times that. If the held-out loss
-            is worse after the warmup than at the start, or some loss is NaN or infinite before,
-            tuning begins again, for the steps that are left, at half the rate.
+            matrices, but at most 1e-3; for adapters it takes ten times that. Fewer than 400 steps
+            take the root of ``steps / 400`` of it. If the distance to the dense model has doubled
+            after the warmup, or a loss of your own has grown, tuning begins again, for the steps
+            that are left, at half the rate; if a loss is NaN or infinite, it goes on so from the
+            best weights.
         warmup: Share of `steps` in which the learning rate grows from 0 to its peak, in [0, 1].
         schedule: What follows the warmup: ``"cosine"`` or ``"linear"`` decay to 0, or
             ``"constant"``.
         weight_decay: Decay of weight matrices, in [0, 1000]. Biases and norms do not decay.
         max_grad_norm: Norm to which longer gradients are scaled down.
         evaluate_every: Steps between evaluations on the held-out batches. At least 1.
-        patience: Evaluations without a new best after which tuning stops early. None never stops
-            early.
+        patience: Evaluations without a new best after which tuning stops early; at the default
+            rate those that are worse than the start do not count. None never stops early.
         lora_rank: Rank of low-rank adapters, which are trained in place of the weights and then
             merged. None trains all weights.
         lora_alpha: The product of the adapters is scaled by ``lora_alpha / lora_rank``.

@@ -19,9 +19,14 @@ from solpath.running.checkpoint import State, check_state, resume_hint, write_ch
 from solpath.running.progress import Report
 
 # The default peak of the learning rate is `_RATE` times the root of the held-out loss, divided by
-# the width, and at most `_MAX_RATE`; for adapters it is `_ADAPTERS` times as high.
+# the width, and at most `_MAX_RATE`; for adapters it is `_ADAPTERS` times as high. In a run of
+# fewer steps than `_LONG` it is lower, by the root of the ratio.
 _RATE, _MAX_RATE = 0.1, 1e-3
 _ADAPTERS = 10
+_LONG = 400
+# The default rate is halved while the first updates make the divergence more than `_GROWTH` times
+# as large.
+_GROWTH = 2.0
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -76,9 +81,14 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done or patience has run out; tries of the rate do not count."""
+        """Whether all steps are done or patience has run out.
+
+        At the default rate, checks that are worse than the start do not count: tries of the rate,
+        and what its peak makes worse before it falls.
+        """
         values = [value for _, value in self.checks]
-        del values[1 : 1 + self._halvings]
+        if self._config.learning_rate is None:
+            values = [value for value in values if value <= values[0]]
         stale = len(values) - 1 - values.index(min(values))
         patience = self._config.patience
         return self.steps == self._config.steps or (patience is not None and stale >= patience)
@@ -87,32 +97,41 @@ class Training:
     def _peak(self) -> float:
         """Peak of the learning rate.
 
-        An update of Adam is as long as the rate, whatever the gradient, and changes the output of a
-        layer in proportion to the number of its inputs. So the default is proportional to the
-        distance to the dense model, the root of the loss at the start, and inverse to the width. It
-        is halved as often as the first updates were a step back.
+        The default is halved as often as the first updates showed that it is far too high.
         """
-        if self._config.learning_rate is not None:
-            return self._config.learning_rate
-        start = max(self.checks[0][1], 0.0)  # a divergence of nothing may round to below 0
-        rate = min(_RATE * math.sqrt(start) / self._width, _MAX_RATE) * 0.5**self._halvings
-        return rate if self._config.lora_rank is None else _ADAPTERS * rate
+        config = self._config
+        if config.learning_rate is not None:
+            return config.learning_rate
+        rate = default_rate(self.checks[0][1], self._width, config.steps) * 0.5**self._halvings
+        return rate if config.lora_rank is None else _ADAPTERS * rate
 
     @property
     def _halvings(self) -> int:
-        """How often the default rate was halved: at every check up to the first that is no worse
-        than the start."""
+        """How often the default rate was halved: once for every try, and for every loss that was
+        not finite later on."""
+        later = (value for _, value in self.checks[1 + self._tries :])
+        return self._tries + sum(map(math.isinf, later))
+
+    @property
+    def _tries(self) -> int:
+        """Number of checks after the first, up to one that is within bounds; 0 for a given rate.
+
+        A divergence goes with the square of the distance to the dense model, so one that has
+        doubled says that the updates have moved the model as far as it was away to begin with.
+        Less than that is brought down again when the schedule lets the rate fall. Of a user's loss
+        it is not known how low it can get, so it may not rise at all.
+        """
         if self._config.learning_rate is not None:
             return 0
         start = self.checks[0][1]
+        most = start if self._heldout.loss is not None else _GROWTH * max(start, 0.0)
         later = (value for _, value in self.checks[1:])
-        return sum(1 for _ in takewhile(lambda value: value > start, later))
+        return sum(1 for _ in takewhile(lambda value: value > most, later))
 
     @property
     def _trying(self) -> bool:
         """Whether no check has shown yet that the default rate is low enough."""
-        tried = self._halvings == len(self.checks) - 1
-        return self._config.learning_rate is None and tried
+        return self._config.learning_rate is None and self._tries == len(self.checks) - 1
 
     @property
     def _due(self) -> bool:
@@ -128,9 +147,10 @@ class Training:
     def check_(self) -> None:
         """Measure the held-out divergence if it is time to, and remember the best weights.
 
-        The first check is at the end of the warmup. If the default learning rate has made things
-        worse by then, the model goes back to where it began, and half the rate is tried for as
-        many steps, and so on.
+        The first check is at the end of the warmup. If the default learning rate has doubled the
+        divergence by then, or made a user's loss worse, the model goes back to where it began, and
+        half the rate is tried for as many steps, and so on. A divergence that is not finite later
+        on sends it back to the best weights, at half the rate.
 
         Raises:
             ConfigError: A user's loss is negative before the first update, and no learning rate
@@ -154,10 +174,11 @@ class Training:
         self._note_(value)
 
     def _note_(self, value: float) -> None:
-        """Remember what a check said, and begin again where it shows that the rate is too high."""
+        """Remember what a check said, and go back where it shows that the rate is too high."""
         self.settled = False
         self.checks.append((self.steps, value if math.isfinite(value) else math.inf))
-        if self.steps and self._trying:  # the best weights are those of the start
+        failed = self._config.learning_rate is None and not math.isfinite(value)
+        if self.steps and (self._trying or failed):  # while trying, the best is the start
             set_parts_(self._model, self._trained, self.best)
             self._optimizer.state.clear()
         self.settled = True
@@ -165,8 +186,8 @@ class Training:
     def step_(self) -> None:
         """Do one update on the next batch.
 
-        If the default learning rate has made the loss NaN or infinite before its first check, that
-        counts as a check, after which half the rate is tried.
+        If the default learning rate has made the loss NaN or infinite, that counts as a check,
+        after which the best weights go on at half the rate.
 
         Raises:
             NonFiniteLossError: The loss is NaN or infinite. The weights are left untouched.
@@ -179,7 +200,7 @@ class Training:
         loss = errors.mean()
         [value] = self._taught.sum(float(loss.detach()) * batch.samples / batch.total)
         if not math.isfinite(value):
-            if self._trying and done > self.checks[-1][0]:
+            if config.learning_rate is None and done > self.checks[-1][0]:
                 self._note_(value)
                 return self.step_()
             where = self._taught.where_not_finite(batch, errors)
@@ -268,6 +289,24 @@ class Training:
             raise FileError(f"{file}: losses and checks are not of {self._config.steps} steps.")
         if (steps or count) and steps[:1] != [0.0]:
             raise FileError(f"{file}: there is no check before the first step.")
+
+
+def default_rate(loss: float, width: float, steps: int) -> float:
+    """Return the default peak of the learning rate, for training all weights.
+
+    An update of Adam is as long as the rate, whatever the gradient, and changes the output of a
+    layer in proportion to the number of its inputs. So the rate goes with the distance to the dense
+    model, the root of the divergence from it, and against the width. A short run cannot average the
+    noise of long updates out, so its rate is lower.
+
+    Args:
+        loss: The held-out loss at the start.
+        width: Typical number of inputs of a trained matrix.
+        steps: Number of updates of the whole run.
+    """
+    start = max(loss, 0.0)  # a divergence of nothing may round to below 0
+    rate = min(_RATE * math.sqrt(start) / width, _MAX_RATE)
+    return rate * min(1.0, math.sqrt(steps / _LONG))
 
 
 def prepared(

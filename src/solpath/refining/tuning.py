@@ -145,7 +145,7 @@ def _tune(
     progress: bool,
     device: torch.device,
 ) -> Model:
-    header: dict[str, Any] = {"kind": "TuneConfig", "version": 4, "config": config.to_dict()}
+    header: dict[str, Any] = {"kind": "TuneConfig", "version": 5, "config": config.to_dict()}
     header["fingerprint"] = {}
     if loss is not None:
         header["loss"] = "user"
@@ -182,7 +182,9 @@ def _tune(
             common: Any = {"device": device, "accelerator": accelerator, "loss": loss}
             taught = Distillation(teacher, train, prepare, bf16=bf16, **common)
             judge = Distillation(teacher, held, prepare_held, bf16=False, **common)
-            training = Training(model, optimizer, config, taught, judge, accelerator, _width(small))
+            training = Training(
+                model, optimizer, config, taught, judge, accelerator, typical_width(small)
+            )
             if state is not None and file is not None:
                 training.restore_(state, file)
             show = progress and accelerator.is_main_process
@@ -219,7 +221,7 @@ def _result(
     return result
 
 
-def _width(model: nn.Module) -> float:
+def typical_width(model: nn.Module) -> float:
     """Return the median number of inputs of the matrices that are trained, which are not empty."""
     first = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
     trained = (p for p in model.parameters() if p.requires_grad and p.dim() == 2 and p.numel())
