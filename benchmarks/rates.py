@@ -2,9 +2,9 @@
 
     python benchmarks/rates.py --model digits --threads 1
 
-Members of the best search, compensated, are tuned with shares of the default rate of a long run.
-Of every run the JSON has the KL to the dense model on test samples, over that before; the default,
-which is lower for few steps and halved where it is far too high, is run beside.
+Members of the best search, compensated, are tuned with multiples of the default rate before it is
+halved. Of every run the JSON has the KL to the dense model on test samples, over that before; the
+default, halved where one update shows that it is too high, is run beside.
 """
 
 import json
@@ -25,15 +25,12 @@ from solpath.refining.tuning import tune, typical_width
 from solpath.searching.search import search
 from workloads import Batch, best_search, workload
 
-LONG = 10_000
-"""Steps of a run that is long enough for the highest default rate."""
-
 
 def main(
     model: Annotated[str, typer.Option(help="One that is judged by KL.")],
     keeps: Annotated[str, typer.Option(help="Comma-separated shares.")] = "0.4,0.25",
     steps: Annotated[str, typer.Option(help="Comma-separated.")] = "20,67,200,600",
-    shares: Annotated[str, typer.Option(help="Of the rate.")] = "0.125,0.25,0.5,1,2",
+    multiples: Annotated[str, typer.Option(help="Multiples.")] = "0.125,0.25,0.5,1,2",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     out: Annotated[Path, typer.Option(help="JSON to add to.")] = RESULTS / "rates.json",
     smoke: Annotated[bool, typer.Option(help="Tiny settings: does it run?")] = False,
@@ -51,10 +48,10 @@ def main(
     for keep in _numbers(keeps):
         small = extract(work.model, path.plan(sparsity=1 - keep))
         small = compensate(small, work.model, batches[: work.calibration], progress=False)
-        before, rate = judge(small)["kl"], long_rate(small, work.model, judges)
+        before, rate = judge(small)["kl"], first_rate(small, work.model, judges)
         for count in map(int, _numbers(steps)):
             left = {}
-            peaks = {f"{share:g}": share * rate for share in _numbers(shares)}
+            peaks = {f"{each:g}": each * rate for each in _numbers(multiples)}
             for name, peak in {"default": None, **peaks}.items():
                 config = TuneConfig(steps=count, learning_rate=peak)
                 tuned = tune(small, work.model, train, config, heldout=judges, progress=False)
@@ -66,10 +63,10 @@ def main(
     show(model, columns, [(r["keep"], r["steps"], *r["left"].values()) for r in rows])
 
 
-def long_rate(small: nn.Module, dense: nn.Module, judges: list[Batch]) -> float:
-    """The default rate of a long run, before it is halved anywhere."""
+def first_rate(small: nn.Module, dense: nn.Module, judges: list[Batch]) -> float:
+    """The default rate before it is halved anywhere."""
     loss = solpath.evaluate(small, dense, judges).metrics["kl"]
-    return default_rate(loss, typical_width(small), LONG)
+    return default_rate(loss, typical_width(small))
 
 
 def _numbers(text: str) -> list[float]:

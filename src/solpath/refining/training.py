@@ -19,14 +19,12 @@ from solpath.running.checkpoint import State, check_state, resume_hint, write_ch
 from solpath.running.progress import Report
 
 # The default peak of the learning rate is `_RATE` times the root of the held-out loss, divided by
-# the width, and at most `_MAX_RATE`; for adapters it is `_ADAPTERS` times as high. In a run of
-# fewer steps than `_LONG` it is lower, by the root of the ratio.
+# the width, and at most `_MAX_RATE`; for adapters it is `_ADAPTERS` times as high. It is halved
+# while one update adds more than `_GROWTH` times the divergence to it, or less in proportion if the
+# run has fewer steps than `_LONG`.
 _RATE, _MAX_RATE = 0.1, 1e-3
 _ADAPTERS = 10
-_LONG = 400
-# The default rate is halved while the first updates make the divergence more than `_GROWTH` times
-# as large.
-_GROWTH = 2.0
+_GROWTH, _LONG = 2.0, 1000
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -97,41 +95,39 @@ class Training:
     def _peak(self) -> float:
         """Peak of the learning rate.
 
-        The default is halved as often as the first updates showed that it is far too high.
+        The default is halved as often as updates showed that it is too high.
         """
-        config = self._config
-        if config.learning_rate is not None:
-            return config.learning_rate
-        rate = default_rate(self.checks[0][1], self._width, config.steps) * 0.5**self._halvings
-        return rate if config.lora_rank is None else _ADAPTERS * rate
+        if self._config.learning_rate is not None:
+            return self._config.learning_rate
+        rate = default_rate(self.checks[0][1], self._width) * 0.5**self._halvings
+        return rate if self._config.lora_rank is None else _ADAPTERS * rate
 
     @property
     def _halvings(self) -> int:
-        """How often the default rate was halved: once for every try, and for every loss that was
-        not finite later on."""
-        later = (value for _, value in self.checks[1 + self._tries :])
-        return self._tries + sum(map(math.isinf, later))
+        """How often the default rate was halved: once for every try that failed, and for every
+        loss that was not finite later on."""
+        later = (value for _, value in self.checks[1 + self._failed :])
+        return self._failed + sum(map(math.isinf, later))
 
     @property
-    def _tries(self) -> int:
-        """Number of checks after the first, up to one that is within bounds; 0 for a given rate.
+    def _failed(self) -> int:
+        """Number of checks after the first, up to one that is within bounds.
 
-        A divergence goes with the square of the distance to the dense model, so one that has
-        doubled says that the updates have moved the model as far as it was away to begin with.
-        Less than that is brought down again when the schedule lets the rate fall. Of a user's loss
-        it is not known how low it can get, so it may not rise at all.
+        What Adam's first updates add to a divergence is noise, which goes with the square of the
+        rate. Later updates bring it down again, when the schedule lets the rate fall, and the more
+        of them there are, the more of it. Of a user's loss it is not known how low it can get, so
+        it may not rise at all.
         """
-        if self._config.learning_rate is not None:
-            return 0
         start = self.checks[0][1]
-        most = start if self._heldout.loss is not None else _GROWTH * max(start, 0.0)
+        growth = 0.0 if self._heldout.loss is not None else _GROWTH
+        most = start + growth * min(1.0, self._config.steps / _LONG) * max(start, 0.0)
         later = (value for _, value in self.checks[1:])
         return sum(1 for _ in takewhile(lambda value: value > most, later))
 
     @property
     def _trying(self) -> bool:
-        """Whether no check has shown yet that the default rate is low enough."""
-        return self._config.learning_rate is None and self._tries == len(self.checks) - 1
+        """Whether no update has shown yet that the default rate is low enough."""
+        return self._config.learning_rate is None and self._failed == len(self.checks) - 1
 
     @property
     def _due(self) -> bool:
@@ -140,17 +136,15 @@ class Training:
         last = self.checks[-1][0] if self.checks else -1
         if done in (last, 0, config.steps):
             return done != last
-        if self._trying:
-            return done - last >= min(max(1, _warmup(config)), config.evaluate_every)
-        return done % config.evaluate_every == 0
+        return self._trying or done % config.evaluate_every == 0
 
     def check_(self) -> None:
         """Measure the held-out divergence if it is time to, and remember the best weights.
 
-        The first check is at the end of the warmup. If the default learning rate has doubled the
-        divergence by then, or made a user's loss worse, the model goes back to where it began, and
-        half the rate is tried for as many steps, and so on. A divergence that is not finite later
-        on sends it back to the best weights, at half the rate.
+        At the default learning rate there is one after the first update, which is of full length.
+        If it has made the divergence far worse, or a user's loss worse at all, an update of half
+        the length is tried from the start, and so on. Then the warmup begins, at the best weights.
+        A divergence that is not finite later on sends the model back to them, at half the rate.
 
         Raises:
             ConfigError: A user's loss is negative before the first update, and no learning rate
@@ -174,11 +168,12 @@ class Training:
         self._note_(value)
 
     def _note_(self, value: float) -> None:
-        """Remember what a check said, and go back where it shows that the rate is too high."""
+        """Remember what a check said, and go back to the best weights from a try of the rate."""
+        tried = bool(self.checks) and self._trying
+        failed = self._config.learning_rate is None and not math.isfinite(value)
         self.settled = False
         self.checks.append((self.steps, value if math.isfinite(value) else math.inf))
-        failed = self._config.learning_rate is None and not math.isfinite(value)
-        if self.steps and (self._trying or failed):  # while trying, the best is the start
+        if tried or failed:
             set_parts_(self._model, self._trained, self.best)
             self._optimizer.state.clear()
         self.settled = True
@@ -210,8 +205,9 @@ class Training:
         self.accelerator.backward(loss * weight)
         self.accelerator.clip_grad_norm_(list(self._trained.values()), config.max_grad_norm)
         self.settled = False
+        share = 1.0 if self._trying else self._schedule(done)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._peak * self._schedule(done)
+            group["lr"] = self._peak * share
         self._optimizer.step()
         self.losses.append(value)
         self.settled = True
@@ -291,22 +287,19 @@ class Training:
             raise FileError(f"{file}: there is no check before the first step.")
 
 
-def default_rate(loss: float, width: float, steps: int) -> float:
+def default_rate(loss: float, width: float) -> float:
     """Return the default peak of the learning rate, for training all weights.
 
     An update of Adam is as long as the rate, whatever the gradient, and changes the output of a
     layer in proportion to the number of its inputs. So the rate goes with the distance to the dense
-    model, the root of the divergence from it, and against the width. A short run cannot average the
-    noise of long updates out, so its rate is lower.
+    model, the root of the divergence from it, and against the width.
 
     Args:
         loss: The held-out loss at the start.
         width: Typical number of inputs of a trained matrix.
-        steps: Number of updates of the whole run.
     """
     start = max(loss, 0.0)  # a divergence of nothing may round to below 0
-    rate = min(_RATE * math.sqrt(start) / width, _MAX_RATE)
-    return rate * min(1.0, math.sqrt(steps / _LONG))
+    return min(_RATE * math.sqrt(start) / width, _MAX_RATE)
 
 
 def prepared(
