@@ -267,6 +267,21 @@ def test_how_much_one_update_may_add(bert, monkeypatch, rates, steps, look, own,
     assert later == [pytest.approx(first / 2 if halved else first)] * 2
 
 
+def test_the_schedule_begins_after_the_tries(bert, monkeypatch, rates):
+    """Two tries of full length, and in the steps that are left a warmup and a decay, both whole."""
+    looks = [1.0, 9.0, 1.0, 0.9, 0.8]
+    monkeypatch.setattr(Distillation, "divergence", lambda self, model: looks.pop(0))
+    config = TuneConfig(steps=12, warmup=0.3, schedule="linear", evaluate_every=10)
+    run(cut(bert), bert, config)
+    first, second, *later = rates
+    assert first == 2 * second
+    assert later[:4] == sorted(later[:4])
+    assert later[3:] == sorted(later[3:], reverse=True)
+    assert later[0] < 0.2 * second
+    assert 0.9 * second < max(later) <= second
+    assert 0 < later[-1] < 0.1 * second
+
+
 @pytest.mark.parametrize(("rate", "updates"), [(None, 8), (1e-4, 2)], ids=["default", "given"])
 def test_patience_does_not_count_what_the_peak_makes_worse(bert, monkeypatch, rates, rate, updates):
     """Two stale looks end a run; at the default rate those above the start are none."""

@@ -130,6 +130,16 @@ class Training:
         return self._config.learning_rate is None and self._failed == len(self.checks) - 1
 
     @property
+    def _share(self) -> float:
+        """Share of the peak for the next update: all of it for a try, after which the schedule
+        begins, and ends with the last step."""
+        if self._trying:
+            return 1.0
+        tries = 0 if self._config.learning_rate is not None else self._failed + 1
+        steps = self._config.steps
+        return self._schedule((self.steps - tries) * steps / (steps - tries))
+
+    @property
     def _due(self) -> bool:
         """Whether it is time for a check."""
         config, done = self._config, self.steps
@@ -205,9 +215,8 @@ class Training:
         self.accelerator.backward(loss * weight)
         self.accelerator.clip_grad_norm_(list(self._trained.values()), config.max_grad_norm)
         self.settled = False
-        share = 1.0 if self._trying else self._schedule(done)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._peak * share
+            group["lr"] = self._peak * self._share
         self._optimizer.step()
         self.losses.append(value)
         self.settled = True
@@ -373,7 +382,7 @@ def train_(
         raise
 
 
-def _schedule(config: TuneConfig) -> Callable[[int], float]:
+def _schedule(config: TuneConfig) -> Callable[[float], float]:
     """Return what maps a step to the share of the peak learning rate that it gets.
 
     It depends on the number of the step alone, so that resuming needs no state.
