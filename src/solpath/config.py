@@ -219,11 +219,11 @@ class TuneConfig:
         learning_rate: Peak of the learning rate. None takes 0.1 times the root of the held-out
             loss before the first step, divided by the median number of inputs of the trained
             matrices, but at most 1e-3; for adapters it takes ten times that. One update at that
-            rate is tried first. If it multiplies the distance to the dense model by more than 3,
-            or by more than ``1 + steps / 500`` in a run of fewer than 1000 steps, or if it makes
-            a loss of your own worse, half the rate is tried, and so on; each try counts as a step
-            and leaves nothing behind that is worse. If a loss is NaN or infinite later on, tuning
-            goes on from the best weights at half the rate.
+            rate is tried first. If it adds more than twice the distance to the dense model, or
+            more than a tenth of a loss of your own, half the rate is tried, and so on, ten times
+            at most; in a run of fewer than 1000 steps less is allowed, in proportion. A try counts
+            as a step, and is taken back if it is worse than the start. If a loss is NaN or
+            infinite later on, tuning goes on from the best weights at half the rate.
         warmup: Share of `steps` in which the learning rate grows from 0 to its peak, in [0, 1].
         schedule: What follows the warmup: ``"cosine"`` or ``"linear"`` decay to 0, or
             ``"constant"``.

@@ -19,12 +19,13 @@ from solpath.running.checkpoint import State, check_state, resume_hint, write_ch
 from solpath.running.progress import Report
 
 # The default peak of the learning rate is `_RATE` times the root of the held-out loss, divided by
-# the width, and at most `_MAX_RATE`; for adapters it is `_ADAPTERS` times as high. It is halved
-# while one update adds more than `_GROWTH` times the divergence to it, or less in proportion if the
-# run has fewer steps than `_LONG`.
+# the width, and at most `_MAX_RATE`; for adapters it is `_ADAPTERS` times as high. It is halved, at
+# most `_TRIES` times, while one update adds more than `_GROWTH` times the divergence to it, or
+# `_LOSS_GROWTH` times a user's loss; in proportion less in a run of fewer steps than `_LONG`.
 _RATE, _MAX_RATE = 0.1, 1e-3
 _ADAPTERS = 10
-_GROWTH, _LONG = 2.0, 1000
+_GROWTH, _LOSS_GROWTH = 2.0, 0.1
+_LONG, _TRIES = 1000, 10
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -111,32 +112,37 @@ class Training:
 
     @property
     def _failed(self) -> int:
-        """Number of checks after the first, up to one that is within bounds.
+        """Number of tries of the default rate that failed: of checks after the first, up to one
+        that is within bounds.
 
         What Adam's first updates add to a divergence is noise, which goes with the square of the
         rate. Later updates bring it down again, when the schedule lets the rate fall, and the more
         of them there are, the more of it. Of a user's loss it is not known how low it can get, so
-        it may not rise at all.
+        it may rise by a small part alone.
         """
-        start = self.checks[0][1]
-        growth = 0.0 if self._heldout.loss is not None else _GROWTH
-        most = start + growth * min(1.0, self._config.steps / _LONG) * max(start, 0.0)
-        later = (value for _, value in self.checks[1:])
-        return sum(1 for _ in takewhile(lambda value: value > most, later))
+        start = max(self.checks[0][1], 0.0)
+        growth = _GROWTH if self._heldout.loss is None else _LOSS_GROWTH
+        most = start * (1 + growth * min(1.0, self._config.steps / _LONG))
+        tried = (value for _, value in self.checks[1 : 1 + _TRIES])
+        return sum(1 for _ in takewhile(lambda value: value > most, tried))
+
+    @property
+    def _tries(self) -> int:
+        """Number of updates, done or to come, that only try the default rate."""
+        return 0 if self._config.learning_rate is not None else min(self._failed + 1, _TRIES)
 
     @property
     def _trying(self) -> bool:
-        """Whether no update has shown yet that the default rate is low enough."""
-        return self._config.learning_rate is None and self._failed == len(self.checks) - 1
+        """Whether an update that no check has followed yet is a try."""
+        return len(self.checks) - 1 < self._tries
 
     @property
     def _share(self) -> float:
         """Share of the peak for the next update: all of it for a try, after which the schedule
         begins, and ends with the last step."""
+        steps, tries = self._config.steps, self._tries
         if self._trying:
             return 1.0
-        tries = 0 if self._config.learning_rate is not None else self._failed + 1
-        steps = self._config.steps
         return self._schedule((self.steps - tries) * steps / (steps - tries))
 
     @property
@@ -152,8 +158,8 @@ class Training:
         """Measure the held-out divergence if it is time to, and remember the best weights.
 
         At the default learning rate there is one after the first update, which is of full length.
-        If it has made the divergence far worse, or a user's loss worse at all, an update of half
-        the length is tried from the start, and so on. Then the warmup begins, at the best weights.
+        If it has made the divergence far worse, or a user's loss somewhat, an update of half the
+        length is tried from the start, and so on. Then the warmup begins, at the best weights.
         A divergence that is not finite later on sends the model back to them, at half the rate.
 
         Raises:
