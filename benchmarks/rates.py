@@ -30,7 +30,7 @@ def main(
     model: Annotated[str, typer.Option(help="One that is judged by KL.")],
     keeps: Annotated[str, typer.Option(help="Comma-separated shares.")] = "0.4,0.25",
     steps: Annotated[str, typer.Option(help="Comma-separated.")] = "20,67,200,600",
-    multiples: Annotated[str, typer.Option(help="Multiples.")] = "0.125,0.25,0.5,1,2",
+    multiples: Annotated[str, typer.Option(help="Multiples.")] = "0.25,0.5,1",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     out: Annotated[Path, typer.Option(help="JSON to add to.")] = RESULTS / "rates.json",
     smoke: Annotated[bool, typer.Option(help="Tiny settings: does it run?")] = False,

@@ -70,17 +70,18 @@ def table(name: str) -> str:
     """One markdown table.
 
     `name` is a model, for its headline metric, or ``<model>_fidelity``: a row per method, the mean
-    over seeds of every size. ``zoo`` and ``zoo_fidelity`` have a row per model,
-    ``zoo_compensated`` one per model and closed form, ``ablation`` one per part that is switched
-    off, ``costs`` one per cost, ``checkpoints`` one per measure, ``best_<model>`` one per
-    closed-form method (``short_<model>``: of the best), ``parts_<model>`` one per part of the best
-    that is switched off, ``speed_<model>`` one per member that was timed, ``tuning`` one per member
-    that was tuned, ``qk_norm`` one per way to treat the norms, ``exactness`` one per precision,
-    ``latency_budget`` one per asked latency, ``gpu`` one per model, ``decoding`` one per member of
-    a decoder, ``exports`` one per family, ``real_exports`` one per checkpoint, ``runtimes`` one per
-    member, ``constraint_cost`` one per constraint, ``quantized`` one per kind of numbers. Those of
-    large models are in scale_page.py, those of a real decoder, ``language...``, in
-    language_page.py. ``tutorial`` is what the tutorial prints about its sizes, as text.
+    over seeds of every size. ``zoo`` and ``zoo_fidelity`` have a row per model, ``zoo_compensated``
+    one per model and closed form, ``ablation`` one per part that is switched off, ``costs`` one per
+    cost, ``checkpoints`` one per measure, ``best_<model>`` one per closed-form method
+    (``short_<model>``: of the best), ``parts_<model>`` one per part of the best that is switched
+    off, ``speed_<model>`` one per member that was timed, ``tuning`` one per member that was tuned,
+    ``rates`` one per member and number of steps, ``qk_norm`` one per way to treat the norms,
+    ``exactness`` one per precision, ``latency_budget`` one per asked latency, ``gpu`` one per
+    model, ``decoding`` one per member of a decoder, ``exports`` one per family, ``real_exports``
+    one per checkpoint, ``runtimes`` one per member, ``constraint_cost`` one per constraint,
+    ``quantized`` one per kind of numbers. Those of large models are in scale_page.py, those of a
+    real decoder, ``language...``, in language_page.py. ``tutorial`` is what the tutorial prints
+    about its sizes, as text.
     """
     if name == "tutorial":
         lines = [line for line in _results("tutorial") if "parameters" in line]
@@ -147,6 +148,8 @@ def table(name: str) -> str:
         return _markdown([*speed(name.removeprefix("speed_"))])
     if name == "tuning":
         return _markdown([*tuning()])
+    if name == "rates":
+        return _markdown([*rates()])
     model = name.removesuffix("_fidelity")
     runs = read_runs(model)
     if "spp" not in runs:
@@ -401,6 +404,17 @@ def tuning() -> Iterator[list[str]]:
             shares = ", ".join(f"{runs[t]['share_won_back']:.0%}" for t in limits if t in runs)
             before = shown(first["before"][metric], metric)
             yield [first["settings"]["model"], f"{keep:.0%}", metric, before, *cells, shares]
+
+
+def rates() -> Iterator[list[str]]:
+    """Distance left after tuning at the default rate, and at multiples of its start."""
+    rows = [(model, row) for model, rows in _results("rates").items() for row in rows]
+    _, first = rows[0]
+    names = [name for name in first["left"] if name != "default"]
+    yield ["model", "kept", "steps", "default", *(f"{name} ×" for name in names)]
+    for model, row in rows:
+        left = [f"{row['left'][name]:.2f}" for name in ("default", *names)]
+        yield [model, f"{row['keep']:.0%}", f"{row['steps']}", *left]
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
