@@ -20,7 +20,7 @@ from record import RESULTS, save, show
 from solpath.config import TuneConfig
 from solpath.model.extraction import extract
 from solpath.refining.compensation import compensate
-from solpath.refining.training import default_rate
+from solpath.refining.learning_rate import default_rate
 from solpath.refining.tuning import tune, typical_width
 from solpath.searching.search import search
 from workloads import Batch, best_search, workload

@@ -29,7 +29,7 @@ from solpath.errors import (
     NonFiniteLossError,
     UnsupportedModelError,
 )
-from solpath.refining import training
+from solpath.refining import learning_rate, training
 from solpath.refining.adapters import adaptable, add_adapters_, merge_adapters_
 from solpath.refining.distillation import Distillation
 from solpath.refining.tuning import typical_width
@@ -228,7 +228,7 @@ def test_the_best_look_wins_not_the_last(bert, monkeypatch):
 def hot(monkeypatch):
     """A default learning rate that is far too high at first."""
     for name, value in HOT.items():
-        monkeypatch.setattr(training, name, value)
+        monkeypatch.setattr(learning_rate, name, value)
 
 
 @pytest.mark.parametrize("rank", [None, 3])
@@ -314,7 +314,7 @@ def test_a_default_rate_that_gives_nan_is_halved(bert, hot, rates, monkeypatch, 
         return real(self, model, batch) * (torch.nan if far > 0.2 else 1.0)
 
     monkeypatch.setattr(Distillation, "errors", finite_near_the_start)
-    monkeypatch.setattr(training, "_GROWTH", 1000.0)
+    monkeypatch.setattr(learning_rate, "_GROWTH", 1000.0)
     config = TuneConfig(steps=30, warmup=0.0, evaluate_every=6, schedule="constant")
     tuned = run(small, bert, config, data)
     peaks = list(dict.fromkeys(rates))
@@ -469,7 +469,7 @@ def test_several_processes_give_the_same_model(processes, cases, hot, tmp_path):
 
         folder = sys.argv[1]
         for name, value in t.HOT.items():
-            setattr(t.training, name, value)
+            setattr(t.learning_rate, name, value)
         stock = Accelerator.prepare, Accelerator.is_fsdp2, Training.finish_
         for name in sys.argv[2:]:
             config = t.CONFIGS[name.split("-")[-1]]

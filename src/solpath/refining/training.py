@@ -1,31 +1,22 @@
 """The training loop of `tune`: updates, checks on held-out batches, and states to resume from."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from itertools import takewhile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 from solpath.config import TuneConfig
-from solpath.errors import ConfigError, FileError, NonFiniteLossError
+from solpath.errors import FileError, NonFiniteLossError
 from solpath.refining.distillation import Distillation
 from solpath.refining.distributed import gather, gather_parts, own_part, set_parts_, shard_like
+from solpath.refining.learning_rate import LearningRate
 from solpath.running.checkpoint import State, check_state, resume_hint, write_checkpoint
 from solpath.running.progress import Report
 
-# The default peak of the learning rate is `_RATE` times the root of the held-out loss, divided by
-# the width, and at most `_MAX_RATE`; for adapters it is `_ADAPTERS` times as high. It is halved, at
-# most `_TRIES` times, while one update adds more than `_GROWTH` times the divergence to it, or
-# `_LOSS_GROWTH` times a user's loss; in proportion less in a run of fewer steps than `_LONG`.
-_RATE, _MAX_RATE = 0.1, 1e-3
-_ADAPTERS = 10
-_GROWTH, _LOSS_GROWTH = 2.0, 0.1
-_LONG, _TRIES = 1000, 10
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -61,12 +52,11 @@ class Training:
         width: float,
     ) -> None:
         self._config, self._taught, self._heldout = config, taught, heldout
-        self._width = width
+        self._rate = LearningRate(config, width, of_loss=heldout.loss is not None)
         self.accelerator = accelerator
         self._model, self._optimizer = model, optimizer
         named = accelerator.unwrap_model(self._model).named_parameters()
         self._trained = {name: p for name, p in named if p.requires_grad}
-        self._schedule = _schedule(config)
         self.losses: list[float] = []
         self.checks: list[tuple[int, float]] = []
         self.best = {name: own_part(p) for name, p in self._trained.items()}
@@ -85,65 +75,17 @@ class Training:
         At the default rate, checks that are worse than the start do not count: tries of the rate,
         and what its peak makes worse before it falls.
         """
-        values = [value for _, value in self.checks]
-        if self._config.learning_rate is None:
+        values = self._values
+        if self._rate.is_default:
             values = [value for value in values if value <= values[0]]
         stale = len(values) - 1 - values.index(min(values))
         patience = self._config.patience
         return self.steps == self._config.steps or (patience is not None and stale >= patience)
 
     @property
-    def _peak(self) -> float:
-        """Peak of the learning rate.
-
-        The default is halved as often as updates showed that it is too high.
-        """
-        if self._config.learning_rate is not None:
-            return self._config.learning_rate
-        rate = default_rate(self.checks[0][1], self._width) * 0.5**self._halvings
-        return rate if self._config.lora_rank is None else _ADAPTERS * rate
-
-    @property
-    def _halvings(self) -> int:
-        """How often the default rate was halved: once for every try that failed, and for every
-        loss that was not finite later on."""
-        later = (value for _, value in self.checks[1 + self._failed :])
-        return self._failed + sum(map(math.isinf, later))
-
-    @property
-    def _failed(self) -> int:
-        """Number of tries of the default rate that failed: of checks after the first, up to one
-        that is within bounds.
-
-        What Adam's first updates add to a divergence is noise, which goes with the square of the
-        rate. Later updates bring it down again, when the schedule lets the rate fall, and the more
-        of them there are, the more of it. Of a user's loss it is not known how low it can get, so
-        it may rise by a small part alone.
-        """
-        start = max(self.checks[0][1], 0.0)
-        growth = _GROWTH if self._heldout.loss is None else _LOSS_GROWTH
-        most = start * (1 + growth * min(1.0, self._config.steps / _LONG))
-        tried = (value for _, value in self.checks[1 : 1 + _TRIES])
-        return sum(1 for _ in takewhile(lambda value: value > most, tried))
-
-    @property
-    def _tries(self) -> int:
-        """Number of updates, done or to come, that only try the default rate."""
-        return 0 if self._config.learning_rate is not None else min(self._failed + 1, _TRIES)
-
-    @property
-    def _trying(self) -> bool:
-        """Whether an update that no check has followed yet is a try."""
-        return len(self.checks) - 1 < self._tries
-
-    @property
-    def _share(self) -> float:
-        """Share of the peak for the next update: all of it for a try, after which the schedule
-        begins, and ends with the last step."""
-        steps, tries = self._config.steps, self._tries
-        if self._trying:
-            return 1.0
-        return self._schedule((self.steps - tries) * steps / (steps - tries))
+    def _values(self) -> list[float]:
+        """The held-out divergences of the checks."""
+        return [value for _, value in self.checks]
 
     @property
     def _due(self) -> bool:
@@ -152,15 +94,13 @@ class Training:
         last = self.checks[-1][0] if self.checks else -1
         if done in (last, 0, config.steps):
             return done != last
-        return self._trying or done % config.evaluate_every == 0
+        return self._rate.trying(self._values) or done % config.evaluate_every == 0
 
     def check_(self) -> None:
         """Measure the held-out divergence if it is time to, and remember the best weights.
 
-        At the default learning rate there is one after the first update, which is of full length.
-        If it has made the divergence far worse, or a user's loss somewhat, an update of half the
-        length is tried from the start, and so on. Then the warmup begins, at the best weights.
-        A divergence that is not finite later on sends the model back to them, at half the rate.
+        Every try of a default learning rate is followed by one, which sends the model back to the
+        best weights. So does a divergence that is not finite later on, at half the rate.
 
         Raises:
             ConfigError: A user's loss is negative before the first update, and no learning rate
@@ -173,20 +113,17 @@ class Training:
         if not self.checks and not math.isfinite(value):
             where = self._heldout.first_not_finite(self._model)
             raise NonFiniteLossError(f"the loss of {where} is {value} at step 0.")
-        unscaled = self._config.learning_rate is None and self._heldout.loss is not None
-        if not self.checks and value < 0 and unscaled:
-            raise ConfigError(
-                f"the loss is {value:.3g} at the start, and a default learning rate follows from "
-                "the root of a positive one; pass learning_rate= in the TuneConfig."
-            )
-        if self.checks and value < min(value for _, value in self.checks):
+        if not self.checks:
+            self._rate.check_start(value)
+        elif value < min(self._values):
             self.best = {name: own_part(p) for name, p in self._trained.items()}
         self._note_(value)
 
     def _note_(self, value: float) -> None:
-        """Remember what a check said, and go back to the best weights from a try of the rate."""
-        tried = bool(self.checks) and self._trying
-        failed = self._config.learning_rate is None and not math.isfinite(value)
+        """Remember what a check said; after a try of the rate, or where the default rate has made
+        it infinite, go back to the best weights."""
+        tried = bool(self.checks) and self._rate.trying(self._values)
+        failed = self._rate.is_default and not math.isfinite(value)
         self.settled = False
         self.checks.append((self.steps, value if math.isfinite(value) else math.inf))
         if tried or failed:
@@ -203,7 +140,7 @@ class Training:
         Raises:
             NonFiniteLossError: The loss is NaN or infinite. The weights are left untouched.
         """
-        config, done = self._config, self.steps
+        done = self.steps
         self._optimizer.zero_grad()
         batch = self._taught[done]
         self.work = batch.work
@@ -211,7 +148,7 @@ class Training:
         loss = errors.mean()
         [value] = self._taught.sum(float(loss.detach()) * batch.samples / batch.total)
         if not math.isfinite(value):
-            if config.learning_rate is None and done > self.checks[-1][0]:
+            if self._rate.is_default and done > self.checks[-1][0]:
                 self._note_(value)
                 return self.step_()
             where = self._taught.where_not_finite(batch, errors)
@@ -219,10 +156,10 @@ class Training:
         # Gradients are averaged over processes, whose numbers of samples may differ by one.
         weight = batch.samples * self.accelerator.num_processes / batch.total
         self.accelerator.backward(loss * weight)
-        self.accelerator.clip_grad_norm_(list(self._trained.values()), config.max_grad_norm)
+        self.accelerator.clip_grad_norm_(list(self._trained.values()), self._config.max_grad_norm)
         self.settled = False
         for group in self._optimizer.param_groups:
-            group["lr"] = self._peak * self._share
+            group["lr"] = self._rate.next(self._values, done)
         self._optimizer.step()
         self.losses.append(value)
         self.settled = True
@@ -302,21 +239,6 @@ class Training:
             raise FileError(f"{file}: there is no check before the first step.")
 
 
-def default_rate(loss: float, width: float) -> float:
-    """Return the default peak of the learning rate, for training all weights.
-
-    An update of Adam is as long as the rate, whatever the gradient, and changes the output of a
-    layer in proportion to the number of its inputs. So the rate goes with the distance to the dense
-    model, the root of the divergence from it, and against the width.
-
-    Args:
-        loss: The held-out loss at the start.
-        width: Typical number of inputs of a trained matrix.
-    """
-    start = max(loss, 0.0)  # a divergence of nothing may round to below 0
-    return min(_RATE * math.sqrt(start) / width, _MAX_RATE)
-
-
 def prepared(
     model: nn.Module, config: TuneConfig, accelerator: Accelerator
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -386,19 +308,3 @@ def train_(
         if training.settled and training.accelerator.num_processes == 1:
             save()
         raise
-
-
-def _schedule(config: TuneConfig) -> Callable[[float], float]:
-    """Return what maps a step to the share of the peak learning rate that it gets.
-
-    It depends on the number of the step alone, so that resuming needs no state.
-    """
-    name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-    unit = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    [factor] = get_scheduler(name, unit, _warmup(config), config.steps).lr_lambdas
-    return lambda step: factor(step + 0.5)  # mid-step: it may be 0 at either end
-
-
-def _warmup(config: TuneConfig) -> int:
-    """Return the number of steps in which the learning rate grows."""
-    return round(config.warmup * config.steps)
