@@ -26,6 +26,16 @@ LABELS = {
     "slicegpt": "SliceGPT",
     "shortgpt": "ShortGPT",
 }
+SHORT = (
+    "spp_best",
+    "spp",
+    "iterative_curvature",
+    "corp",
+    "modegpt",
+    "flap",
+    "llm_pruner",
+    "slicegpt",
+)
 SEARCHED = {("code",): "code", ("english",): "English", ("code", "english"): "both, in turn"}
 JUDGED = {"code": "code", "english": "English"}
 SAMPLED = (0.8, 0.6)  # sizes whose continuations are shown
@@ -37,7 +47,8 @@ def language_table(name: str, file: Path | None = None) -> list[Sequence[str]] |
     """The rows of one table, the header first, or a text.
 
     Args:
-        name: ``language``, ``language_agreement``, ``language_transfer`` or ``language_written``.
+        name: ``language``, ``language_agreement``, ``language_short`` (of the best methods, and
+            of those that people use), ``language_transfer`` or ``language_written``.
     """
     runs = [run for run in stored_runs(file or RESULTS / "language.json") if run["sizes"]]
     runs = _fullest([run for run in runs if not run["settings"]["smoke"]])
@@ -48,7 +59,9 @@ def language_table(name: str, file: Path | None = None) -> list[Sequence[str]] |
         return _written(on_code)
     if name == "language_transfer":
         return [*_transfer(runs)]
-    return [*_methods(on_code, "code" if name == "language" else "code_agreement")]
+    if name == "language_short":
+        on_code = [run for run in on_code if run["method"] in SHORT]
+    return [*_methods(on_code, "code_agreement" if name == "language_agreement" else "code")]
 
 
 def _fullest(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

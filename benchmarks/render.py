@@ -6,7 +6,7 @@ python benchmarks/render.py --check    # fail if a page does not show what the f
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,17 +71,11 @@ def table(name: str) -> str:
 
     `name` is a model, for its headline metric, or ``<model>_fidelity``: a row per method, the mean
     over seeds of every size. ``zoo`` and ``zoo_fidelity`` have a row per model, ``zoo_compensated``
-    one per model and closed form, ``ablation`` one per part that is switched off, ``costs`` one per
-    cost, ``checkpoints`` one per measure, ``best_<model>`` one per closed-form method
-    (``short_<model>``: of the best), ``parts_<model>`` one per part of the best that is switched
-    off, ``speed_<model>`` one per member that was timed, ``tuning`` one per member that was tuned,
-    ``rates`` one per member and number of steps, ``qk_norm`` one per way to treat the norms,
-    ``exactness`` one per precision, ``latency_budget`` one per asked latency, ``gpu`` one per
-    model, ``decoding`` one per member of a decoder, ``exports`` one per family, ``real_exports``
-    one per checkpoint, ``runtimes`` one per member, ``constraint_cost`` one per constraint,
-    ``quantized`` one per kind of numbers. Those of large models are in scale_page.py, those of a
-    real decoder, ``language...``, in language_page.py. ``tutorial`` is what the tutorial prints
-    about its sizes, as text.
+    one per model and closed form, ``ablation`` one per part that is switched off, ``best_<model>``
+    one per closed-form method (``short_<model>``: of the best), ``parts_<model>`` one per part of
+    the best that is switched off, ``speed_<model>`` one per member that was timed. Those of a real
+    decoder, ``language...``, are in language_page.py, and `TABLES` has the others. ``tutorial`` is
+    what the tutorial prints about its sizes, as text.
     """
     if name == "tutorial":
         lines = [line for line in _results("tutorial") if "parameters" in line]
@@ -89,35 +83,8 @@ def table(name: str) -> str:
     if name.startswith("language"):
         found = language_table(name)
         return found if isinstance(found, str) else _markdown(found)
-    if name == "costs":
-        return _markdown([("what", "measured", "against", "aim", "script"), *costs()])
-    if name == "checkpoints":
-        return _markdown([*checkpoints()])
-    tables = {**SCALE, **CHOOSE}
-    if name in tables:
-        return _markdown([*tables[name]()])
-    if name == "gpu":
-        return _markdown([*gpu()])
-    if name == "latency_budget":
-        return _markdown([*latency_budget()])
-    if name == "constraint_cost":
-        return _markdown([*constraint_cost()])
-    if name == "runtimes":
-        return _markdown([*runtimes()])
-    if name == "quantized":
-        return _markdown([*quantized()])
-    if name == "exports":
-        return _markdown([*exports()])
-    if name == "real_exports":
-        return _markdown([*real_exports()])
-    if name == "decoding":
-        return _markdown([*decoding()])
-    if name == "exactness":
-        record = json.loads((RESULTS / "exactness.json").read_text())
-        rows = [(dtype, f"{error:.1e}") for dtype, error in record["worst"].items()]
-        return _markdown([("precision", f"worst of {record['plans']:,} plans"), *rows])
-    if name == "qk_norm":
-        return _markdown([*qk_norm()])
+    if name in TABLES:
+        return _markdown([*TABLES[name]()])
     if name in ("zoo", "zoo_fidelity"):
         return zoo_table("task" if name == "zoo" else "fidelity")
     if name == "zoo_compensated":
@@ -146,10 +113,6 @@ def table(name: str) -> str:
         return _quality(runs, metric, PARTS, extents=True)
     if name.startswith("speed_"):
         return _markdown([*speed(name.removeprefix("speed_"))])
-    if name == "tuning":
-        return _markdown([*tuning()])
-    if name == "rates":
-        return _markdown([*rates()])
     model = name.removesuffix("_fidelity")
     runs = read_runs(model)
     if "spp" not in runs:
@@ -175,6 +138,14 @@ def _quality(runs: Runs, metric: str, labels: dict[str, str], *, extents: bool =
         extent = [f"{min(column):.{digits}f}-{max(column):.{digits}f}" for column in columns]
         rows += [[label, *(f"**{cell}**" for cell in cells)], ["… over seeds", *extent]]
     return _markdown(rows)
+
+
+def exactness() -> Iterator[Sequence[str]]:
+    """The largest difference of a masked and a cut model in every precision."""
+    record = json.loads((RESULTS / "exactness.json").read_text())
+    yield "precision", f"worst of {record['plans']:,} plans"
+    for dtype, error in record["worst"].items():
+        yield dtype, f"{error:.1e}"
 
 
 def exports() -> Iterator[Sequence[str]]:
@@ -248,6 +219,7 @@ def quantized() -> Iterator[Sequence[str]]:
 
 def costs() -> Iterator[tuple[str, str, str, str, str]]:
     """What the search, the files and the smaller models cost, mostly as ratios."""
+    yield "what", "measured", "against", "aim", "script"
     floor = "forward + backward to activations"
     for entry in _results("search_step"):
         shape = f"{entry['size']} × {entry['length']} tokens"
@@ -459,6 +431,25 @@ def picture(file: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, metadata={"Date": None})
 
+
+TABLES: dict[str, Callable[[], Iterator[Sequence[str]]]] = {
+    **SCALE,
+    **CHOOSE,
+    "checkpoints": checkpoints,
+    "constraint_cost": constraint_cost,
+    "costs": costs,
+    "decoding": decoding,
+    "exactness": exactness,
+    "exports": exports,
+    "gpu": gpu,
+    "latency_budget": latency_budget,
+    "qk_norm": qk_norm,
+    "quantized": quantized,
+    "rates": rates,
+    "real_exports": real_exports,
+    "runtimes": runtimes,
+    "tuning": tuning,
+}
 
 if __name__ == "__main__":
     typer.run(main)
