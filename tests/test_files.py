@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from solpath import files
 from solpath.errors import FileError
 from solpath.files import json_bytes, new_folder, write_file
+from solpath.holding import MARKS
 from solpath.reading import (
     check_header,
     digests,
@@ -157,7 +158,7 @@ def test_only_what_solpath_wrote_is_replaced(tmp_path):
     with pytest.raises(FileError, match="is a file"):
         write(tmp_path / "thesis" / "chapter1.tex", "new", overwrite=True)
     assert left(tmp_path / "thesis") == ["chapter1.tex"]
-    for mark in files.MARKS:
+    for mark in MARKS:
         (tmp_path / mark).mkdir()
         (tmp_path / mark / mark).write_text("old")
         write(tmp_path / mark, "new", overwrite=True)

@@ -20,11 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from solpath.errors import FileError
-
-MARKS = frozenset(
-    {"solpath.json", "path.json", "family.json", "search.safetensors", "tune.safetensors"}
-)
-"""Files by which a folder that solpath wrote is recognised; only such a folder is replaced."""
+from solpath.holding import MARKS
 
 _TEMPORARY = re.compile(r"\.solpath-tmp-[0-9a-f]{16}")
 _STALE_SECONDS = 24 * 3600  # for file systems that keep no locks

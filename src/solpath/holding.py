@@ -5,10 +5,15 @@ import os
 from solpath.errors import FileError
 
 PATH, EXTRACTED, FAMILY, DENSE = "a path", "an extracted model", "a family", "a dense model"
-_MARKS = {
-    "path.json": PATH,
-    "solpath.json": EXTRACTED,
-    "family.json": FAMILY,
+PATH_FILE, EXTRACTED_FILE, FAMILY_FILE = "path.json", "solpath.json", "family.json"
+SEARCH_STATE, TUNE_STATE = "search.safetensors", "tune.safetensors"
+MARKS = frozenset({PATH_FILE, EXTRACTED_FILE, FAMILY_FILE, SEARCH_STATE, TUNE_STATE})
+"""Files by which a folder that solpath wrote is recognised; only such a folder is replaced."""
+
+_KINDS = {
+    PATH_FILE: PATH,
+    EXTRACTED_FILE: EXTRACTED,
+    FAMILY_FILE: FAMILY,
     "config.json": DENSE,
 }
 
@@ -24,7 +29,7 @@ def holds(folder: str | os.PathLike[str]) -> str | None:
         >>> holds("found"), holds("nowhere")
         ('a path', None)
     """
-    found = (kind for name, kind in _MARKS.items() if os.path.isfile(os.path.join(folder, name)))
+    found = (kind for name, kind in _KINDS.items() if os.path.isfile(os.path.join(folder, name)))
     return next(found, None)
 
 
@@ -44,5 +49,5 @@ def check_holds(folder: str | os.PathLike[str], file: str, advice: str) -> None:
     found = holds(folder)
     held = f"holds {found}, not" if found else "does not hold"
     raise FileError(
-        f"{os.fspath(folder)} {held} {_MARKS[file]} (there is no {file} in it); {advice}."
+        f"{os.fspath(folder)} {held} {_KINDS[file]} (there is no {file} in it); {advice}."
     )

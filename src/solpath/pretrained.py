@@ -21,7 +21,7 @@ from solpath.gguf import (
     read_gguf,
     scale_positions_,
 )
-from solpath.holding import DENSE, FAMILY, PATH, holds
+from solpath.holding import DENSE, EXTRACTED_FILE, FAMILY, PATH, holds
 from solpath.vetting import (
     INDEX,
     check_files,
@@ -87,7 +87,7 @@ def load_placed(
 ) -> "PreTrainedModel":
     """Load a dense model as `from_pretrained` says, with more arguments for transformers."""
     folder, local = _locate(name)
-    if (folder / "solpath.json").is_file():
+    if (folder / EXTRACTED_FILE).is_file():
         raise UnsupportedModelError(
             f"{name} was already extracted; plan every size from the dense model, and read "
             "this one with solpath.load."

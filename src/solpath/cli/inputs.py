@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from solpath.cli.arguments import Data, Placement, Precision
 from solpath.errors import ConfigError, FileError
-from solpath.holding import holds
+from solpath.holding import EXTRACTED_FILE, holds
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ def load_any(name: str, place: Placement) -> Any:
     from solpath.pretrained import from_pretrained, quiet_transformers
 
     quiet_transformers()
-    if (Path(name) / "solpath.json").is_file():
+    if (Path(name) / EXTRACTED_FILE).is_file():
         return load_small(name, place)
     device = device_for(place)
     return _attending(from_pretrained(name, device=device, dtype=place.dtype.dtype), place)

@@ -41,7 +41,7 @@ from solpath.cli.inputs import (
 from solpath.cli.state import keeping_state
 from solpath.cli.terminal import print_json, print_table, say, say_next
 from solpath.errors import BudgetError, ConfigError, FileError
-from solpath.holding import DENSE, PATH
+from solpath.holding import DENSE, PATH, SEARCH_STATE
 
 if TYPE_CHECKING:
     from solpath.planning.path import SolutionPath
@@ -103,7 +103,7 @@ def search(
     if method == "paper":
         config = InclusionConfig(**length, seed=seed)
     check_output(out)
-    checkpoint_file(checkpoint, "search.safetensors")
+    checkpoint_file(checkpoint, SEARCH_STATE)
     own, device = loss_of(loss), device_for(place)
     loaded = load_dense(model, place)
     labels = None if own is not None else False

@@ -25,7 +25,7 @@ from solpath.cli.inputs import check_not_swapped, device_for, load_any, load_sma
 from solpath.cli.state import keeping_state
 from solpath.cli.terminal import print_json, print_table, say_next
 from solpath.errors import ConfigError
-from solpath.holding import DENSE, EXTRACTED
+from solpath.holding import DENSE, EXTRACTED, TUNE_STATE
 
 if TYPE_CHECKING:
     from solpath.cli.losses import NamedLoss
@@ -59,7 +59,7 @@ def tune(
     from solpath.running.checkpoint import checkpoint_file
 
     config = TuneConfig(steps=steps, seed=seed, learning_rate=learning_rate, lora_rank=lora_rank)
-    checkpoint_file(checkpoint, "tune.safetensors")
+    checkpoint_file(checkpoint, TUNE_STATE)
     own = loss_of(loss)
 
     @contextmanager

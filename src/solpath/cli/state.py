@@ -16,9 +16,9 @@ import typer
 from solpath.cli.settings import given
 from solpath.cli.terminal import say
 from solpath.errors import FileError
+from solpath.holding import SEARCH_STATE, TUNE_STATE
 
 _FILE = "command.json"
-_STATES = ("search.safetensors", "tune.safetensors")
 _ANY_RUN = ("device", "attention", "micro-batch")  # how a run is done, not what it finds
 _FORMAT, _FORMAT_VERSION = "solpath.command", 1
 
@@ -80,7 +80,7 @@ def unfinished(out: Path) -> Path:
 
 def has_state(folder: Path) -> bool:
     """Return whether a folder holds a state to go on from."""
-    return any((folder / name).exists() for name in _STATES)
+    return any((folder / name).exists() for name in (SEARCH_STATE, TUNE_STATE))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from solpath.errors import FileError
 from solpath.files import json_bytes, new_folder
-from solpath.holding import check_holds
+from solpath.holding import PATH_FILE, check_holds
 from solpath.pair import Fingerprint, flatten, pairs_from, unflatten
 from solpath.planning.cost import CostTable
 from solpath.reading import (
@@ -29,7 +29,7 @@ from solpath.reading import (
 )
 
 FORMAT, FORMAT_VERSION = "solpath.path", 3
-HEADER, TENSORS = "path.json", "path.safetensors"
+HEADER, TENSORS = PATH_FILE, "path.safetensors"
 
 
 def write_path(

@@ -15,6 +15,7 @@ from solpath.config import TuneConfig, check_config, check_count
 from solpath.data.preparation import Preparation, preparing
 from solpath.data.source import BatchSource, check_ends, derive_seed
 from solpath.errors import BatchError, UnsupportedModelError
+from solpath.holding import TUNE_STATE
 from solpath.model.extraction import copy_extracted
 from solpath.model.fingerprint import weights_digest
 from solpath.model.plain import check_floats
@@ -126,7 +127,7 @@ def tune(
     small = cast("Model", unwrapped(small, adapters=config.lora_rank is None))
     dense = unwrapped(dense, adapters=True)
     device = _check_model(small, config)
-    file = checkpoint_file(checkpoint, "tune.safetensors")
+    file = checkpoint_file(checkpoint, TUNE_STATE)
     with claimed(small, dense, doing="tuned"):
         return _tune(
             small, dense, batches, config, heldout, loss, file, checkpoint_every, progress, device

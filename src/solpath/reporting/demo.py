@@ -16,7 +16,8 @@ from solpath import baselines
 from solpath.config import SearchConfig
 from solpath.data.docstrings import Corpus, read_corpus, texts_of
 from solpath.data.text import text_batches
-from solpath.files import MARKS, check_output
+from solpath.files import check_output
+from solpath.holding import MARKS
 from solpath.measuring.intervals import mean_interval, share_interval
 from solpath.measuring.measurement import measure
 from solpath.model.extraction import extract

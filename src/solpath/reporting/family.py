@@ -11,13 +11,13 @@ from typing import Any
 
 from solpath.errors import FileError
 from solpath.files import json_bytes, write_file
-from solpath.holding import check_holds
+from solpath.holding import FAMILY_FILE, check_holds
 from solpath.planning.path import SolutionPath
 from solpath.reading import check_format, read_json
 from solpath.reporting.plain import LARGEST, built, is_number, plain
 
 FORMAT, FORMAT_VERSION = "solpath.family", 3
-FILE = "family.json"
+FILE = FAMILY_FILE
 """The name of the file, in the folder of the family."""
 
 

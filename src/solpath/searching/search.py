@@ -14,6 +14,7 @@ from solpath.config import InclusionConfig, SearchConfig, check_config, check_co
 from solpath.data.samples import union
 from solpath.data.source import check_batches
 from solpath.errors import FileError, NonFiniteLossError
+from solpath.holding import SEARCH_STATE
 from solpath.loading import for_batches
 from solpath.model.basis import obstacle
 from solpath.model.discovery import find_pairs
@@ -185,7 +186,7 @@ def search(
     check_batches(batches)
     config = SearchConfig() if config is None else config
     check_config(config, SearchConfig, InclusionConfig)
-    file = checkpoint_file(checkpoint, "search.safetensors")
+    file = checkpoint_file(checkpoint, SEARCH_STATE)
     model, batches = for_batches(model, batches)
     with claimed(model, doing="searched"):
         opened = open_engine(

@@ -10,6 +10,7 @@ from typing import Any
 
 from solpath.arch.building import CONSTRUCTOR_OPTIONS
 from solpath.errors import FileError
+from solpath.holding import EXTRACTED_FILE
 from solpath.planning.plan import Plan
 from solpath.reading import (
     DTYPES,
@@ -23,7 +24,7 @@ from solpath.reading import (
 from solpath.storing.quantized import check_description
 
 FORMAT, FORMAT_VERSION = "solpath.model", 2
-HEADER, CONFIG, GENERATION = "solpath.json", "config.json", "generation_config.json"
+HEADER, CONFIG, GENERATION = EXTRACTED_FILE, "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 ATTENTION = ("sdpa", "eager")
