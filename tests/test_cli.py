@@ -337,6 +337,17 @@ def test_bench_of_a_decoder_generates(tmp_path, capsys):
     assert "tokens must be at most 40 for this model, less 3 new ones" in capsys.readouterr().err
 
 
+def test_the_attention_that_was_asked_for_is_saved(path, tmp_path):
+    model = str(installed_model())
+    for attention in ("sdpa", "eager"):
+        out = str(tmp_path / attention)
+        options = ["--sparsity", "0.5", "--attention", attention, "--json"]
+        assert run(["extract", model, str(path), "--out", out, *options]) == 0
+        assert json.loads((tmp_path / attention / "solpath.json").read_text())["attention"] == (
+            attention
+        )
+
+
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory) -> Path:
     """A tiny ViT with its image processor, and a folder of images."""

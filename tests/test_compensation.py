@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import BertForMultipleChoice
 
 import solpath
-from conftest import COMMON, batches, build, inputs
+from conftest import COMMON, batches, build, inputs, randomise_
 from plans import plan_of, random_plan
 from solpath.errors import (
     BatchError,
@@ -511,6 +512,36 @@ def test_what_padding_holds_does_not_count(label):
     results = [compensated(small, dense, seen).state_dict() for seen in (data, other)]
     for name, value in results[0].items():
         torch.testing.assert_close(value, results[1][name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_padding_of_choices_does_not_count():
+    """Masks are ``[samples, choices, tokens]``, and every choice is a row in the model."""
+    dense = build("bert").double()
+    dense = randomise_(BertForMultipleChoice(dense.config).eval()).double()
+    results: list[dict[str, torch.Tensor]] = []
+    for under in (0, 33):
+        data = []
+        for i in range(8):
+            drawn = torch.Generator().manual_seed(i)
+            ids = torch.randint(1, 57, (4, 2, 9), generator=drawn)
+            mask = (torch.arange(9) < torch.randint(3, 6, (4, 2, 1), generator=drawn)).long()
+            ids = ids * mask + under * (1 - mask)
+            data.append({"input_ids": ids, "attention_mask": mask})
+        if not under:
+            plan = solpath.baselines.magnitude(dense, data).plan(sparsity=0.5)
+            small = solpath.extract(dense, plan)
+        results.append(compensated(small, dense, data).state_dict())
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_dense_model_may_be_in_another_precision():
+    dense = build("bert")
+    small, data = solpath.extract(dense, random_plan(dense, HALF)), batches(dense, 8)
+    found = compensated(small, copy.deepcopy(dense).double(), data)
+    assert found.dtype == torch.float32
+    expected = error(compensated(small, dense, data), dense, data)
+    assert error(found, dense, data) == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("label", ["bert", "llama", "dinov2"])

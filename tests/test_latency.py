@@ -286,6 +286,7 @@ def test_what_cannot_be_planned_is_refused_before_anything_is_measured(bert, mon
         ({"latency_ms": 0}, "latency_ms must be a positive number"),
         ({"latency_ms": 5, "multiple_of": 0}, "multiple_of must be"),
         ({"latency_ms": 5, "protect": ["zzz"]}, "matches no pair"),
+        ({"latency_ms": 5, "whole_groups": True}, "widths of heads, not their number"),
     ):
         with pytest.raises((BudgetError, ConfigError), match=words):
             solpath.plan_for_latency(bert, path, inputs(bert), **options)

@@ -126,6 +126,30 @@ def test_padding_is_no_answer():
     assert found["agreement"] == 1
 
 
+@pytest.mark.parametrize("case", ["regression", "spans"])
+def test_figures_and_the_spread_leave_padding_out(case):
+    """What stands under the padding changes no figure, no scale of the loss, and no path."""
+    names = {"spans": "BertForQuestionAnswering", "regression": "BertForTokenClassification"}
+    model = head(names[case], num_labels={"spans": 2, "regression": 1}[case])
+    mask = (torch.arange(8) < torch.tensor([[3], [5], [8], [4]])).long()
+    ids = torch.randint(1, 59, (4, 8), generator=torch.Generator().manual_seed(0))
+    padded = [
+        [{"input_ids": ids * mask + other * (1 - mask), "attention_mask": mask}]
+        for other in (0, 33)
+    ]
+    found = [solpath.search(model, data, SHORT, progress=False) for data in padded]
+    torch.testing.assert_close(found[0].history, found[1].history, rtol=1e-5, atol=1e-7)
+    small = solpath.extract(model, found[0].plan(sparsity=0.5))
+    first, other = (solpath.evaluate(small, model, data).metrics for data in padded)
+    assert first == pytest.approx(other, rel=1e-5)
+    assert first["relative_error"] > 1e-4
+    if case == "regression":
+        with torch.no_grad():
+            y, t = (one(**padded[0][0]).logits[mask == 1].double() for one in (small, model))
+        expected = (y - t).square().sum() / (t - t.mean(0)).square().sum()
+        assert first["relative_error"] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_a_regression_is_relative_to_its_spread():
     model = MODELS["regression bert"]()
     data = batches(model, 6)

@@ -15,7 +15,7 @@ from conftest import batches, build, inputs
 from plans import random_plan
 from solpath import SearchConfig
 from solpath.errors import UnsupportedModelError
-from solpath.loading import load_within
+from solpath.loading import load_within, off_loaded
 from solpath.model.counting import count_costs, saved_tensors
 from solpath.model.masks import mask_hooks
 from solpath.model.placed import distinct_parameters
@@ -293,6 +293,24 @@ def test_a_checkpoint_that_does_not_fit_stays_on_disk(tmp_path, monkeypatch):
     assert found.fingerprint == expected.fingerprint
     left = load_within(tmp_path / "dense")
     assert all(parameter.is_meta for parameter in left.parameters())
+
+
+@pytest.mark.parametrize(
+    "label", ["deberta-v2", "deberta-v2 apart", "siglip", "siglip2_vision_model"]
+)
+def test_what_reads_weights_of_a_module_without_a_call_is_searched_from_disk(label, tmp_path):
+    """These few weights stay in memory."""
+    model = build(label)
+    for folder in ("dense", "scratch"):
+        (tmp_path / folder).mkdir()
+    model.save_pretrained(tmp_path / "dense")
+    away = off_loaded(tmp_path / "dense", tmp_path / "scratch")
+    assert any(parameter.is_meta for parameter in away.parameters())
+    config = SearchConfig(steps=3, scale_batches=2)
+    found, expected = (
+        solpath.search(one, batches(model), config, progress=False) for one in (away, model)
+    )
+    assert torch.equal(found.history, expected.history)
 
 
 def test_compensate_refuses_a_dense_model_on_several_devices(dense, monkeypatch):

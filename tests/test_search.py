@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from transformers import BertForSequenceClassification
 
 import solpath
-from conftest import batches, build, inputs, size_of_output
+from conftest import batches, build, inputs, randomise_, size_of_output
 from solpath import InclusionConfig, SearchConfig, baselines
 from solpath.data.samples import sample_digests
 from solpath.data.source import BatchSource
@@ -113,6 +114,18 @@ def test_checkpoints_and_progress_have_no_influence(bert, tmp_path):
     for every in (1, 3, 100):
         assert same(plain, run(bert, checkpoint=tmp_path / str(every), checkpoint_every=every))
     assert same(plain, solpath.search(bert, batches(bert), QUICK, progress=True))
+
+
+@pytest.mark.parametrize("outputs", [1, 3], ids=["regression", "classes"])
+def test_progress_has_no_influence_along_principal_axes(bert, outputs):
+    """The estimate runs before the axes are turned, and leaves nothing behind."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(bert.config)
+    config.num_labels = outputs
+    model = randomise_(BertForSequenceClassification(config).eval())
+    turned = SearchConfig(steps=9, scale_batches=2, basis="principal")
+    plain = run(model, config=turned)
+    assert same(plain, solpath.search(model, batches(model), turned, progress=True))
 
 
 def test_a_path_knows_the_samples_of_the_batches_that_were_read(bert):
@@ -298,6 +311,25 @@ def test_a_shuffling_loader_is_reproducible_and_cycled(bert):
         forward = [source[k] for k in range(7)]
         assert torch.equal(source[4], forward[4])
         assert not torch.equal(torch.cat(forward[:3]), torch.cat(forward[3:6]))
+
+
+@pytest.mark.parametrize("of", ["loader", "sampler", "batch sampler"])
+def test_a_generator_of_a_loader_is_seeded_too(of):
+    """It would go on from where the last epoch, or an earlier run, has left it."""
+    rows, own = list(torch.arange(32)), torch.Generator().manual_seed(0)
+    if of == "loader":
+        loader = DataLoader(rows, batch_size=8, shuffle=True, generator=own)
+    else:
+        sampler = RandomSampler(rows, generator=own)
+        packed = {"batch_sampler": BatchSampler(sampler, 8, False)}
+        loader = DataLoader(rows, **packed if "batch" in of else {"sampler": sampler})
+    with torch.random.fork_rng():
+        first, again = (
+            torch.stack([source[k].flatten()[0] for k in range(6)])
+            for source in (BatchSource(loader, seed=0), BatchSource(loader, seed=0))
+        )
+    assert torch.equal(first, again)
+    assert len(set(first.tolist())) > 3
 
 
 def test_a_loader_gives_every_batch_once(bert):

@@ -40,6 +40,20 @@ def test_a_run_is_repeated_from_its_settings(home, tmp_path, monkeypatch):
     assert (tmp_path / "two" / "settings.toml").read_text() == file.read_text()
 
 
+def test_a_budget_on_the_command_line_takes_the_place_of_that_in_the_file(home, tmp_path):
+    assert run(searching(home, tmp_path / "path", "--steps", "2", "--length", "6")) == 0
+    file = tmp_path / "one" / "settings.toml"
+    names = [str(home / "model"), str(tmp_path / "path")]
+    assert run(["extract", *names, "--sparsity", "0.4", "--out", str(file.parent)]) == 0
+    assert tomllib.loads(file.read_text())["sparsity"] == 0.4
+    again = ["extract", "--settings", str(file), "--out"]
+    assert run([*again, str(tmp_path / "two"), "--params", "0.9"]) == 0
+    kept = tomllib.loads((tmp_path / "two" / "settings.toml").read_text())
+    assert "sparsity" not in kept
+    assert kept["params"] == 0.9
+    assert run([*again, str(tmp_path / "three"), "--params", "0.9", "--macs", "0.9"]) == 2
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

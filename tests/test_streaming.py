@@ -8,10 +8,10 @@ from dataclasses import replace
 import accelerate
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 
 import solpath
-from conftest import build
+from conftest import build, inputs
 from plans import random_plan
 from solpath.arch import lookup, register, table
 from solpath.errors import (
@@ -21,12 +21,14 @@ from solpath.errors import (
     FingerprintError,
     UnsupportedModelError,
 )
+from solpath.loading import off_loaded
 from solpath.model.discovery import find_pairs
 from solpath.model.fingerprint import fingerprint, values_digest
 from solpath.model.linear import linear_map
 from solpath.planning.plan import Plan
 from solpath.pretrained import from_pretrained
 from solpath.reading import DTYPES
+from solpath.running.forward import forward
 from solpath.storing import shards
 from solpath.storing.shards import Stored, write_file
 
@@ -106,6 +108,23 @@ def test_tied_weights_are_written_once(tmp_path):
     check_both_ways(tmp_path, plan)
     loaded = solpath.load(tmp_path / "disk")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("label", "sizes"),
+    [("llama", {"tie_word_embeddings": True}), ("gpt2", {}), ("t5", {}), ("bart", {})],
+)
+def test_a_tied_weight_may_lie_in_the_file_under_another_name(label, sizes, tmp_path):
+    """safetensors keeps the first name by the alphabet, and transformers that of the embedding."""
+    model, plan = saved(label, tmp_path / "dense", **sizes)
+    file = tmp_path / "dense" / "model.safetensors"
+    names = set(load_file(file))
+    save_model(model, str(file), metadata={"format": "pt"})
+    assert set(load_file(file)) != names
+    check_both_ways(tmp_path, plan)
+    (tmp_path / "scratch").mkdir()
+    away = off_loaded(tmp_path / "dense", tmp_path / "scratch")
+    assert torch.equal(forward(away, inputs(model)), forward(model, inputs(model)))
 
 
 @pytest.mark.parametrize("version", [1, 2])

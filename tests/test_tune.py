@@ -203,6 +203,20 @@ def test_adapters_change_linear_layers_by_a_low_rank(bert):
             assert not difference.any()
 
 
+def test_adapters_of_a_mixture_leave_its_experts_alone():
+    """peft knows older names of experts, which a dense block of the same model has today."""
+    model = build("qwen3_moe", mlp_only_layers=[1])
+    small = cut(model)
+    tuned = run(small, model, LORA)
+    changed = [
+        name
+        for name, weight in small.named_parameters()
+        if not torch.equal(tuned.get_parameter(name), weight)
+    ]
+    assert "model.layers.1.mlp.gate_proj.weight" in changed
+    assert not [name for name in changed if "experts" in name]
+
+
 @pytest.mark.parametrize("config", [QUICK, LORA], ids=["full", "lora"])
 def test_never_worse_than_at_the_start(bert, config):
     """With a learning rate that destroys the model, the start itself comes back."""
@@ -328,6 +342,31 @@ def test_a_default_rate_that_gives_nan_is_halved(bert, hot, rates, monkeypatch, 
         run(small, bert, config, stops, checkpoint=tmp_path, checkpoint_every=1)
     again = run(small, bert, config, data, checkpoint=tmp_path, checkpoint_every=1)
     assert same(again, tuned)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_nan_right_after_a_worse_look_goes_back_too(bert, rates, monkeypatch, every):
+    """A look does not make the weights the best ones."""
+    small, data, looks = cut(bert), batches(bert), [1.0, 0.5]
+    monkeypatch.setattr(
+        Distillation, "divergence", lambda self, model: looks.pop(0) if looks else 0.6
+    )
+    real, seen = Distillation.errors, []
+
+    def once_not_finite(self, model, batch):
+        seen.append(1)
+        return real(self, model, batch) * (torch.inf if len(seen) == 5 else 1.0)
+
+    monkeypatch.setattr(Distillation, "errors", once_not_finite)
+    config = TuneConfig(steps=8, warmup=0.0, evaluate_every=every, schedule="constant")
+    expected = run(small, bert, TuneConfig(steps=1, warmup=0.0, schedule="constant"), data)
+    looks += [1.0, 0.5]
+    seen.clear()
+    rates.clear()
+    tuned = run(small, bert, config, data)
+    assert len(seen) == 9
+    assert rates == [rates[0]] * 4 + [rates[0] / 2] * 4
+    assert same(tuned, expected)
 
 
 @pytest.mark.parametrize("after", [1, 4, 9, 12, 20])

@@ -19,10 +19,17 @@ from solpath.gguf import is_gguf
 from solpath.pretrained import Name, from_pretrained, load_placed
 from solpath.running.memory import fits
 from solpath.running.modes import keeping_random_state
+from solpath.running.placement import off_loaded_weights
 from solpath.wrapping import unwrapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_READ_ALONE = {
+    "deberta": ("rel_embeddings", "word_embeddings"),
+    "siglip2": ("position_embedding",),
+}
+"""Modules of some types of models, by the start of the type, whose weights others read alone."""
 
 
 def for_batches(model: nn.Module | Name, batches: Iterable[Any]) -> tuple[nn.Module, Iterable[Any]]:
@@ -95,9 +102,11 @@ def off_loaded(name: Name, scratch: Path) -> "PreTrainedModel":
     placement = {"device_map": {"": "disk"}, "offload_folder": str(scratch)}
     with _quiet_accelerate():
         model = load_placed(name, "cpu", None, placement)
-        if computed := _not_in_files(model):  # accelerate has lost them
-            device_map = dict(_places("", model, computed))
+        # accelerate has lost what is computed, and fills in no module that is not called
+        if here := _not_in_files(model) | _read_alone(model):
+            device_map = dict(_places("", model, here))
             model = load_placed(name, "cpu", None, {**placement, "device_map": device_map})
+    _name_tied_weights_(model)
     wide = model._get_dtype_plan(model.dtype)
     if mixed := [n for n, _ in model.named_parameters() if any(part in n for part in wide)]:
         raise UnsupportedModelError(
@@ -131,15 +140,56 @@ def _not_in_files(model: nn.Module) -> set[str]:
     return found
 
 
-def _places(path: str, module: nn.Module, computed: set[str]) -> Iterator[tuple[str, str]]:
+def _read_alone(model: "PreTrainedModel") -> set[str]:
+    """Return the modules whose weights another module reads, and does not call them.
+
+    Those that are tied to them are among them.
+    """
+    kind = model.config.model_type
+    names = {name for start, each in _READ_ALONE.items() if kind.startswith(start) for name in each}
+    found = {
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) or path.rpartition(".")[2] in names
+    }
+    tied = ({name.rpartition(".")[0] for name in group} for group in _tied(model))
+    return found.union(*(paths for paths in tied if paths & found))
+
+
+def _tied(model: "PreTrainedModel") -> list[set[str]]:
+    """Return the names of every weight that has several."""
+    groups: dict[str, set[str]] = {}
+    for name, first in model.all_tied_weights_keys.items():
+        groups.setdefault(first, {first}).add(name)
+    return list(groups.values())
+
+
+def _name_tied_weights_(model: "PreTrainedModel") -> None:
+    """Let accelerate find a tied weight under every one of its names, if files have it under one.
+
+    A file may hold ``lm_head.weight`` alone, and a model asks for that of the embedding.
+    """
+    groups = _tied(model)
+    for module in model.modules():
+        weights: Any = off_loaded_weights(module)
+        index = getattr(getattr(weights, "dataset", None), "index", None)
+        if index is None:
+            continue
+        for names in groups:
+            known = sorted(n for n in names & index.keys() if "safetensors_file" in index[n])
+            for name in names - index.keys() if known else ():
+                index[name] = {"weight_name": known[0], **index[known[0]]}
+
+
+def _places(path: str, module: nn.Module, here: set[str]) -> Iterator[tuple[str, str]]:
     """Yield what goes to disk, in parts as large as can be, and what stays in memory."""
     prefix = f"{path}." if path else ""
-    if path in computed:
+    if path in here:
         yield path, "cpu"
-    elif not any(name.startswith(prefix) for name in computed):
+    elif not any(name.startswith(prefix) for name in here):
         yield path, "disk"
     else:
         for leaf in (*module._parameters, *module._buffers):
             yield f"{prefix}{leaf}", "cpu"
         for name, child in module.named_children():
-            yield from _places(f"{prefix}{name}", child, computed)
+            yield from _places(f"{prefix}{name}", child, here)

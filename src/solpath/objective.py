@@ -164,7 +164,7 @@ class Objective:
             model: The dense model or a smaller one.
             batch: The batch.
         """
-        self._learn(batch)
+        self.learn(batch)
         if self._separable:
             return run_without_head(model, _head(model), batch)
         return run(model, batch, labels=False)
@@ -221,8 +221,11 @@ class Objective:
         draw = curvature_sketch(target, mask, noise, kind=self._known, spread=self._spread)
         return (draw * at_least_float(output)).reshape(len(draw), -1).sum(1)
 
-    def _learn(self, batch: Batch) -> None:
-        """Learn, once, from the dense model on a sample of a batch what is compared, and how."""
+    def learn(self, batch: Batch) -> None:
+        """Learn, once, from the dense model on a sample of a batch what is compared, and how.
+
+        `run` does it where it was not done before.
+        """
         if self._kind is not None:
             return
         sample = slice_samples(batch, 0, 1)
@@ -230,8 +233,11 @@ class Objective:
             outputs = run(self._dense, sample, labels=False)
             self._kind = kind_of(self._dense, outputs)
             if self._kind == "regression":
-                whole = output_tensor(run(self._dense, self._first(), labels=False))
-                self._spread = _spread(whole.double().flatten(0, -2))
+                first = self._first()
+                whole = output_tensor(run(self._dense, first, labels=False))
+                mask = output_mask(first, whole)
+                rows = whole.flatten(0, -2) if mask is None else whole[mask]
+                self._spread = _spread(rows.double())
             if self._kind == "classes" and not self._whole:
                 head = separable_head(self._dense, sample, output_tensor(outputs))
                 self._separable = head is not None and all(

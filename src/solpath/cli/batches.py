@@ -13,6 +13,7 @@ from solpath.data.feeding import Feed, feed, longest_text, takes
 from solpath.data.mixture import split_weight
 from solpath.data.tables import Table, images_table, lines_table, open_table
 from solpath.errors import ConfigError
+from solpath.positions import most_tokens
 from solpath.pretrained import load_processor
 from solpath.running.forward import device_of
 
@@ -36,8 +37,8 @@ def random_tokens(model: Any, samples: int, tokens: int, *, new: int = 0) -> dic
             f"{type(model).__name__} takes {' and '.join(sorted(takes(model)))}; time it from "
             "Python, with solpath.measure or solpath.plan_for_latency and a batch of yours."
         )
-    limit = getattr(model.config, "max_position_embeddings", tokens + new)
-    if tokens + new > limit:
+    limit = most_tokens(model)
+    if limit is not None and tokens + new > limit:
         most = f"{limit} for this model" + (f", less {new} new ones" if new else "")
         raise ConfigError(f"tokens must be at most {most}, got {tokens}.")
     shape, generator = (samples, tokens), torch.Generator().manual_seed(0)

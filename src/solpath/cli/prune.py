@@ -212,7 +212,7 @@ def extract(
     except FileError as error:
         say(f"no tokenizer or image processor is saved with it: {error}")
         processor = None
-    if place.dtype is Precision.AUTO:
+    if place.dtype is Precision.AUTO and place.attention is None:
         cut(model, made, out=out, tokenizer=processor)
     else:
         save(cut(load_any(model, place), made), out, tokenizer=processor)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from solpath.cli.arguments import BUDGETS
 from solpath.errors import ConfigError
 
 FILE = "settings.toml"
@@ -23,8 +24,9 @@ _NOT_KEPT = frozenset({"out", "save", "json", "checkpoint", "settings", "help"})
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the option ``--settings FILE``, and let it keep its settings.
 
-    What the file says counts where the command line says nothing. If the command has an argument
-    ``out`` or ``save`` and that is a folder in the end, `FILE` in it says what was used.
+    What the file says counts where the command line says nothing; of budgets, one counts. If the
+    command has an argument ``out`` or ``save`` and that is a folder in the end, `FILE` in it says
+    what was used.
 
     Args:
         command: The command, with the annotations of typer.
@@ -37,6 +39,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def with_option(context_: typer.Context, settings: Path | None, **given: Any) -> None:
         own = {} if context_name is None else {context_name: context_}
+        given |= _outvoted(context_, given)
         command(**given, **own)
         for out in (given.get("out"), given.get("save")):
             if isinstance(out, Path) and out.is_dir():
@@ -57,6 +60,20 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     changed.__signature__ = inspect.Signature([*own, *added])
     changed.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *added)}
     return with_option
+
+
+def _outvoted(context: typer.Context, given: dict[str, Any]) -> dict[str, None]:
+    """Return the budgets that a file gives beside one on the command line, and forget them."""
+    budgets = [name for name in BUDGETS if given.get(name) is not None]
+    typed = [name for name in budgets if _is_typed(context, name)]
+    dropped: dict[str, None] = dict.fromkeys(set(budgets) - set(typed)) if typed else {}
+    context.params.update(dropped)
+    return dropped
+
+
+def _is_typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _read(context: typer.Context, file: Path | None) -> Path | None:

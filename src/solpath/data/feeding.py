@@ -13,6 +13,7 @@ from solpath.data.mixture import Mixture, Part
 from solpath.data.tables import Table
 from solpath.data.text import text_batches
 from solpath.errors import ConfigError
+from solpath.positions import most_tokens
 
 _NO_LIMIT = 100_000  # a tokenizer without a longest text gives far more
 _TOKENS = 128
@@ -60,7 +61,7 @@ def is_classifier(model: Any) -> bool:
 
 def longest_text(model: Any, tokenizer: Any) -> int | None:
     """Return the largest number of tokens that a model and its tokenizer allow, if they say so."""
-    known = [getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length]
+    known = [most_tokens(model), tokenizer.model_max_length]
     return min((count for count in known if count and count <= _NO_LIMIT), default=None)
 
 

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class Preparation:
       out: attention over no token means nothing, and is NaN in many models. `skipped` says which.
     - A model with encoder and decoder gets its decoder inputs from ``labels``, if a batch has
       labels and no decoder inputs, by the model's own shift to the right. Labels of -100 at the end
-      of a row do not count. The labels stay.
+      of a row do not count, also where a collator has made decoder inputs of them. The labels stay.
 
     A batch of which all this is true already comes back as it is.
 
@@ -209,35 +209,46 @@ def _embedding(model: nn.Module) -> nn.Embedding | None:
 
 
 def _with_decoder_inputs(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a batch with the decoder inputs that the model makes of its labels itself."""
+    """Return a batch with the decoder inputs that the model makes of its labels itself.
+
+    It gets their mask, too, also if its collator has made the inputs of the labels.
+    """
     labels = batch.get("labels")
     config: Any = getattr(model, "config", None)
     generates: Any = getattr(model, "can_generate", bool)
     if (
         not isinstance(labels, Tensor)
         or labels.dim() != 2
-        or any(batch.get(name) is not None for name in _DECODER)
         or not getattr(config, "is_encoder_decoder", False)
         or not generates()  # the labels of a classifier are classes
     ):
         return batch
-    shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if shift is not None:
-        added = {"decoder_input_ids": shift(labels)}
-    else:  # Whisper, M2M-100 and Blenderbot have a function beside the class
-        homes = (sys.modules[kind.__module__] for kind in type(model).__mro__)
-        shift = next(
-            (h.shift_tokens_right for h in homes if hasattr(h, "shift_tokens_right")), None
-        )
-        if shift is None:
+    added = {name: batch[name] for name in _DECODER if batch.get(name) is not None}
+    if not added:
+        ids = _shifted(model, labels)
+        if ids is None:
             return batch
-        ids = shift(labels, config.pad_token_id, config.decoder_start_token_id)
         added = {"decoder_input_ids": ids}
     # A causal decoder gives the same for what comes before, so what follows the last label may go.
     counts = (labels != _IGNORED).flip(1).cummax(1).values.flip(1)
-    if "decoder_attention_mask" not in batch and not counts.all():
+    fits = all(inputs.shape[:2] == labels.shape for inputs in added.values())
+    if fits and batch.get("decoder_attention_mask") is None and not counts.all():
         added["decoder_attention_mask"] = counts.long()
-    return {**batch, **added}
+    return batch if added.keys() <= batch.keys() else {**batch, **added}
+
+
+def _shifted(model: Any, labels: Tensor) -> Tensor | None:
+    """Return the decoder inputs that a model makes of labels, if transformers says how."""
+    shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is not None:
+        return cast("Tensor", shift(labels))
+    # Whisper, M2M-100 and Blenderbot have a function beside the class
+    homes = (sys.modules[kind.__module__] for kind in type(model).__mro__)
+    shift = next((h.shift_tokens_right for h in homes if hasattr(h, "shift_tokens_right")), None)
+    if shift is None:
+        return None
+    config = model.config
+    return cast("Tensor", shift(labels, config.pad_token_id, config.decoder_start_token_id))
 
 
 def _rows_with_tokens(batch: Mapping[str, Any]) -> Tensor | None:

@@ -69,11 +69,11 @@ class BatchSource:
     """Batches by step number: ``source[k]`` is batch k of the endless repetition of `batches`.
 
     A sequence is indexed. Another iterable that can be repeated, such as a `DataLoader`, is
-    iterated once per epoch, and torch's global generator is seeded from `seed` and the epoch before
-    each, so that its shuffling is reproducible; going back to an earlier step starts again from the
-    first epoch. Of both, only the batch of the last step is kept. An iterator that runs only once
-    is read as far as the steps need, and never further, so it may be endless. What was read of it
-    is kept, and repeated if it ends.
+    iterated once per epoch. Torch's global generator, and one of a loader's own, are seeded from
+    `seed` and the epoch before each, so that shuffling is reproducible; going back to an earlier
+    step starts again from the first epoch. Of both, only the batch of the last step is kept. An
+    iterator that runs only once is read as far as the steps need, and never further, so it may be
+    endless. What was read of it is kept, and repeated if it ends.
 
     Args:
         batches: The iterable of batches.
@@ -147,13 +147,24 @@ class BatchSource:
         batch = next(self._iterator, _END)
         if batch is _END:
             self._epoch += 1
-            torch.manual_seed(derive_seed(self._seed, "epoch", self._epoch))
+            seed = derive_seed(self._seed, "epoch", self._epoch)
+            torch.manual_seed(seed)
+            for generator in _generators(self._batches):
+                generator.manual_seed(seed)
             self._iterator = iter(self._batches)
             batch = next(self._iterator, _END)
             if batch is _END:
                 raise BatchError(_EMPTY.format("batches"))
         self._read_last = batch
         self._position += 1
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """Return the generators that a `DataLoader` and its samplers shuffle with, if it has any."""
+    samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
+    inner = [getattr(sampler, "sampler", None) for sampler in samplers]
+    found = [getattr(part, "generator", None) for part in (loader, *samplers, *inner)]
+    return [one for one in found if isinstance(one, torch.Generator)]
 
 
 _END = object()

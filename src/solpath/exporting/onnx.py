@@ -94,7 +94,7 @@ def write(
                 f"{type(model).__name__} gives no last_hidden_state, which pooling needs; export "
                 "the model without its head."
             )
-        write_sentences(folder, model.config, pooling, normalize)
+        write_sentences(folder, model, pooling, normalize)
 
 
 def _save(graphs: Mapping[str, Any], folder: Path, ending: str = "") -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from solpath.errors import ConfigError
+from solpath.positions import most_tokens
 
 _POOLINGS = {"mean": "mean_tokens", "cls": "cls_token"}
 _TYPES = "sentence_transformers.models"
@@ -13,12 +14,12 @@ MODULES = "modules.json"
 """File of a folder that sentence-transformers reads first."""
 
 
-def write_sentences(folder: Path, config: Any, pooling: str, normalize: bool) -> None:
+def write_sentences(folder: Path, model: Any, pooling: str, normalize: bool) -> None:
     """Write them beside a graph.
 
     Args:
         folder: The folder of the graph, its configuration and its tokenizer.
-        config: The configuration of the model.
+        model: The model.
         pooling: ``"mean"`` or ``"cls"``.
         normalize: Whether embeddings get the length 1.
 
@@ -37,9 +38,9 @@ def write_sentences(folder: Path, config: Any, pooling: str, normalize: bool) ->
             {"idx": i, "name": str(i), "path": path, "type": f"{_TYPES}.{name}"}
             for i, (path, name) in enumerate(modules)
         ],
-        "1_Pooling/config.json": {"word_embedding_dimension": config.hidden_size, **modes},
+        "1_Pooling/config.json": {"word_embedding_dimension": model.config.hidden_size, **modes},
         "sentence_bert_config.json": {
-            "max_seq_length": config.max_position_embeddings,
+            "max_seq_length": most_tokens(model),
             "do_lower_case": False,
         },
     }

@@ -5,7 +5,6 @@ import importlib.util
 import inspect
 import io
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from solpath.errors import BatchError, ConfigError, ExportError
+from solpath.positions import most_tokens
 from solpath.running.forward import Batch
 
 _TEXT = (
@@ -25,7 +25,6 @@ _TEXT = (
     "decoder_input_ids",
     "decoder_attention_mask",
 )
-_LIMITS = ("max_position_embeddings", "max_target_positions")
 _MORE = 3  # tokens that another text has more, or fewer
 _LOUD = ("root", "torch.onnx", "torch._export", "torch.export", "transformers.exporters")
 
@@ -143,14 +142,9 @@ def other_shapes(model: nn.Module, batch: Batch) -> dict[str, Batch]:
     texts = [name for name in _TEXT if name in full]
     if not texts:
         return {name: traced_batch(model, other) for name, other in others.items()}
-    config: Any = model.config
-    text = config.get_text_config()
-    limits = (getattr(text, name, None) for name in _LIMITS)
-    most = min((limit for limit in limits if limit), default=math.inf)
-    if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
-        most -= config.pad_token_id + 1  # positions start after that of padding
+    most = most_tokens(model)
     length = max(full[name].shape[1] for name in texts)
-    fewer = length + _MORE > most
+    fewer = most is not None and length + _MORE > most
     moved = dict(full)
     for name in texts:
         value = full[name]

@@ -26,7 +26,7 @@ class Tally:
 
     def __init__(self) -> None:
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
-        self._values: list[tuple[Tensor, Tensor]] = []  # of a regression, whose spread is of all
+        self._values: list[tuple[Tensor, Tensor, Tensor | None]] = []  # of a regression
 
     def add(self, sums: Mapping[str, Tensor]) -> None:
         """Add the sums over every sample of a batch.
@@ -37,9 +37,15 @@ class Tally:
         for name, rows in sums.items():
             self._sums[name].append(rows)
 
-    def keep(self, output: Tensor, target: Tensor) -> None:
-        """Keep the outputs of a regression for one batch, and their targets."""
-        self._values.append((output, target))
+    def keep(self, output: Tensor, target: Tensor, mask: Tensor | None) -> None:
+        """Keep the outputs of a regression for one batch: their spread is that of all batches.
+
+        Args:
+            output: See `solpath.measuring.metrics.spread_errors`.
+            target: See there.
+            mask: See there.
+        """
+        self._values.append((output, target, mask))
 
     def summary(self) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
         """Return name to mean of every metric, and name to its interval where there is one."""
@@ -113,10 +119,10 @@ def compare_batch(
             continue
         goal, kind = target.to(output.device), kind_of(model, outputs)
         _check_finite(name, output, goal, place)
-        if kind == "regression":
-            tallies[name].keep(output, goal)
-            continue
         mask = attended(batch, output) if kind == "spans" else output_mask(batch, output)
+        if kind == "regression":
+            tallies[name].keep(output, goal, mask)
+            continue
         tallies[name].add(compare(output, goal, mask, kind=kind))
     if not large:
         return

@@ -13,11 +13,11 @@ from transformers import GenerationConfig, GenerationMixin, StoppingCriteria, St
 from solpath.data.source import batch_size
 from solpath.errors import BatchError, ConfigError, UnsupportedModelError
 from solpath.measuring.timing import gpus_in_use, in_turns, interquartile_range, moment
+from solpath.positions import most_tokens
 from solpath.running.modes import undoing
 
 _WARM_UP = 1  # a generation runs the model once per token already
 _PROMPTS = ("input_ids", "inputs_embeds")
-_LIMITS = ("max_position_embeddings", "max_target_positions")
 _FORWARD_ONLY = ("labels", "use_cache", "decoder_attention_mask", "decoder_position_ids")
 
 
@@ -92,8 +92,7 @@ def check_generates(model: nn.Module, batch: Any, tokens: int, *, name: str) -> 
             f"{name}: this {kind} has no token to start with; set "
             "model.generation_config.decoder_start_token_id."
         )
-    limits = [getattr(config.get_text_config(decoder=True), limit, None) for limit in _LIMITS]
-    limit = min((limit for limit in limits if isinstance(limit, int)), default=None)
+    limit = most_tokens(model, decoder=True)
     prompt = prompt_tokens(model, batch)
     if limit is not None and prompt + tokens > limit:
         raise ConfigError(

@@ -24,6 +24,7 @@ from solpath.model.extraction import extract
 from solpath.model.fingerprint import check_fingerprint
 from solpath.pair import Fingerprint, Pair
 from solpath.planning.latency_table import BlockLatency, LatencyTable, pair_shapes
+from solpath.planning.making import check_timed
 from solpath.planning.path import SolutionPath, check_path
 from solpath.planning.plan import Plan
 from solpath.running.claims import claimed
@@ -222,6 +223,7 @@ def check_request(
     check_path(path)
     if not isinstance(latency_ms, int | float) or not 0 < latency_ms < math.inf:
         raise BudgetError(f"latency_ms must be a positive number, got {latency_ms!r}.")
+    check_timed(constraints.get("whole_groups", False))
     path.plan(sparsity=0, **constraints)
     check_fingerprint(path.fingerprint, path.pairs, model, survey(model)[0])
     prepared(model, batch)

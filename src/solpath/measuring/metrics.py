@@ -48,36 +48,46 @@ def compare(
     if kind == "hidden":
         return _of_samples(_hidden(y, t, mask))
     divergences = divergence(y, t, mask, kind=kind)
-    if kind == "spans":
+    if kind == "spans" and mask is not None:  # [batch, 2, tokens]
+        y, t = (value.masked_fill(~mask.unsqueeze(1), 0) for value in (y, t))
+    error = _relative_error(y, t, mask if kind == "labels" else None)
+    if kind == "labels":
+        same = _over_tokens(((y > 0) == (t > 0)).float().mean(-1), mask)
+    else:
         if mask is not None:
             y, t = (value.masked_fill(~mask.unsqueeze(1), -math.inf) for value in (y, t))
         same = (y.argmax(-1) == t.argmax(-1)).float().mean(-1)
-    else:
-        same = _over_tokens(((y > 0) == (t > 0)).float().mean(-1), mask)
-    error = _relative_error(output, target, mask if kind == "labels" else None)
     return _of_samples({"kl": divergences, "agreement": same, "relative_error": error})
 
 
-def spread_errors(values: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def spread_errors(
+    values: Sequence[tuple[Tensor, Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor]:
     """Return the squared error of every sample, and its share of the spread of all targets.
 
     The sum of the first over the sum of the second is 1 - R². The spread is the squared distance of
     the targets from their mean. Targets that are all equal are compared with their own square.
 
     Args:
-        values: Outputs and targets of every batch, ``[batch, ..., features]``.
+        values: Outputs and targets of every batch, ``[batch, ..., features]``, and the tokens that
+            count, bool ``[batch, tokens]``, or None if all do.
 
     Returns:
         Two float64 tensors ``[samples]``, on the CPU.
     """
-    pairs = [tuple(at_least_float(part).double().cpu() for part in pair) for pair in values]
-    rows = torch.cat([t.reshape(-1, t.shape[-1]) for _, t in pairs])
+    triples = [(*map(_in_rows, (y, t)), _weight(_in_rows(t), mask).cpu()) for y, t, mask in values]
+    rows = torch.cat([t[weight[..., 0] > 0] for _, t, weight in triples])
     mean = rows.mean(0)
     if (rows - mean).square().sum() <= 1e-12 * rows.square().sum():
         mean = torch.zeros_like(mean)
-    errors = torch.cat([(y - t).square().flatten(1).sum(1) for y, t in pairs])
-    spread = torch.cat([(t - mean).square().flatten(1).sum(1) for _, t in pairs])
+    errors = torch.cat([((y - t).square() * weight).sum((1, 2)) for y, t, weight in triples])
+    spread = torch.cat([((t - mean).square() * weight).sum((1, 2)) for _, t, weight in triples])
     return errors, spread.clamp(min=_tiny(rows) / len(spread))
+
+
+def _in_rows(value: Tensor) -> Tensor:
+    """An output as float64 ``[batch, rows, features]`` on the CPU."""
+    return at_least_float(value).double().cpu().reshape(len(value), -1, value.shape[-1])
 
 
 def _classes(y: Tensor, t: Tensor, mask: Tensor | None) -> dict[str, Tensor]:

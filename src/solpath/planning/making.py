@@ -50,10 +50,7 @@ def make_plan(
     """
     constraints.check(pairs, unreached)
     if budget.latency is not None:
-        if constraints.whole_groups:
-            raise ConfigError(
-                "whole_groups: latency tables know widths of heads, not their number."
-            )
+        check_timed(constraints.whole_groups)
         budget.latency.check(fingerprint.architecture, pairs, unreached)
     ranked = _ranked(pairs, score, constraints)
     turned = constraints.ranked(pairs)
@@ -93,6 +90,16 @@ def make_plan(
         heads=heads,
         constraint_cost=cost,
     )
+
+
+def check_timed(whole_groups: bool) -> None:
+    """Raise `ConfigError` if no budget in milliseconds goes with a constraint.
+
+    Args:
+        whole_groups: Whether attentions lose whole heads.
+    """
+    if whole_groups:
+        raise ConfigError("whole_groups: latency tables know widths of heads, not their number.")
 
 
 def _ranked(

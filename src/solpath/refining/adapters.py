@@ -2,8 +2,9 @@
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -58,11 +59,30 @@ def add_adapters_(model: nn.Module, rank: int, alpha: float) -> "LoraModel":
         exclude_modules=_alike(model, layers),
         fan_in_fan_out=turned,
     )
-    tuner = LoraModel(model, config, "default")
+    with _plain(model):
+        tuner = LoraModel(model, config, "default")
     for parameter in tuner.model.parameters():
         if parameter.requires_grad:  # the factors alone
             parameter.data = parameter.to(torch.promote_types(parameter.dtype, torch.float32)).data
     return tuner
+
+
+@contextmanager
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Hide from peft that a model is one of transformers, so that it takes layers by their names.
+
+    Otherwise it takes layers of some mixtures, such as the ``gate_proj`` of a dense block, for the
+    experts, which lost these names in transformers 5, and adapts those.
+    """
+    config: Any = vars(model).get("config")
+    if config is None:
+        yield
+        return
+    vars(model)["config"] = config.to_dict()
+    try:
+        yield
+    finally:
+        vars(model)["config"] = config
 
 
 def adaptable(model: nn.Module) -> list[str]:

@@ -184,8 +184,8 @@ def _products(rows: Sequence[_Rows]) -> tuple[Tensor, Tensor]:
     hidden, target, weights = zip(*rows, strict=True)
     row = functional.pad(torch.cat(hidden), (0, 1), value=1.0)
     known = [weight for weight in weights if weight is not None]
-    weighted = row * torch.cat(known) if known else row
-    cross = (torch.cat(target).T @ weighted).double()
+    weighted = row * torch.cat(known).to(row.dtype) if known else row
+    cross = (torch.cat(target).to(weighted.dtype).T @ weighted).double()
     return (weighted.T @ row).double(), cross
 
 

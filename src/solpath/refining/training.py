@@ -88,6 +88,15 @@ class Training:
         return [value for _, value in self.checks]
 
     @property
+    def _at_best(self) -> bool:
+        """Whether the weights are the best ones, which an update or a worse look makes untrue."""
+        values = self._values
+        if self.steps > self.checks[-1][0]:
+            return False
+        returned = math.isinf(values[-1]) or (len(values) > 1 and self._rate.trying(values[:-1]))
+        return returned or values.index(min(values)) == len(values) - 1
+
+    @property
     def _due(self) -> bool:
         """Whether it is time for a check."""
         config, done = self._config, self.steps
@@ -125,7 +134,8 @@ class Training:
         tried = bool(self.checks) and self._rate.trying(self._values)
         failed = self._rate.is_default and not math.isfinite(value)
         self.settled = False
-        self.checks.append((self.steps, value if math.isfinite(value) else math.inf))
+        earlier = [check for check in self.checks if check[0] < self.steps]
+        self.checks = [*earlier, (self.steps, value if math.isfinite(value) else math.inf)]
         if tried or failed:
             set_parts_(self._model, self._trained, self.best)
             self._optimizer.state.clear()
@@ -134,8 +144,8 @@ class Training:
     def step_(self) -> None:
         """Do one update on the next batch.
 
-        If the default learning rate has made the loss NaN or infinite, that counts as a check,
-        after which the best weights go on at half the rate.
+        If the default learning rate has made the loss NaN or infinite, that counts as a check, in
+        the place of one that was just made, after which the best weights go on at half the rate.
 
         Raises:
             NonFiniteLossError: The loss is NaN or infinite. The weights are left untouched.
@@ -148,7 +158,7 @@ class Training:
         loss = errors.mean()
         [value] = self._taught.sum(float(loss.detach()) * batch.samples / batch.total)
         if not math.isfinite(value):
-            if self._rate.is_default and done > self.checks[-1][0]:
+            if self._rate.is_default and not self._at_best:
                 self._note_(value)
                 return self.step_()
             where = self._taught.where_not_finite(batch, errors)

@@ -232,13 +232,15 @@ def activation_mask(batch: Batch, states: Tensor, module: str) -> Tensor | None:
         batch: The batch that the model runs on.
         states: The activation, ``[batch, tokens, ..., features]``, or ``[batch * tokens,
             features]``, for which the mask has one dimension too. All rows of a pooled one,
-            ``[batch, features]``, count.
+            ``[batch, features]``, count. Choices, ``[batch, choices, tokens]`` in a batch, are rows
+            of their own in a model.
         module: Dotted path of the module that takes it or gives it.
     """
     if not isinstance(batch, Mapping):
         return None
     sides = ("pixel_",) if _OF_IMAGES.search(module) else ("", "decoder_", "pixel_")
     masks = [batch.get(f"{side}attention_mask") for side in sides]
+    masks = [m.flatten(0, -2) if isinstance(m, Tensor) and m.dim() == 3 else m for m in masks]
     if len(masks) > 1 and masks[1] is None and isinstance(batch.get("decoder_input_ids"), Tensor):
         masks[1] = torch.ones_like(batch["decoder_input_ids"])
     fits = [m.bool() for m in masks if isinstance(m, Tensor) and _is_of(m, states)]

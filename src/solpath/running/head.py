@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from solpath.running.forward import Batch, at_least_float, run
+from solpath.running.forward import Batch, at_least_float, output_tensor, run
 from solpath.running.hooks import Hook, hooked
 
 _ROWS = 4096  # of the embedding, in one block: with 512 tokens a block of logits is 8 MB
@@ -54,7 +54,8 @@ def separable_head(model: nn.Module, sample: Batch, logits: Tensor) -> nn.Linear
     """Return the output embedding of a model if its logits are what this layer gives, or None.
 
     That is tried on `sample`: the logits must be equal to the last bit. They are not if the model
-    caps or scales them afterwards.
+    caps or scales them afterwards. On the meta device, where there are no values, they must be the
+    very tensor that the layer returns.
 
     Args:
         model: The model.
@@ -71,8 +72,21 @@ def separable_head(model: nn.Module, sample: Batch, logits: Tensor) -> nn.Linear
             return None  # what follows the embedding wants all of its output
         if logits.shape != (*states.shape[:-1], head.out_features):
             return None
-        equal = logits.is_meta or torch.equal(head(states), logits)  # no values: taken for granted
-        return head if equal else None
+        if logits.is_meta:
+            return head if _returned_by(head, model, sample) else None
+        return head if torch.equal(head(states), logits) else None
+
+
+def _returned_by(head: nn.Module, model: nn.Module, sample: Batch) -> bool:
+    """Return whether the output of a model is that of its output embedding, left as it was."""
+    seen: list[tuple[Tensor, int]] = []
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append((output, output._version))
+
+    with hooked([Hook(head, "after", note)]):
+        output = output_tensor(run(model, sample, labels=False))
+    return any(output is one and one._version == version for one, version in seen)
 
 
 def run_without_head(model: nn.Module, head: nn.Module, batch: Batch) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from solpath.data.feeding import takes
 from solpath.errors import UnsupportedModelError
 from solpath.model.masks import mask_hooks
 from solpath.objective import Objective
@@ -104,13 +105,14 @@ def forecast(
 def _pass(model: nn.Module, pairs: Sequence[Pair], tokens: int, samples: int) -> int:
     """Return the most bytes alive in one forward and backward pass."""
     batch = _batch(model, tokens, samples)
+    compared = Objective(model, lambda: batch)
+    compared.learn(batch)  # once in a search, and not in every pass
     live = LiveStorages()
     with differentiating(model), mask_hooks(model, pairs) as masks, entered(live):
         for pair in pairs:
             if pair.norms:
                 shape = pair.heads, pair.left[0].repeat + 1, pair.width
                 masks.energy[pair.name] = torch.ones(shape, device="meta")
-        compared = Objective(model, lambda: batch)
         target = compared.target(batch)
         leaves = {
             pair.name: torch.ones(samples, pair.units, device="meta", requires_grad=True)
@@ -126,7 +128,7 @@ def _pass(model: nn.Module, pairs: Sequence[Pair], tokens: int, samples: int) ->
 
 def _batch(model: Any, tokens: int, samples: int) -> dict[str, torch.Tensor]:
     """Return a batch without values of what a model takes."""
-    kinds = model.input_modalities
+    kinds = takes(model)
     batch = {}
     if "image" in kinds:
         config = getattr(model.config, "vision_config", model.config)

@@ -74,15 +74,21 @@ class Passes:
         """Return the samples of this process in the batch of a step; see `local_samples`."""
         return local_samples(self._source, step, self._rank, self._world)
 
-    def parts(self, step: int) -> Iterator[Part]:
-        """Yield the samples of this process in the batch of a step, a micro-batch at a time."""
+    def parts(self, step: int, *, remember: bool = True) -> Iterator[Part]:
+        """Yield the samples of this process in the batch of a step, a micro-batch at a time.
+
+        Args:
+            step: Number of the step.
+            remember: Whether their targets may come from an earlier step, and are kept for later
+                ones.
+        """
         batch, low, high, _ = self.local(step)
         each = self._micro_batch or high - low
         cuts = [(start, min(start + each, high)) for start in range(low, high, each)]
         batches = [slice_samples(batch, start - low, end - low) for start, end in cuts]
         targets: Sequence[Target | None] = [None] * len(cuts)
         if self._loss is None:
-            index = self._source.index(step)
+            index = self._source.index(step) if remember else None
             targets = self._targets.get(index, lambda: list(map(self._compared.target, batches)))
         for cut, part, target in zip(cuts, batches, targets, strict=True):
             yield Part(part, *cut, target)
@@ -127,7 +133,7 @@ class Passes:
     def _memory(self, samples: int) -> int:
         """Return how many bytes a pass of a few samples of the first batch has alive.
 
-        A user's loss may not take so few; the sum of the outputs takes its place.
+        If a user's loss does not take so few, the sum of the outputs takes its place.
         """
         batch = slice_samples(self._source[0], 0, samples)
         target = None if self._loss is not None else self._compared.target(batch)
@@ -136,15 +142,20 @@ class Passes:
 
         def one_pass() -> None:
             with self.masked(rows) as leaves:
-                if target is None:
-                    values = tree_leaves(run(self._model, batch, labels=False))
-                    tensors = (value for value in values if isinstance(value, Tensor))
-                    value = next(value for value in tensors if value.requires_grad).sum()
-                else:
-                    value = self.errors(self.run(part), part).sum()
-                mask_gradients(value, leaves)
+                mask_gradients(self.errors(self.run(part), part).sum(), leaves)
 
-        return peak_memory(one_pass, device=self.device, passing=True)[0]
+        def sum_of_outputs() -> None:
+            with self.masked(rows) as leaves:
+                values = tree_leaves(run(self._model, batch, labels=False))
+                tensors = (value for value in values if isinstance(value, Tensor))
+                mask_gradients(next(v for v in tensors if v.requires_grad).sum(), leaves)
+
+        try:
+            return peak_memory(one_pass, device=self.device, passing=True)[0]
+        except Exception:
+            if self._loss is None:
+                raise
+            return peak_memory(sum_of_outputs, device=self.device, passing=True)[0]
 
 
 def mask_gradients(value: Tensor, leaves: list[Tensor], *, keep: bool = False) -> Tensor:

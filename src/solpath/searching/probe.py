@@ -234,9 +234,7 @@ class Probe:
         """See `Engine.estimate`. Processes do not wait for each other."""
         known, distinct = self._source.index(1) is not None, self._source.length
         start = perf_counter()
-        parts = list(
-            self._passes.parts(1)
-        )  # with their targets, which are remembered if they can be
+        parts = list(self._passes.parts(1, remember=False))  # the model may be turned later
         target = perf_counter() - start
         start = perf_counter()
         for part in parts:
@@ -253,7 +251,7 @@ class Probe:
             weights=resident_bytes(self._model),
             step=self._passes.step_memory(),
             moments=work.peak,
-            kept=round(min(times * bytes_each, TARGET_CACHE_BYTES))
+            kept=round(min(times * bytes_each, TARGET_CACHE_BYTES) if known else 0)
             + self.units * (4 * masks + 8 * (8 * samples + 16))
             + work.kept,
             free=free_memory(device),
@@ -322,6 +320,8 @@ def probing(
         masks = stack.enter_context(mask_hooks(model, pairs))
         compared = Objective(model, lambda: source[0])
         objective = compared if loss is None else None
+        if objective is not None:
+            objective.learn(source[0])  # of the model as it is, before its axes are turned
         statistics = Statistics(model, source, prepare, objective, *process(device_of(model)))
         stack.enter_context(undoing(statistics.close))
         passes = Passes(model, source, compared, masks, loss, micro_batch)
