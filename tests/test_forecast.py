@@ -90,6 +90,16 @@ def test_the_estimate_of_a_loss_of_the_users_holds_what_the_loss_needs(whole):
     assert (0.1 if whole else 0.8) < step / taken < 1.25
 
 
+def test_the_estimate_is_of_the_largest_batch_of_a_list():
+    model = build("bert")
+    data = [{"input_ids": torch.randint(1, 59, (4, length))} for length in (8, 32, 16)]
+    steps = []
+    for batches in (data, data[1:2]):
+        with open_engine(model, batches, loss=None, seed=0) as engine:
+            steps.append(engine.estimate(200, 200).step)
+    assert 0.8 < steps[0] / steps[1] < 1.25
+
+
 def test_targets_that_are_not_remembered_are_not_in_the_estimate():
     data = [{"input_ids": torch.randint(1, 59, (4, 8))} for _ in range(50)]
     kept = []

@@ -107,6 +107,17 @@ class BatchSource:
         known = self._stream is None and isinstance(self._batches, Sequence)
         return len(self._batches) if known else None
 
+    @property
+    def largest(self) -> float:
+        """How many numbers the largest batch holds for every one in the first.
+
+        It is 1 where batches are not known before they are read.
+        """
+        if type(self._batches) not in (list, tuple) or self._stream is not None:
+            return 1.0
+        sizes = [sum(v.numel() for v in _values(b) if isinstance(v, Tensor)) for b in self._batches]
+        return max(sizes) / max(sizes[0], 1)
+
     def __getitem__(self, step: int) -> Any:
         """Return the batch of this step."""
         if step != self._step:

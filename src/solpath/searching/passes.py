@@ -124,11 +124,13 @@ class Passes:
     def step_memory(self) -> int:
         """Return about how many bytes a pass has alive beyond the weights.
 
-        It grows with the samples in a straight line, which passes of one and of two samples show.
+        It grows with the samples in a straight line, which passes of one and of two samples of the
+        first batch show, and with the largest batch, where that is known.
         """
         each = min(self.samples, self._micro_batch or self.samples)
         found = [self._memory(samples) for samples in range(1, min(each, 2) + 1)]
-        return found[0] + (each - 1) * (found[-1] - found[0])
+        of_first = found[0] + (each - 1) * (found[-1] - found[0])
+        return round(of_first * self._source.largest)
 
     def _memory(self, samples: int) -> int:
         """Return how many bytes a pass of a few samples of the first batch has alive.
