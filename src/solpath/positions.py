@@ -21,7 +21,7 @@ def most_tokens(model: nn.Module, *, decoder: bool = False) -> int | None:
 
     Example:
         >>> most_tokens(model)
-        64
+        512
     """
     config: Any = model.config
     text = config.get_text_config(decoder=True) if decoder else config.get_text_config()
