@@ -7,8 +7,8 @@ Methods are those of quality.py and of rival_quality.py, on the same batches: 96
 of `--texts`. Every run is judged on held-out windows of code and of English (`--judged`), wherever
 it was searched, and is added to the JSON when it ends; runs that are there are not repeated. The
 orders that were found are kept in `--paths`, so that a run which is interrupted while it is judged,
-or judged on more, does not search again. Runs with seed 0 of the methods in `WRITERS` also say what
-the smaller models write.
+or judged on more, does not search again, as long as the code of the searches is the same. Runs with
+seed 0 of the methods in `WRITERS` also say what the smaller models write.
 
 `--tune 1,3,10` tunes compensated members for so many minutes instead, as tuning.py does.
 """
@@ -192,8 +192,17 @@ class Bench:
         data = self.work.data
         seen = {text: data["texts"][text] for text in data["searched"]}
         settings = {name: value for name, value in self.settings.items() if name != "data"}
-        value = json.dumps([key, seed, settings, seen, data["weights"]])
+        value = json.dumps([key, seed, settings, seen, data["weights"], _code()])
         return hashlib.sha256(value.encode()).hexdigest()[:16]
+
+
+def _code() -> str:
+    """A digest of the code that decides about an order, so that none of an older rule is read."""
+    package = ROOT / "src" / "solpath"
+    parts = ["baselines.py", "objective.py", "divergence.py", "running/head.py", "searching/*.py"]
+    files = [file for part in parts for file in sorted(package.glob(part))]
+    files.append(Path(quality.__file__))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 if __name__ == "__main__":
